@@ -1,0 +1,128 @@
+// Python's view of the kernels. Tensors come as addresses: no torch header is needed, and torch may change its own.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstring>
+
+#include "dispatch.h"
+#include "network.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using namespace mnv2;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Desc = std::tuple<std::string, int, int, int, bool, int, Address, Address>;
+
+template <class T> T *at(Address address) { return reinterpret_cast<T *>(address); }
+
+Kind kind(const std::string &name) {
+    if (name == "stem")
+        return Kind::stem;
+    if (name == "depthwise")
+        return Kind::depthwise;
+    if (name == "pointwise")
+        return Kind::pointwise;
+    if (name == "linear")
+        return Kind::linear;
+    throw std::invalid_argument("no layer kind '" + name + "': stem, depthwise, pointwise or linear");
+}
+
+std::unique_ptr<Network> make_network(const std::vector<Desc> &layers, bool pool, Address table, const std::string &isa) {
+    std::vector<LayerDesc> descs;
+    for (const auto &[name, cin, cout, stride, relu6, residual, weight, bias] : layers)
+        descs.push_back({kind(name), cin, cout, stride, relu6, residual, at<float>(weight), at<float>(bias)});
+    return std::make_unique<Network>(isa.empty() ? kernels() : kernels(isa), descs, pool, at<float>(table));
+}
+
+void run(const Network &network, Address x, bool bytes, const std::array<std::ptrdiff_t, 4> &strides,
+         const std::array<int, 3> &size, Address residual, Address y, int threads) {
+    const Call call{at<void>(x), bytes,   strides[0], strides[1],           strides[2],  strides[3],
+                    size[0],     size[1], size[2],    at<float>(residual), at<float>(y)};
+    const py::gil_scoped_release release;
+    network.run(call, threads);
+}
+
+double seconds_since(std::chrono::steady_clock::time_point begin) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// GMAC/s of fused multiply-adds on registers, summed over the threads: the best of five runs.
+double fma_peak(int threads) {
+    const py::gil_scoped_release release;
+    constexpr std::int64_t kIterations = 2'000'000;
+    double best = 0;
+    for (int run = 0; run < 5; ++run) {
+        std::atomic<std::int64_t> macs{0};
+        const auto begin = std::chrono::steady_clock::now();
+        parallel(threads, [&](Team &) { macs += static_cast<std::int64_t>(kernels().fma_peak(kIterations)); });
+        best = std::max(best, static_cast<double>(macs.load()) / seconds_since(begin) / 1e9);
+    }
+    return best;
+}
+
+// GB/s read and written by memcpy of `megabytes` in all, by `threads` threads: the best of five runs.
+double copy_bandwidth(int megabytes, int threads) {
+    const py::gil_scoped_release release;
+    const std::size_t floats = static_cast<std::size_t>(megabytes) * 1'000'000 / sizeof(float);
+    const Floats from = allocate(floats), to = allocate(floats);
+    std::memset(from.get(), 0, floats * sizeof(float));
+    std::memset(to.get(), 0, floats * sizeof(float));
+    double best = 0;
+    for (int run = 0; run < 5; ++run) {
+        const auto begin = std::chrono::steady_clock::now();
+        parallel(threads, [&](Team &team) {
+            long first, last;
+            team.share(static_cast<long>(floats), 1024, first, last);
+            std::memcpy(to.get() + first, from.get() + first, (last - first) * sizeof(float));
+        });
+        best = std::max(best, 2.0 * floats * sizeof(float) / seconds_since(begin) / 1e9);
+    }
+    return best;
+}
+
+// out[i] = the float at addresses[i]. The caller keeps the memory alive.
+void gather_f32(const py::array_t<std::uint64_t, py::array::c_style> &addresses,
+                py::array_t<float, py::array::c_style> &out) {
+    if (addresses.size() != out.size())
+        throw std::invalid_argument("addresses and out differ in size");
+    const std::uint64_t *in = addresses.data();
+    float *values = out.mutable_data();
+    for (py::ssize_t i = 0; i < out.size(); ++i)
+        std::memcpy(values + i, at<void>(in[i]), sizeof(float));
+}
+
+} // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Kernels of mnv2_fast. Addresses are of float32 tensors unless said otherwise.";
+    m.def("isas", &runnable_isas, "Instruction sets that run here, best first.");
+    m.def("isa", [] { return std::string(kernels().isa); });
+    m.def("select_isa", &select_isa, py::arg("name"));
+    m.def("cpu_features", [] {
+        py::dict features;
+        for (const auto &[name, present] : cpu_features())
+            features[py::str(name)] = present;
+        return features;
+    });
+    m.def("lanes", [] { return kernels().lanes; });
+    m.def("default_threads", &default_threads);
+    m.def("openmp_version", &openmp_version);
+    m.def("compiler", [] { return std::string(__VERSION__); });
+    m.def("fma_peak", &fma_peak, py::arg("threads"));
+    m.def("copy_bandwidth", &copy_bandwidth, py::arg("megabytes"), py::arg("threads"));
+    m.def("gather_f32", &gather_f32, py::arg("addresses"), py::arg("out").noconvert());
+    py::class_<Network>(m, "Network")
+        .def(py::init(&make_network), py::arg("layers"), py::arg("pool") = true, py::arg("table") = 0,
+             py::arg("isa") = "")
+        .def("run", &run, py::arg("x"), py::arg("bytes"), py::arg("strides"), py::arg("size"), py::arg("residual"),
+             py::arg("y"), py::arg("threads"))
+        .def("workspace_bytes", &Network::workspace_bytes, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads"))
+        .def_property_readonly("weight_bytes", &Network::weight_bytes)
+        .def_property_readonly("outputs", &Network::outputs)
+        .def_property_readonly("isa", [](const Network &n) { return std::string(n.isa()); });
+}

@@ -1,0 +1,135 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace mnv2 {
+
+#define ISA(name, flags, features)                                                                                     \
+    namespace name {                                                                                                   \
+    extern const KernelTable table;                                                                                    \
+    }
+#include "isa.def"
+#undef ISA
+
+namespace {
+
+#if defined(__x86_64__)
+std::uint64_t xgetbv() {
+    std::uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (static_cast<std::uint64_t>(high) << 32) | low;
+}
+
+// Intel SDM vol. 1, 14.3 and 15.2: an instruction set needs its CPUID bit and its registers saved by the system (XCR0).
+std::uint32_t detect() {
+    std::uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d))
+        return 0;
+    const bool osxsave = c & (1u << 27);
+    const bool fma = c & (1u << 12);
+    const std::uint64_t saved = osxsave ? xgetbv() : 0;
+    const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6;
+    std::uint32_t found = 0;
+    if (ymm && fma)
+        found |= kFma;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return found;
+    if (ymm && (b & (1u << 5)))
+        found |= kAvx2;
+    if (zmm && (b & (1u << 16)))
+        found |= kAvx512f;
+    if (zmm && (b & (1u << 30)))
+        found |= kAvx512bw;
+    if (zmm && (c & (1u << 11)))
+        found |= kAvx512vnni;
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+        if (zmm && (a & (1u << 5)))
+            found |= kAvx512bf16;
+        if (ymm && (a & (1u << 4)))
+            found |= kAvxVnni;
+    }
+    return found;
+}
+#else
+std::uint32_t detect() { return 0; }
+#endif
+
+std::uint32_t features() {
+    static const std::uint32_t found = detect();
+    return found;
+}
+
+struct Row {
+    const KernelTable *table;
+    std::uint32_t needs;
+};
+
+const Row kRows[] = {
+#define ISA(name, flags, features) {&name::table, features},
+#include "isa.def"
+#undef ISA
+};
+
+bool runs(const Row &row) { return (features() & row.needs) == row.needs; }
+
+const KernelTable *best() {
+    for (const Row &row : kRows)
+        if (runs(row))
+            return row.table;
+    throw std::runtime_error("isa.def has no row without requirements");
+}
+
+std::atomic<const KernelTable *> chosen{nullptr};
+
+} // namespace
+
+const std::vector<std::pair<std::string, bool>> &cpu_features() {
+    static const std::vector<std::pair<std::string, bool>> named = {
+        {"avx2", features() & kAvx2},
+        {"fma", features() & kFma},
+        {"avx512f", features() & kAvx512f},
+        {"avx512bw", features() & kAvx512bw},
+        {"avx512_vnni", features() & kAvx512vnni},
+        {"avx512_bf16", features() & kAvx512bf16},
+        {"avx_vnni", features() & kAvxVnni},
+    };
+    return named;
+}
+
+std::vector<std::string> runnable_isas() {
+    std::vector<std::string> names;
+    for (const Row &row : kRows)
+        if (runs(row))
+            names.push_back(row.table->isa);
+    return names;
+}
+
+const KernelTable &kernels() {
+    const KernelTable *table = chosen.load(std::memory_order_acquire);
+    if (!table) {
+        table = best(); // two threads may both get here: they store the same
+        chosen.store(table, std::memory_order_release);
+    }
+    return *table;
+}
+
+const KernelTable &kernels(const std::string &name) {
+    std::string valid;
+    for (const Row &row : kRows) {
+        if (!runs(row))
+            continue;
+        if (name == row.table->isa)
+            return *row.table;
+        valid += (valid.empty() ? "" : ", ") + std::string(row.table->isa);
+    }
+    throw std::invalid_argument("no instruction set '" + name + "' here: use one of " + valid);
+}
+
+void select_isa(const std::string &name) { chosen.store(&kernels(name), std::memory_order_release); }
+
+} // namespace mnv2

@@ -1,0 +1,110 @@
+#include "network.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "parallel.h"
+#include "run.h"
+
+namespace mnv2 {
+namespace {
+
+constexpr std::size_t kPlans = 8; // image sizes remembered
+
+Packed pack(const KernelTable &kernels, const LayerDesc &d) {
+    if (d.kind == Kind::depthwise)
+        return pack_depthwise(kernels, d.weight, d.bias, d.cin);
+    return pack_gemm(kernels, d.weight, d.bias, d.cout, d.kind == Kind::stem ? kStemTaps : d.cin);
+}
+
+} // namespace
+
+Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layers, bool pool, const float *table)
+    : kernels_(kernels) {
+    for (const LayerDesc &d : layers)
+        layers_.push_back({d, {}});
+    steps_ = make_steps(layers_, pool);
+    for (Layer &layer : layers_) {
+        layer.packed = pack(kernels, layer.desc);
+        layer.desc.weight = layer.desc.bias = nullptr; // the caller's, gone after this
+    }
+    if (table)
+        table_.assign(table, table + 3 * 256);
+}
+
+std::shared_ptr<const Plan> Network::plan(int h, int w) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (std::size_t i = 0; i < plans_.size(); ++i)
+        if (plans_[i]->h == h && plans_[i]->w == w) {
+            std::rotate(plans_.begin(), plans_.begin() + i, plans_.begin() + i + 1); // most recent first
+            return plans_.front();
+        }
+    if (plans_.size() == kPlans)
+        plans_.pop_back();
+    plans_.insert(plans_.begin(), std::make_shared<const Plan>(make_plan(layers_, steps_, h, w)));
+    return plans_.front();
+}
+
+Floats Network::take_workspace(std::size_t floats, std::size_t &capacity) const {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        while (!free_.empty()) {
+            Memory memory = std::move(free_.back());
+            free_.pop_back();
+            if (memory.capacity >= floats) {
+                capacity = memory.capacity;
+                return std::move(memory.floats);
+            }
+        }
+    }
+    capacity = floats;
+    return allocate(floats);
+}
+
+void Network::give_workspace(Floats memory, std::size_t capacity) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back({capacity, std::move(memory)});
+}
+
+std::size_t Network::workspace_bytes(int n, int h, int w, int threads) const {
+    if (n < 1 || h < 1 || w < 1)
+        return 0;
+    const std::size_t features = static_cast<std::size_t>(n) * layers_.back().desc.cin;
+    return sizeof(float) * (Runner::memory(*plan(h, w), threads) + features);
+}
+
+std::size_t Network::weight_bytes() const {
+    std::size_t floats = 0;
+    for (const Layer &layer : layers_) {
+        const LayerDesc &d = layer.desc;
+        const std::size_t padded = round_up(d.cout, kernels_.panel);
+        floats += d.kind == Kind::depthwise ? padded * kDepthwiseBlock
+                                            : padded * ((d.kind == Kind::stem ? kStemTaps : d.cin) + 1);
+    }
+    return floats * sizeof(float);
+}
+
+void Network::run(const Call &call, int threads) const {
+    if (threads < 1)
+        throw std::invalid_argument("threads must be 1 or more");
+    if (call.n < 0 || call.h < 1 || call.w < 1)
+        throw std::invalid_argument("H and W must be 1 or more");
+    if (call.bytes && table_.empty())
+        throw std::invalid_argument("uint8 images need the network's normalization");
+    if (call.n == 0)
+        return;
+    threads = usable_threads(threads);
+    const std::shared_ptr<const Plan> plan = this->plan(call.h, call.w);
+    const bool classifies = steps_.back().form == Step::Form::linear && steps_.size() > 1;
+    const std::size_t features = classifies ? static_cast<std::size_t>(call.n) * layers_.back().desc.cin : 0;
+    const std::size_t floats = Runner::memory(*plan, threads);
+    std::size_t capacity = 0;
+    Floats memory = take_workspace(floats + features, capacity);
+    const Runner runner(kernels_, layers_, steps_, *plan, call, table_.empty() ? nullptr : table_.data());
+    float *const pooled = classifies ? memory.get() + floats : call.y;
+    parallel(threads, [&](Team &team) { runner.run(team, memory.get(), pooled); });
+    give_workspace(std::move(memory), capacity);
+}
+
+} // namespace mnv2

@@ -1,0 +1,75 @@
+// A frozen network: packed weights and the steps that run them. Immutable once built, and run from any thread.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "pack.h"
+#include "plan.h"
+#include "types.h"
+
+namespace mnv2 {
+
+struct LayerDesc {
+    Kind kind;
+    int cin;
+    int cout;
+    int stride;
+    bool relu6;
+    int residual;        // layers back to the one whose input is added; kGiven: the caller passes it; 0: none
+    const float *weight; // folded, in torch's order; read at construction only
+    const float *bias;
+};
+constexpr int kGiven = -1;
+
+struct Layer {
+    LayerDesc desc;
+    Packed packed;
+};
+
+// The caller's tensors. Strides are in elements; `bytes` images are uint8 and looked up in the network's table.
+struct Call {
+    const void *x;
+    bool bytes;
+    std::ptrdiff_t stride_n, stride_c, stride_h, stride_w;
+    int n, h, w;
+    const float *residual; // NHWC, dense, for a network of one pointwise layer
+    float *y;              // [n, outputs], or NHWC and dense where the network ends in a convolution
+};
+
+class Network {
+  public:
+    // `pool`: the last pointwise layer is averaged over H and W, as it always is before a linear one. `table`: the 256
+    // values of a uint8 for each colour, [3, 256], or null. Throws std::invalid_argument where the layers do not chain.
+    Network(const KernelTable &kernels, const std::vector<LayerDesc> &layers, bool pool, const float *table);
+
+    // y = network(x). Throws std::invalid_argument, std::bad_alloc before any work.
+    void run(const Call &call, int threads) const;
+
+    std::size_t workspace_bytes(int n, int h, int w, int threads) const;
+    std::size_t weight_bytes() const;
+    int outputs() const { return layers_.back().desc.cout; }
+    const char *isa() const { return kernels_.isa; }
+
+  private:
+    std::shared_ptr<const Plan> plan(int h, int w) const;
+    Floats take_workspace(std::size_t floats, std::size_t &capacity) const;
+    void give_workspace(Floats memory, std::size_t capacity) const;
+
+    const KernelTable &kernels_;
+    std::vector<Layer> layers_;
+    std::vector<Step> steps_;
+    std::vector<float> table_;
+
+    struct Memory {
+        std::size_t capacity;
+        Floats floats;
+    };
+    mutable std::mutex mutex_; // guards the two caches below, never the work
+    mutable std::vector<std::shared_ptr<const Plan>> plans_;
+    mutable std::vector<Memory> free_;
+};
+
+} // namespace mnv2

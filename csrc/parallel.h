@@ -1,0 +1,51 @@
+// All threading of the extension. OpenMP is the pool, so that it is torch's pool where torch brought the runtime.
+#pragma once
+
+#include <atomic>
+
+namespace mnv2 {
+
+// A place in a team of threads that run the same code. `sync` returns when every member has called it.
+class Team {
+  public:
+    Team(int size, int rank, std::atomic<int> *arrived) : size_(size), rank_(rank), arrived_(arrived) {}
+    static Team solo() { return Team(1, 0, nullptr); }
+
+    int size() const { return size_; }
+    int rank() const { return rank_; }
+    void sync();
+
+    // This member's share of 0..count-1, in whole multiples of `grain` but for the last.
+    void share(long count, long grain, long &begin, long &end) const {
+        const long units = (count + grain - 1) / grain;
+        begin = units * rank_ / size_ * grain;
+        end = units * (rank_ + 1) / size_ * grain;
+        if (end > count)
+            end = count;
+        if (begin > count)
+            begin = count;
+    }
+
+  private:
+    int size_;
+    int rank_;
+    std::atomic<int> *arrived_;
+    int expected_ = 0;
+};
+
+// Threads that a region asked for `requested` will get. A child of fork gets one: OpenMP's pool did not survive.
+int usable_threads(int requested);
+
+// Threads OpenMP would use by default, and the version of its specification.
+int default_threads();
+int openmp_version();
+
+void run_team(int threads, void (*body)(Team &, void *), void *context);
+
+// Calls f(Team &) in `threads` threads, this one among them. f must not throw.
+template <class F> void parallel(int threads, F &&f) {
+    run_team(
+        threads, [](Team &team, void *context) { (*static_cast<F *>(context))(team); }, &f);
+}
+
+} // namespace mnv2

@@ -1,0 +1,139 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "network.h"
+
+namespace mnv2 {
+namespace {
+
+// Floats of L2 that a row-by-row block may fill with hidden and filtered rows; the rest is for weights and pixels.
+constexpr std::size_t kFusedFloats = 96 * 1024;
+
+// Steps whose input has at most this many pixels are bound by reading weights, and run for a group of images.
+constexpr int kGroupPixels = 14 * 14;
+
+bool is(const std::vector<Layer> &layers, std::size_t i, Kind kind) {
+    return i < layers.size() && layers[i].desc.kind == kind;
+}
+
+void check_chain(const std::vector<Layer> &layers) {
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+        const LayerDesc &d = layers[i].desc;
+        const std::string where = "layer " + std::to_string(i) + ": ";
+        if (d.cin < 1 || d.cout < 1 || d.stride < 1 || d.stride > 2)
+            throw std::invalid_argument(where + "channels and stride must be positive, stride 1 or 2");
+        if (i && layers[i - 1].desc.cout != d.cin)
+            throw std::invalid_argument(where + "takes " + std::to_string(d.cin) + " channels but gets " +
+                                        std::to_string(layers[i - 1].desc.cout));
+        if (d.kind == Kind::stem && (i || d.cin != 3 || d.stride != 2))
+            throw std::invalid_argument(where + "a stem is the first layer, of 3 channels and stride 2");
+        if (d.kind == Kind::depthwise && d.cin != d.cout)
+            throw std::invalid_argument(where + "a depthwise layer keeps its channels");
+        if ((d.kind == Kind::pointwise || d.kind == Kind::linear) && d.stride != 1)
+            throw std::invalid_argument(where + "has stride 1 only");
+        if (d.kind == Kind::linear && i + 1 != layers.size())
+            throw std::invalid_argument(where + "a linear layer is the last one");
+    }
+}
+
+// A block of which only the project layer may add its own input, which is the hidden tensor's source.
+bool residual_fits(const std::vector<Layer> &layers, const Step &s) {
+    const int residual = layers[s.project].desc.residual;
+    const int first = s.produce >= 0 ? s.produce : s.depthwise;
+    return residual == 0 || (residual == s.project - first && layers[first].desc.kind != Kind::stem);
+}
+
+} // namespace
+
+std::vector<Step> make_steps(const std::vector<Layer> &layers, bool pool) {
+    if (layers.empty())
+        throw std::invalid_argument("a network needs at least one layer");
+    check_chain(layers);
+    std::vector<Step> steps;
+    for (std::size_t i = 0; i < layers.size();) {
+        Step s{Step::Form::single, -1, -1, -1};
+        const bool produces = is(layers, i, Kind::stem) || is(layers, i, Kind::pointwise);
+        const std::size_t dw = i + (produces ? 1 : 0);
+        if (is(layers, dw, Kind::depthwise) && is(layers, dw + 1, Kind::pointwise)) {
+            s = {Step::Form::block, produces ? static_cast<int>(i) : -1, static_cast<int>(dw), static_cast<int>(dw) + 1};
+            if (residual_fits(layers, s)) {
+                steps.push_back(s);
+                i = dw + 2;
+                continue;
+            }
+        }
+        const bool last = i + 1 == layers.size();
+        s = {Step::Form::single, -1, -1, static_cast<int>(i)};
+        if (is(layers, i, Kind::linear))
+            s.form = Step::Form::linear;
+        else if (is(layers, i, Kind::pointwise) && (is(layers, i + 1, Kind::linear) || (last && pool)))
+            s.form = Step::Form::head;
+        const int residual = layers[i].desc.residual;
+        if (residual != 0 && !(residual == kGiven && layers.size() == 1 && is(layers, i, Kind::pointwise)))
+            throw std::invalid_argument("layer " + std::to_string(i) + ": its residual has no block to come from");
+        steps.push_back(s);
+        ++i;
+    }
+    if (steps.back().form == Step::Form::linear && steps.size() > 1 && steps[steps.size() - 2].form != Step::Form::head)
+        throw std::invalid_argument("a linear layer follows a pointwise one");
+    return steps;
+}
+
+Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps, int h, int w) {
+    Plan plan;
+    plan.h = h;
+    plan.w = w;
+    bool late = false;
+    for (std::size_t i = 0; i < steps.size(); ++i) {
+        const Step &s = steps[i];
+        const LayerDesc &last = layers[s.project].desc;
+        StepPlan p{h, w, h, w, h, w, 0, 0};
+        const auto halve = [](int size, int stride) { return (size - 1) / stride + 1; };
+        if (!late && i > 0 && static_cast<long>(h) * w <= kGroupPixels) {
+            late = true;
+            plan.group_from = static_cast<int>(i);
+            const int first = s.produce >= 0 ? s.produce : s.depthwise >= 0 ? s.depthwise : s.project;
+            plan.group_input = static_cast<std::size_t>(kGroup) * h * w * padded(layers[first].desc.cin);
+        }
+        const std::size_t images = late ? kGroup : 1;
+        if (s.form == Step::Form::block) {
+            const LayerDesc &dw = layers[s.depthwise].desc;
+            if (s.produce >= 0) {
+                p.hidden_h = halve(h, layers[s.produce].desc.stride);
+                p.hidden_w = halve(w, layers[s.produce].desc.stride);
+            }
+            p.ho = halve(p.hidden_h, dw.stride);
+            p.wo = halve(p.hidden_w, dw.stride);
+            const std::size_t hidden_row = static_cast<std::size_t>(p.hidden_w) * padded(dw.cin);
+            const std::size_t filtered_row = static_cast<std::size_t>(p.wo) * padded(dw.cin);
+            const std::size_t row = hidden_row * dw.stride + filtered_row;
+            const std::size_t fixed = hidden_row * 2;
+            const std::size_t fits = kFusedFloats > fixed ? (kFusedFloats - fixed) / row : 0;
+            p.rows = static_cast<int>(std::clamp<std::size_t>(fits, 1, p.ho));
+            p.ring = std::min((p.rows - 1) * dw.stride + 3, p.hidden_h);
+            plan.hidden = std::max(plan.hidden, images * p.hidden_h * hidden_row);
+            plan.filtered = std::max(plan.filtered, images * p.ho * filtered_row);
+            plan.scratch = std::max(plan.scratch, p.ring * hidden_row + p.rows * filtered_row);
+        } else if (s.form == Step::Form::single) {
+            p.ho = halve(h, last.stride);
+            p.wo = halve(w, last.stride);
+        } else if (s.form == Step::Form::head) {
+            plan.scratch = std::max(plan.scratch, static_cast<std::size_t>(kPoolChunk) * 2 * kChannelPad);
+        }
+        if (s.form == Step::Form::block || s.form == Step::Form::single)
+            plan.activation = std::max(plan.activation, images * p.ho * p.wo * padded(last.cout));
+        plan.steps.push_back(p);
+        h = p.ho;
+        w = p.wo;
+    }
+    if (!late)
+        plan.group_from = static_cast<int>(steps.size());
+    if (layers.front().desc.kind == Kind::stem)
+        plan.scratch += static_cast<std::size_t>(kStemRing + 1) * stem_row(plan.w);
+    return plan;
+}
+
+} // namespace mnv2

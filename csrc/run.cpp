@@ -1,0 +1,375 @@
+#include "run.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace mnv2 {
+
+Runner::Arena Runner::arena(float *memory, const Team &team) const {
+    Arena a;
+    const auto take = [&memory](std::size_t count) {
+        float *p = memory;
+        memory += count;
+        return p;
+    };
+    a.activation[0] = take(plan_.activation);
+    a.activation[1] = take(plan_.activation);
+    a.hidden = take(plan_.hidden);
+    a.filtered = take(plan_.filtered);
+    a.group_input = take(plan_.group_input);
+    a.scratch = memory + team.rank() * plan_.scratch;
+    return a;
+}
+
+void Runner::run(Team &team, float *memory, float *features) const {
+    // Whole images to every thread, which then never waits; what is left over is shared image by image.
+    const int each = call_.n / team.size();
+    if (each > 0) {
+        Team alone = Team::solo();
+        images(alone, arena(memory + team.rank() * plan_.arena(1), alone), team.rank() * each, each, features);
+        team.sync();
+    }
+    const Arena together = arena(memory, team);
+    for (int image = each * team.size(); image < call_.n; ++image)
+        images(team, together, image, 1, features);
+    if (steps_.back().form == Step::Form::linear)
+        linear(team, static_cast<int>(steps_.size()) - 1, steps_.size() > 1 ? features : nullptr, call_.n);
+}
+
+void Runner::images(Team &team, const Arena &arena, int first, int count, float *features) const {
+    int end = static_cast<int>(steps_.size());
+    if (steps_.back().form == Step::Form::linear)
+        --end; // runs once for all images
+    const int split = count > 1 ? std::min(plan_.group_from, end) : end;
+    if (split == end) {
+        for (int i = 0; i < count; ++i)
+            steps(team, arena, 0, end, nullptr, nullptr, first + i, 1, features);
+        return;
+    }
+    const StepPlan &late = plan_.steps[split];
+    const std::size_t size = plan_.group_input / kGroup;
+    (void)late;
+    for (int begin = 0; begin < count; begin += kGroup) {
+        const int group = std::min(kGroup, count - begin);
+        for (int i = 0; i < group; ++i)
+            steps(team, arena, 0, split, nullptr, arena.group_input + i * size, first + begin + i, 1, features);
+        steps(team, arena, split, end, arena.group_input, nullptr, first + begin, group, features);
+    }
+}
+
+bool Runner::last(int step) const {
+    return step + 1 == static_cast<int>(steps_.size());
+}
+
+// Steps [from, to) for `count` images. `x` is null where the first one reads the call, `y` where the last one writes an
+// activation, the features or the call's own output.
+void Runner::steps(Team &team, const Arena &arena, int from, int to, const float *x, float *y, int image, int count,
+                   float *features) const {
+    for (int i = from; i < to; ++i) {
+        const Step &s = steps_[i];
+        const StepPlan &p = plan_.steps[i];
+        const LayerDesc &d = layers_[s.project].desc;
+        const int first = s.produce >= 0 ? s.produce : s.depthwise >= 0 ? s.depthwise : s.project;
+        Tensors t{x, padded(layers_[first].desc.cin), nullptr, padded(d.cout), writable(d.cout), image};
+        if (s.form == Step::Form::head) {
+            t.y = features + static_cast<std::ptrdiff_t>(image) * d.cout;
+        } else if (last(i)) {
+            t.y = call_.y + static_cast<std::ptrdiff_t>(image) * p.ho * p.wo * d.cout;
+            t.y_ld = t.y_channels = d.cout;
+        } else {
+            t.y = i + 1 == to && y ? y : arena.activation[i % 2];
+        }
+        if (!x && layers_[first].desc.kind != Kind::stem) {
+            t.x = static_cast<const float *>(call_.x) + image * call_.stride_n;
+            t.x_ld = call_.stride_w;
+        }
+        switch (s.form) {
+        case Step::Form::block:
+            // Layer by layer shares every row once and needs two more waits; row by row keeps the hidden rows in L2
+            // and makes a few of them twice. Large maps want the second, small ones and groups of images the first.
+            if (s.produce >= 0 && x && (count > 1 || (team.size() > 1 && p.rows >= p.ho / team.size())))
+                block_by_layers(team, arena, i, t, count);
+            else
+                for (int image_in_group = 0; image_in_group < count; ++image_in_group) {
+                    block_by_rows(team, arena, i, t);
+                    t.x += static_cast<std::ptrdiff_t>(p.h) * p.w * t.x_ld;
+                    t.y += static_cast<std::ptrdiff_t>(p.ho) * p.wo * t.y_ld;
+                }
+            break;
+        case Step::Form::single:
+            for (int image_in_group = 0; image_in_group < count; ++image_in_group) {
+                single(team, arena, i, t);
+                t.x += static_cast<std::ptrdiff_t>(p.h) * p.w * t.x_ld;
+                t.y += static_cast<std::ptrdiff_t>(p.ho) * p.wo * t.y_ld;
+            }
+            break;
+        case Step::Form::head:
+            head(team, arena, i, t, count);
+            break;
+        case Step::Form::linear:
+            break;
+        }
+        team.sync();
+        x = t.y;
+        if (s.form == Step::Form::block || s.form == Step::Form::single)
+            x = last(i) ? nullptr : (i + 1 == to && y ? y : arena.activation[i % 2]);
+    }
+}
+
+void Runner::depthwise_row(const Layer &layer, const float *const (&rows)[3], std::ptrdiff_t x_ld, int width, float *y,
+                           std::ptrdiff_t y_ld, int block_begin, int block_end) const {
+    const LayerDesc &d = layer.desc;
+    const bool dense = y_ld == d.cout || x_ld == d.cout; // the caller's tensor: no channel past the last may be touched
+    kernels_.depthwise({{rows[0], rows[1], rows[2]},
+                        x_ld,
+                        layer.packed.weight.get(),
+                        y,
+                        y_ld,
+                        width,
+                        d.stride,
+                        dense ? d.cout : writable(d.cout),
+                        block_begin,
+                        block_end,
+                        d.relu6});
+}
+
+// A strip of output rows for each member; `rows` of them at a time, their hidden rows in a ring.
+void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tensors &t) const {
+    const Step &s = steps_[step];
+    const StepPlan &p = plan_.steps[step];
+    const Layer &depthwise = layers_[s.depthwise], &project = layers_[s.project];
+    const int stride = depthwise.desc.stride, channels = depthwise.desc.cin, ld = padded(channels);
+    const int blocks = round_up(channels, kernels_.lanes) / kernels_.lanes;
+    const bool stem = s.produce >= 0 && layers_[s.produce].desc.kind == Kind::stem;
+    const std::size_t hidden_row = static_cast<std::size_t>(p.hidden_w) * ld;
+    float *const stem_memory = arena.scratch;
+    float *const ring = arena.scratch +
+                        (layers_.front().desc.kind == Kind::stem ? (kStemRing + 1) * stem_row(plan_.w) : 0);
+    float *const filtered = ring + p.ring * hidden_row;
+    const std::ptrdiff_t source_ld = s.produce >= 0 ? ld : t.x_ld;
+
+    long begin, end;
+    team.share(p.ho, 1, begin, end);
+    int made = std::max(0, static_cast<int>(begin) * stride - 1); // the next hidden row to make
+    int loaded = -1;
+    for (int o = static_cast<int>(begin); o < end; o += p.rows) {
+        const int rows = std::min(p.rows, static_cast<int>(end) - o);
+        const int needed = std::min(p.hidden_h, (o + rows - 1) * stride + 2);
+        while (s.produce >= 0 && made < needed) {
+            const int slot = made % p.ring, count = std::min(needed - made, p.ring - slot);
+            float *out = ring + slot * hidden_row;
+            if (stem) {
+                stem_rows(layers_[s.produce], t.image, made, made + count, p.hidden_w, out, ld, writable(channels),
+                          stem_memory, loaded);
+            } else {
+                Team alone = Team::solo();
+                pointwise(alone, layers_[s.produce],
+                          {t.x + static_cast<std::ptrdiff_t>(made) * p.w * t.x_ld, t.x_ld, out, ld, writable(channels), 0},
+                          static_cast<std::ptrdiff_t>(count) * p.w, nullptr, 0);
+            }
+            made += count;
+        }
+        for (int r = 0; r < rows; ++r) {
+            const float *in[3];
+            for (int kh = 0; kh < 3; ++kh) {
+                const int row = (o + r) * stride + kh - 1;
+                if (row < 0 || row >= p.hidden_h)
+                    in[kh] = nullptr;
+                else if (s.produce >= 0)
+                    in[kh] = ring + row % p.ring * hidden_row;
+                else
+                    in[kh] = t.x + static_cast<std::ptrdiff_t>(row) * p.hidden_w * t.x_ld;
+            }
+            depthwise_row(depthwise, in, source_ld, p.hidden_w, filtered + static_cast<std::ptrdiff_t>(r) * p.wo * ld, ld,
+                          0, blocks);
+        }
+        Team alone = Team::solo();
+        const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(o) * p.wo;
+        pointwise(alone, project, {filtered, ld, t.y + at * t.y_ld, t.y_ld, t.y_channels, 0},
+                  static_cast<std::ptrdiff_t>(rows) * p.wo, project.desc.residual ? t.x + at * t.x_ld : nullptr, t.x_ld);
+    }
+}
+
+// Expand, wait, depthwise, wait, project: each layer shared by the team as its own shape asks.
+void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Tensors &t, int images) const {
+    const Step &s = steps_[step];
+    const StepPlan &p = plan_.steps[step];
+    const Layer &expand = layers_[s.produce], &depthwise = layers_[s.depthwise], &project = layers_[s.project];
+    const int stride = depthwise.desc.stride, channels = depthwise.desc.cin, ld = padded(channels);
+    const std::ptrdiff_t in_pixels = static_cast<std::ptrdiff_t>(p.hidden_h) * p.hidden_w;
+    const std::ptrdiff_t out_pixels = static_cast<std::ptrdiff_t>(p.ho) * p.wo;
+
+    pointwise(team, expand, {t.x, t.x_ld, arena.hidden, ld, writable(channels), 0}, images * in_pixels, nullptr, 0);
+    team.sync();
+
+    const long all_rows = static_cast<long>(images) * p.ho, blocks = writable(channels) / kernels_.lanes;
+    long row_begin = 0, row_end = all_rows, block_begin = 0, block_end = blocks;
+    if (all_rows % team.size() == 0)
+        team.share(all_rows, 1, row_begin, row_end);
+    else
+        team.share(blocks, 1, block_begin, block_end);
+    for (long row = row_begin; row < row_end; ++row) {
+        const long image = row / p.ho, o = row % p.ho;
+        const float *in[3];
+        for (int kh = 0; kh < 3; ++kh) {
+            const long h = o * stride + kh - 1;
+            in[kh] = h < 0 || h >= p.hidden_h ? nullptr : arena.hidden + (image * in_pixels + h * p.hidden_w) * ld;
+        }
+        depthwise_row(depthwise, in, ld, p.hidden_w, arena.filtered + row * p.wo * ld, ld, static_cast<int>(block_begin),
+                      static_cast<int>(block_end));
+    }
+    team.sync();
+
+    pointwise(team, project, {arena.filtered, ld, t.y, t.y_ld, t.y_channels, 0}, images * out_pixels,
+              project.desc.residual ? t.x : nullptr, t.x_ld);
+}
+
+void Runner::single(Team &team, const Arena &arena, int step, const Tensors &t) const {
+    const StepPlan &p = plan_.steps[step];
+    const Layer &layer = layers_[steps_[step].project];
+    const LayerDesc &d = layer.desc;
+    if (d.kind == Kind::pointwise) {
+        const std::ptrdiff_t pixels = static_cast<std::ptrdiff_t>(p.h) * p.w;
+        const float *residual = call_.residual ? call_.residual + t.image * pixels * d.cout : nullptr;
+        pointwise(team, layer, t, pixels, residual, d.cout);
+        return;
+    }
+    long begin, end;
+    team.share(p.ho, 1, begin, end);
+    if (d.kind == Kind::stem) {
+        int loaded = -1;
+        stem_rows(layer, t.image, static_cast<int>(begin), static_cast<int>(end), p.wo, t.y + begin * p.wo * t.y_ld, t.y_ld,
+                  t.y_channels, arena.scratch, loaded);
+        return;
+    }
+    const int blocks = round_up(d.cin, kernels_.lanes) / kernels_.lanes;
+    for (long o = begin; o < end; ++o) {
+        const float *in[3];
+        for (int kh = 0; kh < 3; ++kh) {
+            const long h = o * d.stride + kh - 1;
+            in[kh] = h < 0 || h >= p.h ? nullptr : t.x + h * p.w * t.x_ld;
+        }
+        depthwise_row(layer, in, t.x_ld, p.w, t.y + o * p.wo * t.y_ld, t.y_ld, 0, blocks);
+    }
+}
+
+// The last 1x1 layer a panel of channels at a time, summed at once: its output tensor never exists.
+void Runner::head(Team &team, const Arena &arena, int step, const Tensors &t, int images) const {
+    const StepPlan &p = plan_.steps[step];
+    const Layer &layer = layers_[steps_[step].project];
+    const LayerDesc &d = layer.desc;
+    const std::ptrdiff_t pixels = static_cast<std::ptrdiff_t>(p.h) * p.w;
+    long begin, end;
+    team.share((d.cout + kernels_.panel - 1) / kernels_.panel, 1, begin, end);
+    for (long panel = begin; panel < end; ++panel) {
+        const int n = static_cast<int>(panel) * kernels_.panel, channels = std::min(kernels_.panel, d.cout - n);
+        for (int image = 0; image < images; ++image) {
+            const float *x = t.x + image * pixels * t.x_ld;
+            float *sum = t.y + static_cast<std::ptrdiff_t>(image) * d.cout + n;
+            for (std::ptrdiff_t at = 0; at < pixels; at += kPoolChunk) {
+                const std::ptrdiff_t chunk = std::min<std::ptrdiff_t>(kPoolChunk, pixels - at);
+                kernels_.pointwise({x + at * t.x_ld, t.x_ld,
+                                    layer.packed.weight.get() + static_cast<std::ptrdiff_t>(n) * d.cin,
+                                    layer.packed.bias.get() + n, nullptr, 0, arena.scratch, kernels_.panel, chunk, d.cin,
+                                    channels, 0, 1, d.relu6});
+                kernels_.pool({arena.scratch, kernels_.panel, sum, chunk, channels, at > 0});
+            }
+            for (int c = 0; c < channels; ++c)
+                sum[c] /= static_cast<float>(pixels);
+        }
+    }
+}
+
+void Runner::linear(Team &team, int step, const float *x, int images) const {
+    const Layer &layer = layers_[steps_[step].project];
+    const LayerDesc &d = layer.desc;
+    const float *in = x ? x : static_cast<const float *>(call_.x);
+    pointwise(team, layer, {in, d.cin, call_.y, d.cout, d.cout, 0}, images, nullptr, 0);
+}
+
+void Runner::pointwise(Team &team, const Layer &layer, const Tensors &t, std::ptrdiff_t pixels, const float *residual,
+                       std::ptrdiff_t residual_ld) const {
+    const LayerDesc &d = layer.desc;
+    const int panels = (d.cout + kernels_.panel - 1) / kernels_.panel;
+    const auto part = [&](std::ptrdiff_t from, std::ptrdiff_t to, int panel_begin, int panel_end) {
+        if (from < to && panel_begin < panel_end)
+            kernels_.pointwise({t.x + from * t.x_ld, t.x_ld, layer.packed.weight.get(), layer.packed.bias.get(),
+                                residual ? residual + from * residual_ld : nullptr, residual_ld, t.y + from * t.y_ld,
+                                t.y_ld, to - from, d.cin, t.y_channels, panel_begin, panel_end, d.relu6});
+    };
+    const long tile = kernels_.tile_rows, tiles = (pixels + tile - 1) / tile;
+    if (tiles % team.size() == 0 || tiles >= 8 * team.size()) {
+        long begin, end;
+        team.share(pixels, tile, begin, end);
+        part(begin, end, 0, panels);
+        return;
+    }
+    // Too few tiles to share evenly: share (panel, tile) pairs, in this order, by the pixels in them.
+    const auto cut = [&](int rank) {
+        const long work = panels * pixels * rank / team.size();
+        const long panel = work / pixels, from = (work % pixels + tile / 2) / tile * tile;
+        return std::pair<long, long>(panel, std::min<long>(from, pixels));
+    };
+    const auto [panel_begin, from] = cut(team.rank());
+    const auto [panel_end, to] = cut(team.rank() + 1);
+    if (panel_begin == panel_end) {
+        part(from, to, panel_begin, panel_begin + 1);
+        return;
+    }
+    part(from, pixels, panel_begin, panel_begin + 1);
+    part(0, pixels, panel_begin + 1, panel_end);
+    part(0, to, panel_end, panel_end + 1);
+}
+
+// Output rows [begin, end) of the stem. `rows` holds kStemRing padded input rows, filled as they are needed, and one of
+// zeros; `loaded` is the last input row in it.
+void Runner::stem_rows(const Layer &layer, int image, int begin, int end, int width, float *y, std::ptrdiff_t y_ld,
+                       int y_channels, float *rows, int &loaded) const {
+    const int size = stem_row(plan_.w);
+    float *const zeros = rows + kStemRing * size;
+    if (loaded < 0) {
+        std::memset(rows, 0, sizeof(float) * (kStemRing + 1) * size); // the padding is zeros and stays so
+        loaded = std::max(-1, 2 * begin - 2);
+    }
+    for (int o = begin; o < end; ++o, y += width * y_ld) {
+        for (; loaded < std::min(plan_.h - 1, 2 * o + 1); ++loaded)
+            load_row(image, loaded + 1, rows + (loaded + 1) % kStemRing * size);
+        StemArgs args{{}, planar() ? 2 : 6, layer.packed.weight.get(), layer.packed.bias.get(), y, y_ld, width, y_channels,
+                      layer.desc.relu6};
+        for (int k = 0; k < kStemTaps; ++k) {
+            const int c = k / 9, kh = k / 3 % 3, kw = k % 3, h = 2 * o + kh - 1;
+            const float *row = h < 0 || h >= plan_.h ? zeros : rows + h % kStemRing * size;
+            args.taps[k] = row + (planar() ? c * (plan_.w + 2) + kw : kw * 3 + c);
+        }
+        kernels_.stem(args);
+    }
+}
+
+// One input row behind its left pixel of padding: colour after colour, or interleaved where the image is.
+void Runner::load_row(int image, int row, float *out) const {
+    const std::ptrdiff_t at = image * call_.stride_n + row * call_.stride_h;
+    const int width = plan_.w;
+    if (call_.bytes) {
+        const std::uint8_t *in = static_cast<const std::uint8_t *>(call_.x) + at;
+        for (int w = 0; w < width; ++w)
+            for (int c = 0; c < 3; ++c)
+                out[3 * (w + 1) + c] = table_[256 * c + in[w * call_.stride_w + c * call_.stride_c]];
+        return;
+    }
+    const float *in = static_cast<const float *>(call_.x) + at;
+    if (!planar()) {
+        std::memcpy(out + 3, in, sizeof(float) * 3 * width);
+        return;
+    }
+    for (int c = 0; c < 3; ++c) {
+        float *line = out + c * (width + 2) + 1;
+        const float *from = in + c * call_.stride_c;
+        if (call_.stride_w == 1)
+            std::memcpy(line, from, sizeof(float) * width);
+        else
+            for (int w = 0; w < width; ++w)
+                line[w] = from[w * call_.stride_w];
+    }
+}
+
+} // namespace mnv2

@@ -1,0 +1,73 @@
+// Runs the steps of a network over images, in one thread or a team of them.
+#pragma once
+
+#include "network.h"
+#include "parallel.h"
+
+namespace mnv2 {
+
+// Where a step reads and writes. `x_ld` and `y_ld` are floats between pixels; `x` is null where the step reads the call.
+struct Tensors {
+    const float *x;
+    std::ptrdiff_t x_ld;
+    float *y;
+    std::ptrdiff_t y_ld;
+    int y_channels; // that may be written for each pixel
+    int image;      // index of the first image in the call
+};
+
+class Runner {
+  public:
+    Runner(const KernelTable &kernels, const std::vector<Layer> &layers, const std::vector<Step> &steps, const Plan &plan,
+           const Call &call, const float *table)
+        : kernels_(kernels), layers_(layers), steps_(steps), plan_(plan), call_(call), table_(table) {}
+
+    // Every image, by one member of a team that all call this with the same memory. Returns when this member is done.
+    void run(Team &team, float *memory, float *features) const;
+
+    static std::size_t memory(const Plan &plan, int threads) {
+        const std::size_t alone = threads * plan.arena(1), together = plan.arena(threads);
+        return alone > together ? alone : together;
+    }
+
+  private:
+    struct Arena {
+        float *activation[2];
+        float *hidden;
+        float *filtered;
+        float *group_input;
+        float *scratch;
+    };
+
+    Arena arena(float *memory, const Team &team) const;
+    void images(Team &team, const Arena &arena, int first, int count, float *features) const;
+    void steps(Team &team, const Arena &arena, int from, int to, const float *x, float *y, int image, int count,
+               float *features) const;
+
+    void block_by_rows(Team &team, const Arena &arena, int step, const Tensors &t) const;
+    void block_by_layers(Team &team, const Arena &arena, int step, const Tensors &t, int images) const;
+    void single(Team &team, const Arena &arena, int step, const Tensors &t) const;
+    void head(Team &team, const Arena &arena, int step, const Tensors &t, int images) const;
+    void linear(Team &team, int step, const float *x, int images) const;
+
+    void pointwise(Team &team, const Layer &layer, const Tensors &t, std::ptrdiff_t pixels, const float *residual,
+                   std::ptrdiff_t residual_ld) const;
+    void depthwise_row(const Layer &layer, const float *const (&rows)[3], std::ptrdiff_t x_ld, int width, float *y,
+                       std::ptrdiff_t y_ld, int block_begin, int block_end) const;
+    void stem_rows(const Layer &layer, int image, int begin, int end, int width, float *y, std::ptrdiff_t y_ld,
+                   int y_channels, float *rows, int &loaded) const;
+    void load_row(int image, int row, float *out) const;
+
+    bool planar() const { return !call_.bytes && !(call_.stride_c == 1 && call_.stride_w == 3); }
+    int writable(int channels) const { return round_up(channels, kernels_.lanes); }
+    bool last(int step) const;
+
+    const KernelTable &kernels_;
+    const std::vector<Layer> &layers_;
+    const std::vector<Step> &steps_;
+    const Plan &plan_;
+    const Call &call_;
+    const float *table_;
+};
+
+} // namespace mnv2

@@ -1,0 +1,37 @@
+// AVX2 + FMA: 16 registers of 8 floats.
+#pragma once
+
+#include <immintrin.h>
+
+namespace mnv2::avx2 {
+namespace {
+
+struct Vec {
+    __m256 v;
+};
+
+constexpr int kLanes = 8;
+// 6 x 2 accumulators + 2 weights + 1 broadcast = 15 registers.
+constexpr int kTileRows = 6;
+constexpr int kTileVecs = 2;
+
+inline __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+inline Vec zero() { return {_mm256_setzero_ps()}; }
+inline Vec broadcast(const float *p) { return {_mm256_broadcast_ss(p)}; }
+inline Vec load(const float *p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load_first(const float *p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
+inline void store(float *p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void store_first(float *p, Vec a, int n) { _mm256_maskstore_ps(p, first(n), a.v); }
+inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+// min(max(a, 0), 6). The instructions return their second operand when either is NaN, so a NaN stays.
+inline Vec relu6(Vec a) {
+    return {_mm256_min_ps(_mm256_set1_ps(6.0f), _mm256_max_ps(_mm256_setzero_ps(), a.v))};
+}
+
+} // namespace
+} // namespace mnv2::avx2

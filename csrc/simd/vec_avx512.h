@@ -1,0 +1,35 @@
+// AVX-512F: 32 registers of 16 floats.
+#pragma once
+
+#include <immintrin.h>
+
+namespace mnv2::avx512 {
+namespace {
+
+struct Vec {
+    __m512 v;
+};
+
+constexpr int kLanes = 16;
+// 14 x 2 accumulators + 2 weights + 1 broadcast = 31 registers; 14 divides 112, 56, 28, 14 and 196 pixels.
+constexpr int kTileRows = 14;
+constexpr int kTileVecs = 2;
+
+inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+inline Vec zero() { return {_mm512_setzero_ps()}; }
+inline Vec broadcast(const float *p) { return {_mm512_set1_ps(*p)}; }
+inline Vec load(const float *p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load_first(const float *p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+inline void store(float *p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store_first(float *p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+// min(max(a, 0), 6). The instructions return their second operand when either is NaN, so a NaN stays.
+inline Vec relu6(Vec a) {
+    return {_mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_max_ps(_mm512_setzero_ps(), a.v))};
+}
+
+} // namespace
+} // namespace mnv2::avx512

@@ -1,0 +1,87 @@
+// Plain structs shared by the kernels, which are compiled once per ISA, and their callers, which are not.
+//
+// Activations are NHWC: a pixel is `ld` floats away from the next one and holds its channels one after another.
+// Counts are in elements, never in bytes. `cout` of a kernel is the number of channels it may write; a kernel never
+// reads or writes past it, so a padded buffer passes its padded count and skips the tails.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mnv2 {
+
+// Every internal buffer starts on a cache line and pads its channels to this many floats, the widest vector.
+constexpr int kChannelPad = 16;
+constexpr std::size_t kCacheLine = 64;
+
+constexpr int kStemTaps = 27;       // 3 rows x 3 columns x 3 colours
+constexpr int kDepthwiseBlock = 10; // vectors per packed block of channels: 9 taps and the bias
+
+// y[p, n] = act(bias[n] + sum_k x[p, k] * w[k, n]) + residual[p, n]
+struct PointwiseArgs {
+    const float *x;
+    std::ptrdiff_t x_ld;
+    const float *weight; // panels [cout / panel][cin][panel], see pack.h
+    const float *bias;   // padded to the panels
+    const float *residual; // or null
+    std::ptrdiff_t residual_ld;
+    float *y;
+    std::ptrdiff_t y_ld;
+    std::ptrdiff_t pixels;
+    int cin;
+    int cout;
+    int panel_begin; // the panels to compute
+    int panel_end;
+    bool relu6;
+};
+
+// One output row of the 3x3 stride-2 convolution from 3 colours.
+struct StemArgs {
+    const float *taps[kStemTaps]; // of output pixel 0; zero padding is in memory already
+    std::ptrdiff_t step;          // from one output pixel's tap to the next one's
+    const float *weight;          // panels [cout / panel][27][panel]
+    const float *bias;
+    float *y;
+    std::ptrdiff_t y_ld;
+    std::ptrdiff_t pixels;
+    int cout;
+    bool relu6;
+};
+
+// One output row of the 3x3 depthwise convolution with padding 1.
+struct DepthwiseArgs {
+    const float *rows[3]; // input rows above, at and below; null above the first and below the last
+    std::ptrdiff_t x_ld;
+    const float *weight; // blocks [channels / lanes][9 taps + bias][lanes]
+    float *y;
+    std::ptrdiff_t y_ld;
+    int width; // of the input; the output's is (width - 1) / stride + 1
+    int stride;
+    int channels; // of the tensor, for the last block's tail
+    int block_begin; // the blocks of `lanes` channels to compute
+    int block_end;
+    bool relu6;
+};
+
+// sum[c] (+)= sum over pixels of x[p, c]
+struct PoolArgs {
+    const float *x;
+    std::ptrdiff_t x_ld;
+    float *sum;
+    std::ptrdiff_t pixels;
+    int channels;
+    bool accumulate;
+};
+
+struct KernelTable {
+    const char *isa;
+    int lanes;      // floats in a vector
+    int panel;      // output channels of a full panel of packed weights
+    int tile_rows;  // pixels a full register tile computes at once
+#define KERNEL(name, Args) void (*name)(const Args &);
+#include "kernels.def"
+#undef KERNEL
+    double (*fma_peak)(std::int64_t iterations); // runs them, returns the multiply-accumulates done
+};
+
+} // namespace mnv2

@@ -1,0 +1,256 @@
+"""The operators on `_C`, our C++ kernels: float32 tensors on the CPU.
+
+Every function takes and returns what its operator in `ops` does; `declines` says which calls are not for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import types
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import env
+from ..arch import LayerSpec
+from ..errors import UserError
+
+OPERATORS = ("stem", "depthwise", "pointwise", "head")
+
+# 32-bit sizes in the kernels' interface; a tensor past them is for eager.
+_MAX_SIZE = 2**31 - 1
+
+
+@functools.cache
+def _load() -> tuple[types.ModuleType | None, str]:
+    """The extension, or None and the reason why it is not there."""
+    try:
+        # After torch: whichever OpenMP runtime torch brought is the one the extension then finds.
+        module = importlib.import_module("mnv2_fast._C")
+    except ImportError as error:
+        return None, f"the extension mnv2_fast._C cannot be loaded ({error}): reinstall mnv2-fast for this Python"
+    isa = env.force_isa()
+    if isa is not None:
+        try:
+            module.select_isa(isa)
+        except ValueError as error:
+            raise UserError(f"{env.FORCE_ISA.name}={isa!r}: {error}") from None
+    return module, ""
+
+
+def _c() -> types.ModuleType:
+    module, reason = _load()
+    if module is None:
+        raise UserError(reason)
+    return module
+
+
+def available() -> bool:
+    """Whether the extension is there."""
+    return _load()[0] is not None
+
+
+def unavailable_reason() -> str:
+    """Why `available()` is False, with the cure; empty where it is True."""
+    return _load()[1]
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return str(_c().isa())
+
+
+def isas() -> list[str]:
+    """The instruction sets that run here, best first."""
+    return list(_c().isas())
+
+
+def features() -> dict[str, bool]:
+    """Features of this processor that its operating system lets programs use."""
+    return dict(_c().cpu_features())
+
+
+def build_info() -> dict[str, str]:
+    """The compiler that built the extension and where the extension lies."""
+    return {"compiler": str(_c().compiler()), "file": str(_c().__file__)}
+
+
+def openmp() -> dict[str, object]:
+    """OpenMP runtimes loaded in this process (by file name), the version of the extension's and its threads."""
+    runtimes: list[str] = []
+    if os.path.exists("/proc/self/maps"):
+        with open("/proc/self/maps") as maps:
+            files = {line.split()[-1] for line in maps if "omp" in line}
+        runtimes = sorted(
+            file for file in files if os.path.basename(file).startswith(("libgomp", "libomp", "libiomp"))
+        )
+    return {"runtimes": runtimes, "version": _c().openmp_version(), "threads": _c().default_threads()}
+
+
+def declines(op: str, *args: object) -> str | None:
+    """Why this backend does not serve a call of the operator `op`, or None."""
+    if op not in OPERATORS:
+        return f"the CPU kernels have no operator {op}"
+    if not available():
+        return unavailable_reason()
+    for value in args:
+        if not isinstance(value, Tensor):
+            continue
+        if value.device.type != "cpu":
+            return f"a tensor is on {value.device}, the CPU kernels' are on cpu"
+        if value.dtype != torch.float32:
+            return f"a tensor is {value.dtype}, the CPU kernels' are torch.float32"
+        if value.layout != torch.strided:
+            return f"a tensor's layout is {value.layout}, the CPU kernels' is torch.strided"
+        if max(value.shape, default=0) > _MAX_SIZE:
+            return "a dimension is larger than 2**31 - 1"
+    return None
+
+
+class Network:
+    """A frozen network of folded layers on the CPU. Immutable; may be run from several threads at once.
+
+    Args:
+        layers: first to last, as `arch.network` makes them. One `pointwise` layer alone may have residual -1: its
+            residual is then passed to `run`.
+        tensors: for each layer (weight, bias), float32, batch norm folded in; copied.
+        pool: average the last pointwise layer over H and W, as is always done before a linear layer.
+        table: [3, 256] float32, the value of each uint8 for R, G and B; needed for uint8 images only.
+        isa: an instruction set of `isas()`, the one in use by default.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        tensors: Sequence[tuple[Tensor, Tensor]],
+        pool: bool = True,
+        table: Tensor | None = None,
+        isa: str = "",
+    ) -> None:
+        rows = []
+        keep = []  # alive until the extension has copied them
+        for spec, (weight, bias) in zip(layers, tensors, strict=True):
+            if tuple(weight.shape) != spec.weight_shape or tuple(bias.shape) != (spec.cout,):
+                raise UserError(
+                    f"{spec.conv}: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit "
+                    f"{spec.weight_shape} and {(spec.cout,)}"
+                )
+            w, b = _dense(weight), _dense(bias)
+            keep += [w, b]
+            rows.append(
+                (
+                    spec.kind,
+                    spec.cin,
+                    spec.cout,
+                    spec.stride,
+                    spec.relu6,
+                    spec.residual,
+                    w.data_ptr(),
+                    b.data_ptr(),
+                )
+            )
+        lookup = None if table is None else _dense(table)
+        self._network = _c().Network(rows, pool, lookup.data_ptr() if lookup is not None else 0, isa)
+        self._first, self._last, self._pool = layers[0], layers[-1], pool
+        self._strides = [spec.stride for spec in layers]
+
+    @property
+    def isa(self) -> str:
+        """The instruction set whose kernels this network runs."""
+        return str(self._network.isa)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights."""
+        return int(self._network.weight_bytes)
+
+    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
+        """Bytes of activations that a run on [n, 3, h, w] takes."""
+        return int(self._network.workspace_bytes(n, h, w, threads))
+
+    def run(self, x: Tensor, threads: int | None = None, residual: Tensor | None = None) -> Tensor:
+        """The network's answer.
+
+        Args:
+            x: float32 [N, C, H, W] of any strides, or uint8 [N, H, W, 3].
+            threads: at most this many; torch's number by default.
+            residual: float32 [N, Cout, H, W], for the one pointwise layer that asked for it.
+
+        Returns:
+            float32 [N, classes], or [N, C] pooled features, or [N, C, Ho, Wo] in channels_last where the network ends
+            in a convolution.
+        """
+        if threads is None:
+            threads = torch.get_num_threads()
+        if x.dtype == torch.uint8:
+            n, h, w, _ = x.shape
+            strides = (x.stride(0), x.stride(3), x.stride(1), x.stride(2))
+        else:
+            if self._first.kind != "stem":
+                x = _nhwc(x)
+            n, _, h, w = x.shape
+            strides = x.stride()
+        if self._pool or self._last.kind == "linear":
+            y = torch.empty((n, self._last.cout))
+        else:
+            ho, wo = h, w
+            for stride in self._strides:
+                ho, wo = (ho - 1) // stride + 1, (wo - 1) // stride + 1
+            y = torch.empty((n, self._last.cout, ho, wo), memory_format=torch.channels_last)
+        given = None if residual is None else _nhwc(residual)
+        self._network.run(
+            x.data_ptr(),
+            x.dtype == torch.uint8,
+            strides,
+            (n, h, w),
+            0 if given is None else given.data_ptr(),
+            y.data_ptr(),
+            threads,
+        )
+        return y
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t.detach().to(torch.float32).contiguous()
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    """`x` with channels dense, then W, H, N, whatever the sizes (a size of 1 leaves torch's strides undefined)."""
+    n, c, h, w = x.shape
+    if x.stride() == (h * w * c, 1, w * c, c):
+        return x
+    dense = torch.empty((n, h, w, c), dtype=x.dtype).permute(0, 3, 1, 2)
+    return dense.copy_(x)
+
+
+def stem(x: Tensor, weight: Tensor, bias: Tensor, relu6: bool) -> Tensor:
+    """3x3 convolution of stride 2 from 3 channels: [N, 3, H, W] -> [N, Cout, Ho, Wo]."""
+    spec = LayerSpec("stem", "stem", "", 3, weight.shape[0], 2, relu6)
+    return Network([spec], [(weight, bias)], pool=False).run(x)
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int, relu6: bool) -> Tensor:
+    """3x3 depthwise convolution: [N, C, H, W] -> [N, C, Ho, Wo]."""
+    channels = weight.shape[0]
+    spec = LayerSpec("depthwise", "depthwise", "", channels, channels, stride, relu6)
+    return Network([spec], [(weight, bias)], pool=False).run(x)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu6: bool) -> Tensor:
+    """1x1 convolution: [N, Cin, H, W] -> [N, Cout, H, W], the residual added after ReLU6."""
+    spec = LayerSpec(
+        "pointwise", "pointwise", "", weight.shape[1], weight.shape[0], 1, relu6, 0 if residual is None else -1
+    )
+    return Network([spec], [(weight, bias)], pool=False).run(x, residual=residual)
+
+
+def head(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """ReLU6 of a 1x1 convolution, its mean over H and W, a linear layer: [N, C, H, W] -> [N, classes]."""
+    specs = [
+        LayerSpec("pointwise", "head", "", w1.shape[1], w1.shape[0], 1, True),
+        LayerSpec("linear", "classifier", "", w2.shape[1], w2.shape[0]),
+    ]
+    return Network(specs, [(w1, b1), (w2, b2)]).run(x)
