@@ -7,7 +7,7 @@
 namespace mnv2::MNV2_ISA {
 namespace {
 
-constexpr int kColumns = 4;
+constexpr int kColumns = 2;
 
 struct DepthwiseRow {
     const float *rows[3];
@@ -16,83 +16,94 @@ struct DepthwiseRow {
     std::ptrdiff_t y_ld;
     int left; // channels of this block that exist, kLanes or fewer
     bool relu6;
-
-    Vec get(int kh, std::ptrdiff_t column) const {
-        const float *p = rows[kh] + column * ld;
-        return left >= kLanes ? load(p) : load_first(p, left);
-    }
-    void put(std::ptrdiff_t column, Vec a) const {
-        float *p = y + column * y_ld;
-        const Vec r = relu6 ? MNV2_ISA::relu6(a) : a;
-        if (left >= kLanes)
-            store(p, r);
-        else
-            store_first(p, r, left);
-    }
 };
 
-// One output, rows kh0..kh1-1 and columns kw0..kw1-1 of its window inside the image.
-template <int kh0, int kh1, int kw0, int kw1>
-inline Vec one(const DepthwiseRow &row, const Vec (&w)[9], Vec acc, std::ptrdiff_t column) {
-    for (int kh = kh0; kh < kh1; ++kh)
-        for (int kw = kw0; kw < kw1; ++kw)
-            acc = fma(row.get(kh, column + kw - 1), w[3 * kh + kw], acc);
-    return acc;
-}
+// Rows kh0..kh1-1 of the window are inside the image. Whole: all kLanes channels of the block exist. Both are template
+// arguments and the row is copied into locals, so that the loop below tests nothing and reads no pointer from memory.
+template <int kh0, int kh1, int S, bool Whole> class DepthwiseBlock {
+  public:
+    DepthwiseBlock(const DepthwiseRow &row, const float *weight) : row_(row) {
+#pragma GCC unroll 9
+        for (int i = 0; i < 9; ++i)
+            w_[i] = load(weight + i * kLanes);
+        bias_ = load(weight + 9 * kLanes);
+    }
 
-// kColumns outputs whose windows lie inside the row, from output column `o` on.
-template <int kh0, int kh1, int S>
-inline void several(const DepthwiseRow &row, const Vec (&w)[9], Vec bias, std::ptrdiff_t o) {
-    Vec acc[kColumns];
-    for (int c = 0; c < kColumns; ++c)
-        acc[c] = bias;
-    for (int kh = kh0; kh < kh1; ++kh) {
+    // N outputs from output column `o` on; columns kw0..kw1-1 of the windows are inside the image (N = 1 unless 0..2).
+    template <int N, int kw0, int kw1> inline __attribute__((always_inline)) void outputs(std::ptrdiff_t o) const {
+        Vec acc[N];
+#pragma GCC unroll 8
+        for (int c = 0; c < N; ++c)
+            acc[c] = bias_;
+#pragma GCC unroll 3
+        for (int kh = kh0; kh < kh1; ++kh) {
+            const float *x = row_.rows[kh] + (o * S - 1 + kw0) * row_.ld;
 #pragma GCC unroll 16
-        for (int i = 0; i < (kColumns - 1) * S + 3; ++i) {
-            const Vec x = row.get(kh, o * S - 1 + i);
-#pragma GCC unroll 4
-            for (int c = 0; c < kColumns; ++c) {
-                const int kw = i - c * S;
-                if (kw >= 0 && kw < 3)
-                    acc[c] = fma(x, w[3 * kh + kw], acc[c]);
+            for (int i = kw0; i < (N - 1) * S + kw1; ++i, x += row_.ld) {
+                const Vec column = Whole ? load_once(x) : load_first(x, row_.left);
+#pragma GCC unroll 8
+                for (int c = 0; c < N; ++c) {
+                    const int kw = i - c * S;
+                    if (kw >= 0 && kw < 3)
+                        acc[c] = fma(column, w_[3 * kh + kw], acc[c]);
+                }
             }
         }
+        float *y = row_.y + o * row_.y_ld;
+#pragma GCC unroll 8
+        for (int c = 0; c < N; ++c, y += row_.y_ld) {
+            const Vec r = row_.relu6 ? relu6(acc[c]) : acc[c];
+            if (Whole)
+                store(y, r);
+            else
+                store_first(y, r, row_.left);
+        }
     }
-    for (int c = 0; c < kColumns; ++c)
-        row.put(o + c, acc[c]);
+
+    void run(int width) const {
+        if (width == 1) {
+            outputs<1, 1, 2>(0);
+            return;
+        }
+        const std::ptrdiff_t end = (width - 1) / S + 1;
+        const std::ptrdiff_t inside = (width - 2 + S) / S; // outputs before this one have a right column
+        outputs<1, 1, 3>(0);
+        std::ptrdiff_t o = 1;
+        for (; o + kColumns <= inside; o += kColumns)
+            outputs<kColumns, 0, 3>(o);
+        for (; o < inside; ++o)
+            outputs<1, 0, 3>(o);
+        if (o < end)
+            outputs<1, 0, 2>(o);
+    }
+
+  private:
+    const DepthwiseRow row_;
+    Vec w_[9];
+    Vec bias_;
+};
+
+template <int kh0, int kh1, int S, bool Whole>
+void depthwise_block(const DepthwiseRow &row, const float *weight, int width) {
+    DepthwiseBlock<kh0, kh1, S, Whole>(row, weight).run(width);
 }
 
-template <int kh0, int kh1, int S> void depthwise_block(const DepthwiseRow &row, const float *weight, int width) {
-    Vec w[9];
-    for (int i = 0; i < 9; ++i)
-        w[i] = load(weight + i * kLanes);
-    const Vec bias = load(weight + 9 * kLanes);
-    const std::ptrdiff_t outputs = (width - 1) / S + 1;
-    // The last output whose right column exists; the first output never has a left one.
-    const std::ptrdiff_t inside = (width - 2 + S) / S;
-    if (width == 1) {
-        row.put(0, one<kh0, kh1, 1, 2>(row, w, bias, 0));
-        return;
-    }
-    row.put(0, one<kh0, kh1, 1, 3>(row, w, bias, 0));
-    std::ptrdiff_t o = 1;
-    for (; o + kColumns <= inside; o += kColumns)
-        several<kh0, kh1, S>(row, w, bias, o);
-    for (; o < inside; ++o)
-        row.put(o, one<kh0, kh1, 0, 3>(row, w, bias, o * S));
-    if (o < outputs)
-        row.put(o, one<kh0, kh1, 0, 2>(row, w, bias, o * S));
+template <int S, bool Whole> void depthwise_rows(const DepthwiseRow &row, const float *weight, int width) {
+    if (row.rows[0] && row.rows[2])
+        depthwise_block<0, 3, S, Whole>(row, weight, width);
+    else if (row.rows[2])
+        depthwise_block<1, 3, S, Whole>(row, weight, width);
+    else if (row.rows[0])
+        depthwise_block<0, 2, S, Whole>(row, weight, width);
+    else
+        depthwise_block<1, 2, S, Whole>(row, weight, width);
 }
 
 template <int S> void depthwise_rows(const DepthwiseRow &row, const float *weight, int width) {
-    if (row.rows[0] && row.rows[2])
-        depthwise_block<0, 3, S>(row, weight, width);
-    else if (row.rows[2])
-        depthwise_block<1, 3, S>(row, weight, width);
-    else if (row.rows[0])
-        depthwise_block<0, 2, S>(row, weight, width);
+    if (row.left >= kLanes)
+        depthwise_rows<S, true>(row, weight, width);
     else
-        depthwise_block<1, 2, S>(row, weight, width);
+        depthwise_rows<S, false>(row, weight, width);
 }
 
 void depthwise(const DepthwiseArgs &a) {

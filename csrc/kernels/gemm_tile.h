@@ -18,28 +18,37 @@ struct Epilogue {
     bool relu6;
 };
 
+// The loops over R and V are unrolled by name: left to itself the compiler keeps the accumulators in memory around the
+// epilogue (16 inputs: 66 GMAC/s instead of 105 on a core whose peak is 129).
 template <int R, int V> inline void finish(Vec (&acc)[R][V], const Epilogue &e) {
-    if (e.relu6)
+    if (e.relu6) {
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
             for (int v = 0; v < V; ++v)
                 acc[r][v] = relu6(acc[r][v]);
-    const bool full = e.channels >= V * kLanes;
+    }
+#pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
         const int left = e.channels - v * kLanes;
-        const bool whole = full || left >= kLanes;
-        if (!whole && left <= 0)
-            break;
-        if (e.residual != nullptr) {
-            const float *s = e.residual + v * kLanes;
-            for (int r = 0; r < R; ++r, s += e.residual_ld)
-                acc[r][v] = add(acc[r][v], whole ? load(s) : load_first(s, left));
-        }
-        float *y = e.y + v * kLanes;
-        for (int r = 0; r < R; ++r, y += e.y_ld) {
-            if (whole)
-                store(y, acc[r][v]);
-            else
-                store_first(y, acc[r][v], left);
+        float *const y = e.y + v * kLanes;
+        const float *const residual = e.residual + v * kLanes;
+        if (left >= kLanes) {
+            if (e.residual != nullptr) {
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r)
+                    acc[r][v] = add(acc[r][v], load(residual + r * e.residual_ld));
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r)
+                store(y + r * e.y_ld, acc[r][v]);
+        } else if (left > 0) {
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                if (e.residual != nullptr)
+                    acc[r][v] = add(acc[r][v], load_first(residual + r * e.residual_ld, left));
+                store_first(y + r * e.y_ld, acc[r][v], left);
+            }
         }
     }
 }
@@ -48,17 +57,22 @@ template <int R, int V> inline void finish(Vec (&acc)[R][V], const Epilogue &e) 
 template <int R, int V, class Input>
 inline void gemm_tile(const Input &input, const float *w, const float *bias, int depth, const Epilogue &e) {
     Vec acc[R][V];
+#pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
         const Vec b = load(bias + v * kLanes);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
             acc[r][v] = b;
     }
     for (int k = 0; k < depth; ++k, w += V * kLanes) {
         Vec wk[V];
+#pragma GCC unroll 2
         for (int v = 0; v < V; ++v)
             wk[v] = load(w + v * kLanes);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             const Vec x = broadcast(input.at(r, k));
+#pragma GCC unroll 2
             for (int v = 0; v < V; ++v)
                 acc[r][v] = fma(x, wk[v], acc[r][v]);
         }

@@ -25,6 +25,12 @@ inline Vec load(const float *p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load_first(const float *p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
 inline void store(float *p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store_first(float *p, Vec a, int n) { _mm256_maskstore_ps(p, first(n), a.v); }
+// Loads into a register for good: the compiler would rather read memory again for each use.
+inline Vec load_once(const float *p) {
+    Vec a = load(p);
+    __asm__("" : "+x"(a.v));
+    return a;
+}
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 

@@ -23,6 +23,12 @@ inline Vec load(const float *p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load_first(const float *p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 inline void store(float *p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store_first(float *p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+// Loads into a register for good: the compiler would rather read memory again for each use.
+inline Vec load_once(const float *p) {
+    Vec a = load(p);
+    __asm__("" : "+v"(a.v));
+    return a;
+}
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 

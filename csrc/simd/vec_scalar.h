@@ -29,6 +29,7 @@ inline Vec load(const float *p) {
 inline Vec load_first(const float *p, int n) {
     return each([p, n](int i) { return i < n ? p[i] : 0.0f; });
 }
+inline Vec load_once(const float *p) { return load(p); }
 inline void store(float *p, Vec a) {
     for (int i = 0; i < kLanes; ++i)
         p[i] = a.v[i];
