@@ -1,0 +1,260 @@
+"""Depthwise 3x3 convolution + bias + ReLU6 on NHWC activations.
+
+One program makes ROWS output rows of BLOCK lanes of one image. A lane is one channel of a patch, and a patch is
+COLS neighbouring output columns. A row of NHWC memory is one flat line and lanes are numbered along it, channel
+fastest: no channel count leaves lanes idle, and neighbouring lanes read and write neighbouring memory. A lane
+keeps its nine weights and its unfinished sums in registers. Each input row is read once per program and feeds
+the up to three output rows that need it, each input column once per patch and feeds all outputs of the patch:
+with ROWS = 7 and COLS = 2, stride 1 takes 2.6 loads per output in place of nine. No shared memory, no barrier.
+"""
+
+# Triton's language is not Python's: a tuple grows as a loop is unrolled, and arguments carry no annotations.
+# mypy: disable-error-code="no-untyped-def,assignment"
+# ruff: noqa: PLR0917
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .common import DTYPES, relu6, tiles
+
+# Rows are counted with 64 bits. Within a row of an image (W x C elements) 32 bits are enough up to:
+ROW_LIMIT = 2**27
+# What CUDA allows along the grid's second and third dimension.
+GRID_LIMIT = 65535
+
+
+@triton.jit
+def _load_row(x, first, row, column, channel, h, w, C: tl.constexpr, WIDTH: tl.constexpr):
+    """WIDTH neighbouring columns of one row of an image as a tuple of float32 [BLOCK]; zero outside it.
+
+    `first` counts the rows of the images before (64 bits), `row` is the row within the image.
+    """
+    # One address for the row; the columns beside it are constants away.
+    start = x + (first + row) * (w * C) + (column * C + channel)
+    values = ()
+    for i in tl.static_range(WIDTH):
+        inside = (column + i >= 0) & (column + i < w) & (row >= 0) & (row < h)
+        values += (tl.load(start + i * C, mask=inside, other=0.0).to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _add_taps(sums, columns, taps, KY: tl.constexpr, STRIDE: tl.constexpr, COLS: tl.constexpr):
+    """The COLS sums of one output row plus what kernel row KY takes from the columns of one input row."""
+    result = ()
+    for i in tl.static_range(COLS):
+        total = sums[i]
+        for kx in tl.static_range(3):
+            total += taps[3 * KY + kx] * columns[i * STRIDE + kx]
+        result += (total,)
+    return result
+
+
+@triton.jit
+def _store_row(
+    out, first, row, column, channel, sums, ho, wo, C: tl.constexpr, RELU6: tl.constexpr, COLS: tl.constexpr
+):
+    """Store the COLS sums of one output row, activated and rounded to the output's type."""
+    start = out + (first + row) * (wo * C) + (column * C + channel)
+    for i in tl.static_range(COLS):
+        value = sums[i]
+        if RELU6:
+            value = relu6(value)
+        inside = (column + i < wo) & (row < ho)
+        tl.store(start + i * C, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def depthwise_kernel(
+    x,  # [N, H, W, C]
+    taps,  # [9, C], row 3 * ky + kx
+    bias,  # [C]
+    out,  # [N, HO, WO, C]
+    h,
+    w,
+    ho,
+    wo,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    RELU6: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: ROWS output rows of BLOCK lanes of one image. All arrays contiguous, padding 1."""
+    # Neighbouring programs share a row, then the halo between two groups of rows: both are found in L2.
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    top = tl.program_id(1) * ROWS
+    image = tl.program_id(2).to(tl.int64)
+    # A lane past the last patch starts at a column >= wo: the column masks below are all it needs.
+    channel = lane % C
+    column = lane // C * COLS
+
+    weights = ()
+    for tap in tl.static_range(9):
+        weights += (tl.load(taps + tap * C + channel).to(tl.float32),)
+    start = ()
+    for _ in tl.static_range(COLS):
+        start += (tl.load(bias + channel).to(tl.float32),)
+
+    # sums[o]: the COLS sums of output row top + o. Once unrolled, only rows begun and not stored hold registers.
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums += (start,)
+    for r in tl.static_range(STRIDE * (ROWS - 1) + 3):
+        columns = _load_row(
+            x, image * h, top * STRIDE - 1 + r, column * STRIDE - 1, channel, h, w, C, STRIDE * (COLS - 1) + 3
+        )
+        updated = ()
+        for o in tl.static_range(ROWS):
+            if r >= o * STRIDE and r <= o * STRIDE + 2:
+                total = _add_taps(sums[o], columns, weights, r - o * STRIDE, STRIDE, COLS)
+                if r == o * STRIDE + 2:
+                    _store_row(out, image * ho, top + o, column, channel, total, ho, wo, C, RELU6, COLS)
+                updated += (total,)
+            else:
+                updated += (sums[o],)
+        sums = updated
+
+
+def depthwise(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    stride: int,
+    relu6: bool,
+    *,
+    out: torch.Tensor | None = None,
+    tile: Mapping[str, int] | None = None,
+) -> torch.Tensor:
+    """act(depthwise 3x3 convolution of x, padding 1, + bias).
+
+    Args:
+        x: [N, C, H, W], float32, float16 or bfloat16, any strides; copied unless channels_last.
+        weight: [C, 1, 3, 3], batch norm folded, the dtype and device of x; copied unless from `pack_weight`.
+        bias: [C], likewise.
+        stride: 1 or 2.
+        relu6: whether act is min(max(y, 0), 6), NaN kept; the identity otherwise.
+        out: [N, C, HO, WO], channels_last, filled and returned where it is given.
+        tile: a row of the tile table, instead of the one for this GPU and size.
+
+    Returns:
+        [N, C, (H - 1) // stride + 1, (W - 1) // stride + 1], channels_last. Sums are float32, rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or stride do not fit together, or x is too large (see `limit`).
+    """
+    _check(x, weight, bias, stride)
+    n, c, h, w = x.shape
+    ho, wo = (h - 1) // stride + 1, (w - 1) // stride + 1
+    if out is None:
+        out = torch.empty((n, ho, wo, c), dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
+    lines = out.permute(0, 2, 3, 1)
+    if lines.shape != (n, ho, wo, c) or not lines.is_contiguous() or out.dtype != x.dtype:
+        raise ValueError(f"out must be channels_last {(n, c, ho, wo)} of {x.dtype}")
+    if out.numel() == 0:
+        return out
+    tile = choose_tile(x, stride) if tile is None else tile
+    image, taps, bias = (
+        x.permute(0, 2, 3, 1).contiguous(),
+        weight.permute(2, 3, 1, 0).contiguous(),
+        bias.contiguous(),
+    )
+    with torch.cuda.device_of(x):
+        for first in range(0, n, GRID_LIMIT):
+            part = slice(first, first + GRID_LIMIT)
+            depthwise_kernel[grid(len(lines[part]), c, ho, wo, tile)](
+                image[part],
+                taps,
+                bias,
+                lines[part],
+                h,
+                w,
+                ho,
+                wo,
+                C=c,
+                STRIDE=stride,
+                RELU6=relu6,
+                ROWS=tile["rows"],
+                COLS=tile["cols"],
+                BLOCK=tile["block"],
+                num_warps=tile["warps"],
+            )
+    return out
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The same [C, 1, 3, 3] weight with the channels innermost in memory, as the kernel reads it."""
+    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
+def grid(n: int, c: int, ho: int, wo: int, tile: Mapping[str, int]) -> tuple[int, int, int]:
+    """Programs for an [n, c, ho, wo] output: runs of lanes, groups of rows, images."""
+    return triton.cdiv(triton.cdiv(wo, tile["cols"]) * c, tile["block"]), triton.cdiv(ho, tile["rows"]), n
+
+
+def choose_tile(x: torch.Tensor, stride: int) -> Mapping[str, int]:
+    """The table's tile for x [N, C, H, W]: "large", or "small" where large ones would leave the GPU idle."""
+    n, c, h, w = x.shape
+    name, units = _device(x.device)
+    table = tiles(name, "depthwise")
+    large = table[f"large_s{stride}"]
+    programs = math.prod(grid(n, c, (h - 1) // stride + 1, (w - 1) // stride + 1, large))
+    return large if programs >= 4 * units else table[f"small_s{stride}"]
+
+
+def limit(shape: torch.Size) -> str | None:
+    """Why x of [N, C, H, W] is too large for the kernel, or None. The batch has no limit."""
+    _, c, h, w = shape
+    if w * c > ROW_LIMIT or h > GRID_LIMIT:
+        return f"{tuple(shape)} has over {GRID_LIMIT} rows or {ROW_LIMIT} elements a row: split it"
+    return None
+
+
+def reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int, relu6: bool
+) -> torch.Tensor:
+    """The float64 twin of `depthwise`: same arguments, [N, C, HO, WO] float64."""
+    y = F.conv2d(x.double(), weight.double(), bias.double(), stride, 1, groups=x.shape[1])
+    return y.clamp(0, 6) if relu6 else y
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[str, int]:
+    """Name and number of multiprocessors; no name and one where the interpreter stands in for a GPU."""
+    if device.type != "cuda":
+        return "", 1
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W], got {tuple(x.shape)}")
+    c = x.shape[1]
+    if weight.shape != (c, 1, 3, 3) or bias.shape != (c,):
+        raise ValueError(
+            f"x has {c} channels: weight must be {(c, 1, 3, 3)} and bias {(c,)}, "
+            f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    if min(x.shape[2:]) < 1:
+        raise ValueError(f"x must be at least 1x1, got {tuple(x.shape)}")
+    if (too_large := limit(x.shape)) is not None:
+        raise ValueError(too_large)
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride}")
+    if x.dtype not in DTYPES or not x.dtype == weight.dtype == bias.dtype:
+        raise ValueError(
+            f"x, weight and bias must share one of {[str(d) for d in DTYPES]}, "
+            f"got {x.dtype}, {weight.dtype}, {bias.dtype}"
+        )
+    if not x.device == weight.device == bias.device:
+        raise ValueError(f"x, weight and bias are on {x.device}, {weight.device}, {bias.device}: use one")
