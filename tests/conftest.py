@@ -70,7 +70,8 @@ def photos(shared: Path) -> list[Path]:
 @pytest.fixture(scope="session")
 def wnids(shared: Path) -> list[str]:
     """The 1,000 WordNet ids in the order of the classes."""
-    return _inside(shared, "data/imagenet_wnids.txt").read_text().split()
+    lines = _inside(shared, "data/imagenet_wnids.txt").read_text(encoding="utf-8").splitlines()
+    return [line.split()[0] for line in lines if line.strip()]
 
 
 @pytest.fixture(scope="session")
@@ -101,8 +102,8 @@ RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 def run_python() -> RunPython:
     """Runs a program in a fresh interpreter with this one's environment.
 
-    `run_python("code", *args, env={...}, cwd=..., timeout=120, check=True)`: a value of None in `env` unsets the
-    variable. With `check` a non-zero exit fails the test and shows what the program printed.
+    `run_python("code", *args, env={...}, cwd=..., timeout=120, check=True)`: a value of None in `env` unsets
+    the variable. With `check` a non-zero exit fails the test and shows what the program printed.
     """
 
     def run(
