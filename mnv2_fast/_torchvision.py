@@ -1,8 +1,9 @@
 """The one module that imports torchvision, when it is first asked for.
 
-A torchvision wheel built for CUDA beside a CPU-only torch fails to import (`operator torchvision::nms does not exist`):
-its native library cannot be loaded, so nobody defines the two schemas its Python code refers to. They are defined here
-then, and only then. Models, datasets and transforms work; the detection operators have no kernel and say so.
+A torchvision wheel built for CUDA fails to import beside a CPU-only torch (`operator torchvision::nms does
+not exist`): its native library cannot be loaded, so nobody defines the two schemas its Python code refers to.
+They are then defined here. Models, datasets and transforms work; the detection operators have no kernel and
+say so.
 """
 
 from __future__ import annotations
