@@ -12,10 +12,16 @@ namespace {
 
 constexpr std::size_t kPlans = 8; // image sizes remembered
 
-Packed pack(const KernelTable &kernels, const LayerDesc &d) {
-    if (d.kind == Kind::depthwise)
-        return pack_depthwise(kernels, d.weight, d.bias, d.cin);
-    return pack_gemm(kernels, d.weight, d.bias, d.cout, d.kind == Kind::stem ? kStemTaps : d.cin);
+int depth(const LayerDesc &d) { return d.kind == Kind::stem ? kStemTaps : d.cin; }
+
+std::size_t packed_size(const KernelTable &kernels, const LayerDesc &d) {
+    return d.kind == Kind::depthwise ? packed_depthwise_size(kernels, d.cin)
+                                     : packed_gemm_size(kernels, d.cout, depth(d));
+}
+
+Packed pack(const KernelTable &kernels, const LayerDesc &d, float *out) {
+    return d.kind == Kind::depthwise ? pack_depthwise(kernels, d.weight, d.bias, d.cin, out)
+                                     : pack_gemm(kernels, d.weight, d.bias, d.cout, depth(d), out);
 }
 
 } // namespace
@@ -25,8 +31,14 @@ Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layer
     for (const LayerDesc &d : layers)
         layers_.push_back({d, {}});
     steps_ = make_steps(layers_, pool);
+    for (const Layer &layer : layers_)
+        weight_floats_ += packed_size(kernels, layer.desc);
+    // One block in the order of use: a kernel that prefetches past its own weights reaches the next layer's.
+    weights_ = allocate(weight_floats_);
+    float *out = weights_.get();
     for (Layer &layer : layers_) {
-        layer.packed = pack(kernels, layer.desc);
+        layer.packed = pack(kernels, layer.desc, out);
+        out += packed_size(kernels, layer.desc);
         layer.desc.weight = layer.desc.bias = nullptr; // the caller's, gone after this
     }
     if (table)
@@ -72,17 +84,6 @@ std::size_t Network::workspace_bytes(int n, int h, int w, int threads) const {
         return 0;
     const std::size_t features = static_cast<std::size_t>(n) * layers_.back().desc.cin;
     return sizeof(float) * (Runner::memory(*plan(h, w), threads) + features);
-}
-
-std::size_t Network::weight_bytes() const {
-    std::size_t floats = 0;
-    for (const Layer &layer : layers_) {
-        const LayerDesc &d = layer.desc;
-        const std::size_t padded = round_up(d.cout, kernels_.panel);
-        floats += d.kind == Kind::depthwise ? padded * kDepthwiseBlock
-                                            : padded * ((d.kind == Kind::stem ? kStemTaps : d.cin) + 1);
-    }
-    return floats * sizeof(float);
 }
 
 void Network::run(const Call &call, int threads) const {

@@ -49,7 +49,7 @@ class Network {
     void run(const Call &call, int threads) const;
 
     std::size_t workspace_bytes(int n, int h, int w, int threads) const;
-    std::size_t weight_bytes() const;
+    std::size_t weight_bytes() const { return weight_floats_ * sizeof(float); }
     int outputs() const { return layers_.back().desc.cout; }
     const char *isa() const { return kernels_.isa; }
 
@@ -61,6 +61,8 @@ class Network {
     const KernelTable &kernels_;
     std::vector<Layer> layers_;
     std::vector<Step> steps_;
+    Floats weights_;
+    std::size_t weight_floats_ = 0;
     std::vector<float> table_;
 
     struct Memory {

@@ -2,32 +2,47 @@
 
 namespace mnv2 {
 
-Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth) {
+namespace {
+
+std::size_t whole_lines(std::size_t floats) {
+    constexpr std::size_t kLine = kCacheLine / sizeof(float);
+    return (floats + kLine - 1) / kLine * kLine;
+}
+
+} // namespace
+
+std::size_t packed_gemm_size(const KernelTable &table, int cout, int depth) {
+    return whole_lines(static_cast<std::size_t>(round_up(cout, table.panel)) * (depth + 1));
+}
+
+std::size_t packed_depthwise_size(const KernelTable &table, int channels) {
+    return whole_lines(static_cast<std::size_t>(round_up(channels, table.lanes)) * kDepthwiseBlock);
+}
+
+Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, float *out) {
     const int padded = round_up(cout, table.panel);
-    Packed packed{allocate(static_cast<std::size_t>(padded) * depth), allocate(padded)};
+    float *const packed_bias = out;
     for (int n = 0; n < padded; ++n)
-        packed.bias[n] = n < cout ? bias[n] : 0.0f;
+        *out++ = n < cout ? bias[n] : 0.0f;
+    float *const packed = out;
     for (int begin = 0; begin < cout; begin += table.panel) {
         const int width = cout - begin > table.lanes ? table.panel : table.lanes;
-        float *out = packed.weight.get() + static_cast<std::ptrdiff_t>(begin) * depth;
         for (int k = 0; k < depth; ++k)
             for (int i = 0; i < width; ++i)
                 *out++ = begin + i < cout ? weight[static_cast<std::ptrdiff_t>(begin + i) * depth + k] : 0.0f;
     }
-    return packed;
+    return {packed, packed_bias};
 }
 
-Packed pack_depthwise(const KernelTable &table, const float *weight, const float *bias, int channels) {
-    const int padded = round_up(channels, table.lanes);
-    Packed packed{allocate(static_cast<std::size_t>(padded) * kDepthwiseBlock), nullptr};
-    float *out = packed.weight.get();
+Packed pack_depthwise(const KernelTable &table, const float *weight, const float *bias, int channels, float *out) {
+    float *const packed = out;
     for (int begin = 0; begin < channels; begin += table.lanes)
         for (int tap = 0; tap < kDepthwiseBlock; ++tap)
             for (int i = 0; i < table.lanes; ++i) {
                 const int c = begin + i;
-                *out++ = c >= channels ? 0.0f : tap == 9 ? bias[c] : weight[c * 9 + tap];
+                *out++ = c >= channels ? 0.0f : tap == 9 ? bias[c] : weight[static_cast<std::ptrdiff_t>(c) * 9 + tap];
             }
-    return packed;
+    return {packed, nullptr};
 }
 
 } // namespace mnv2

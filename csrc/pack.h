@@ -27,15 +27,19 @@ inline Floats allocate(std::size_t count) {
 }
 
 struct Packed {
-    Floats weight;
-    Floats bias; // padded with zeros to whole panels; empty for depthwise, whose blocks hold it
+    const float *weight;
+    const float *bias; // padded with zeros to whole panels; null for depthwise, whose blocks hold it
 };
 
-// weight [cout, depth] row-major -> panels [cout / panel][depth][panel], the last panel one vector wide where one is
-// enough; missing channels are zero.
-Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth);
+// Floats of a packed layer, weights and bias, a multiple of a cache line.
+std::size_t packed_gemm_size(const KernelTable &table, int cout, int depth);
+std::size_t packed_depthwise_size(const KernelTable &table, int channels);
 
-// weight [channels, 9] -> blocks [channels / lanes][9 taps + bias][lanes].
-Packed pack_depthwise(const KernelTable &table, const float *weight, const float *bias, int channels);
+// weight [cout, depth] row-major -> panels [cout / panel][depth][panel], the last panel one vector wide where one is
+// enough; missing channels are zero. Writes packed_gemm_size floats at `out`.
+Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, float *out);
+
+// weight [channels, 9] -> blocks [channels / lanes][9 taps + bias][lanes]. Writes packed_depthwise_size floats at `out`.
+Packed pack_depthwise(const KernelTable &table, const float *weight, const float *bias, int channels, float *out);
 
 } // namespace mnv2

@@ -10,7 +10,7 @@ namespace mnv2 {
 namespace {
 
 // Floats of L2 that a row-by-row block may fill with hidden and filtered rows; the rest is for weights and pixels.
-constexpr std::size_t kFusedFloats = 96 * 1024;
+constexpr std::size_t kFusedFloats = 48 * 1024;
 
 // Steps whose input has at most this many pixels are bound by reading weights, and run for a group of images.
 constexpr int kGroupPixels = 14 * 14;

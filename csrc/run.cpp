@@ -46,9 +46,7 @@ void Runner::images(Team &team, const Arena &arena, int first, int count, float 
             steps(team, arena, 0, end, nullptr, nullptr, first + i, 1, features);
         return;
     }
-    const StepPlan &late = plan_.steps[split];
     const std::size_t size = plan_.group_input / kGroup;
-    (void)late;
     for (int begin = 0; begin < count; begin += kGroup) {
         const int group = std::min(kGroup, count - begin);
         for (int i = 0; i < group; ++i)
@@ -122,7 +120,7 @@ void Runner::depthwise_row(const Layer &layer, const float *const (&rows)[3], st
     const bool dense = y_ld == d.cout || x_ld == d.cout; // the caller's tensor: no channel past the last may be touched
     kernels_.depthwise({{rows[0], rows[1], rows[2]},
                         x_ld,
-                        layer.packed.weight.get(),
+                        layer.packed.weight,
                         y,
                         y_ld,
                         width,
@@ -139,7 +137,7 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
     const StepPlan &p = plan_.steps[step];
     const Layer &depthwise = layers_[s.depthwise], &project = layers_[s.project];
     const int stride = depthwise.desc.stride, channels = depthwise.desc.cin, ld = padded(channels);
-    const int blocks = round_up(channels, kernels_.lanes) / kernels_.lanes;
+    const int blocks = writable(channels) / kernels_.lanes, per_panel = kernels_.panel / kernels_.lanes;
     const bool stem = s.produce >= 0 && layers_[s.produce].desc.kind == Kind::stem;
     const std::size_t hidden_row = static_cast<std::size_t>(p.hidden_w) * ld;
     float *const stem_memory = arena.scratch;
@@ -154,39 +152,42 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
     int loaded = -1;
     for (int o = static_cast<int>(begin); o < end; o += p.rows) {
         const int rows = std::min(p.rows, static_cast<int>(end) - o);
-        const int needed = std::min(p.hidden_h, (o + rows - 1) * stride + 2);
-        while (s.produce >= 0 && made < needed) {
-            const int slot = made % p.ring, count = std::min(needed - made, p.ring - slot);
-            float *out = ring + slot * hidden_row;
-            if (stem) {
-                stem_rows(layers_[s.produce], t.image, made, made + count, p.hidden_w, out, ld, writable(channels),
-                          stem_memory, loaded);
-            } else {
-                Team alone = Team::solo();
-                pointwise(alone, layers_[s.produce],
-                          {t.x + static_cast<std::ptrdiff_t>(made) * p.w * t.x_ld, t.x_ld, out, ld, writable(channels), 0},
-                          static_cast<std::ptrdiff_t>(count) * p.w, nullptr, 0);
+        const int needed = s.produce >= 0 ? std::min(p.hidden_h, (o + rows - 1) * stride + 2) : made;
+        if (stem)
+            for (; made < needed; ++made)
+                stem_rows(layers_[s.produce], t.image, made, made + 1, p.hidden_w, ring + made % p.ring * hidden_row, ld,
+                          writable(channels), stem_memory, loaded);
+        // A panel of channels is expanded and filtered before the next one: its rows are still in L1 then.
+        for (int panel = 0; panel < panels(depthwise); ++panel) {
+            for (int row = made; row < needed;) {
+                const int slot = row % p.ring, count = std::min(needed - row, p.ring - slot);
+                const Tensors hidden{t.x + static_cast<std::ptrdiff_t>(row) * p.w * t.x_ld, t.x_ld,
+                                     ring + slot * hidden_row, ld, writable(channels), 0};
+                pointwise(layers_[s.produce], hidden, 0, static_cast<std::ptrdiff_t>(count) * p.w, nullptr, 0, panel,
+                          panel + 1);
+                row += count;
             }
-            made += count;
-        }
-        for (int r = 0; r < rows; ++r) {
-            const float *in[3];
-            for (int kh = 0; kh < 3; ++kh) {
-                const int row = (o + r) * stride + kh - 1;
-                if (row < 0 || row >= p.hidden_h)
-                    in[kh] = nullptr;
-                else if (s.produce >= 0)
-                    in[kh] = ring + row % p.ring * hidden_row;
-                else
-                    in[kh] = t.x + static_cast<std::ptrdiff_t>(row) * p.hidden_w * t.x_ld;
+            const int block = panel * per_panel;
+            for (int r = 0; r < rows; ++r) {
+                const float *in[3];
+                for (int kh = 0; kh < 3; ++kh) {
+                    const int row = (o + r) * stride + kh - 1;
+                    if (row < 0 || row >= p.hidden_h)
+                        in[kh] = nullptr;
+                    else if (s.produce >= 0)
+                        in[kh] = ring + row % p.ring * hidden_row;
+                    else
+                        in[kh] = t.x + static_cast<std::ptrdiff_t>(row) * p.hidden_w * t.x_ld;
+                }
+                depthwise_row(depthwise, in, source_ld, p.hidden_w, filtered + static_cast<std::ptrdiff_t>(r) * p.wo * ld,
+                              ld, block, std::min(block + per_panel, blocks));
             }
-            depthwise_row(depthwise, in, source_ld, p.hidden_w, filtered + static_cast<std::ptrdiff_t>(r) * p.wo * ld, ld,
-                          0, blocks);
         }
-        Team alone = Team::solo();
+        made = needed;
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(o) * p.wo;
-        pointwise(alone, project, {filtered, ld, t.y + at * t.y_ld, t.y_ld, t.y_channels, 0},
-                  static_cast<std::ptrdiff_t>(rows) * p.wo, project.desc.residual ? t.x + at * t.x_ld : nullptr, t.x_ld);
+        pointwise(project, {filtered, ld, t.y + at * t.y_ld, t.y_ld, t.y_channels, 0}, 0,
+                  static_cast<std::ptrdiff_t>(rows) * p.wo, project.desc.residual ? t.x + at * t.x_ld : nullptr, t.x_ld, 0,
+                  panels(project));
     }
 }
 
@@ -269,8 +270,8 @@ void Runner::head(Team &team, const Arena &arena, int step, const Tensors &t, in
             for (std::ptrdiff_t at = 0; at < pixels; at += kPoolChunk) {
                 const std::ptrdiff_t chunk = std::min<std::ptrdiff_t>(kPoolChunk, pixels - at);
                 kernels_.pointwise({x + at * t.x_ld, t.x_ld,
-                                    layer.packed.weight.get() + static_cast<std::ptrdiff_t>(n) * d.cin,
-                                    layer.packed.bias.get() + n, nullptr, 0, arena.scratch, kernels_.panel, chunk, d.cin,
+                                    layer.packed.weight + static_cast<std::ptrdiff_t>(n) * d.cin,
+                                    layer.packed.bias + n, nullptr, 0, arena.scratch, kernels_.panel, chunk, d.cin,
                                     channels, 0, 1, d.relu6});
                 kernels_.pool({arena.scratch, kernels_.panel, sum, chunk, channels, at > 0});
             }
@@ -287,15 +288,21 @@ void Runner::linear(Team &team, int step, const float *x, int images) const {
     pointwise(team, layer, {in, d.cin, call_.y, d.cout, d.cout, 0}, images, nullptr, 0);
 }
 
+// Pixels [from, to) and panels [panel_begin, panel_end) of a pointwise layer.
+void Runner::pointwise(const Layer &layer, const Tensors &t, std::ptrdiff_t from, std::ptrdiff_t to, const float *residual,
+                       std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const {
+    if (from < to && panel_begin < panel_end)
+        kernels_.pointwise({t.x + from * t.x_ld, t.x_ld, layer.packed.weight, layer.packed.bias,
+                            residual ? residual + from * residual_ld : nullptr, residual_ld, t.y + from * t.y_ld, t.y_ld,
+                            to - from, layer.desc.cin, t.y_channels, panel_begin, panel_end, layer.desc.relu6});
+}
+
+// All of a pointwise layer, shared by a team.
 void Runner::pointwise(Team &team, const Layer &layer, const Tensors &t, std::ptrdiff_t pixels, const float *residual,
                        std::ptrdiff_t residual_ld) const {
-    const LayerDesc &d = layer.desc;
-    const int panels = (d.cout + kernels_.panel - 1) / kernels_.panel;
+    const int panels = this->panels(layer);
     const auto part = [&](std::ptrdiff_t from, std::ptrdiff_t to, int panel_begin, int panel_end) {
-        if (from < to && panel_begin < panel_end)
-            kernels_.pointwise({t.x + from * t.x_ld, t.x_ld, layer.packed.weight.get(), layer.packed.bias.get(),
-                                residual ? residual + from * residual_ld : nullptr, residual_ld, t.y + from * t.y_ld,
-                                t.y_ld, to - from, d.cin, t.y_channels, panel_begin, panel_end, d.relu6});
+        pointwise(layer, t, from, to, residual, residual_ld, panel_begin, panel_end);
     };
     const long tile = kernels_.tile_rows, tiles = (pixels + tile - 1) / tile;
     if (tiles % team.size() == 0 || tiles >= 8 * team.size()) {
@@ -334,7 +341,7 @@ void Runner::stem_rows(const Layer &layer, int image, int begin, int end, int wi
     for (int o = begin; o < end; ++o, y += width * y_ld) {
         for (; loaded < std::min(plan_.h - 1, 2 * o + 1); ++loaded)
             load_row(image, loaded + 1, rows + (loaded + 1) % kStemRing * size);
-        StemArgs args{{}, planar() ? 2 : 6, layer.packed.weight.get(), layer.packed.bias.get(), y, y_ld, width, y_channels,
+        StemArgs args{{}, planar() ? 2 : 6, layer.packed.weight, layer.packed.bias, y, y_ld, width, y_channels,
                       layer.desc.relu6};
         for (int k = 0; k < kStemTaps; ++k) {
             const int c = k / 9, kh = k / 3 % 3, kw = k % 3, h = 2 * o + kh - 1;
@@ -345,10 +352,16 @@ void Runner::stem_rows(const Layer &layer, int image, int begin, int end, int wi
     }
 }
 
-// One input row behind its left pixel of padding: colour after colour, or interleaved where the image is.
+// One input row behind its left pixel of padding: colour after colour, or interleaved where the image is. The rows after
+// the next one are prefetched, which no hardware prefetcher does across their gaps (25 of the stem's 145 us).
 void Runner::load_row(int image, int row, float *out) const {
     const std::ptrdiff_t at = image * call_.stride_n + row * call_.stride_h;
     const int width = plan_.w;
+    const auto copy = [this](float *to, const float *from, int count) {
+        std::memcpy(to, from, sizeof(float) * count);
+        for (int i = 0; i < count; i += kChannelPad)
+            __builtin_prefetch(from + 2 * call_.stride_h + i);
+    };
     if (call_.bytes) {
         const std::uint8_t *in = static_cast<const std::uint8_t *>(call_.x) + at;
         for (int w = 0; w < width; ++w)
@@ -358,14 +371,14 @@ void Runner::load_row(int image, int row, float *out) const {
     }
     const float *in = static_cast<const float *>(call_.x) + at;
     if (!planar()) {
-        std::memcpy(out + 3, in, sizeof(float) * 3 * width);
+        copy(out + 3, in, 3 * width);
         return;
     }
     for (int c = 0; c < 3; ++c) {
         float *line = out + c * (width + 2) + 1;
         const float *from = in + c * call_.stride_c;
         if (call_.stride_w == 1)
-            std::memcpy(line, from, sizeof(float) * width);
+            copy(line, from, width);
         else
             for (int w = 0; w < width; ++w)
                 line[w] = from[w * call_.stride_w];

@@ -52,6 +52,9 @@ class Runner {
 
     void pointwise(Team &team, const Layer &layer, const Tensors &t, std::ptrdiff_t pixels, const float *residual,
                    std::ptrdiff_t residual_ld) const;
+    void pointwise(const Layer &layer, const Tensors &t, std::ptrdiff_t from, std::ptrdiff_t to, const float *residual,
+                   std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const;
+    int panels(const Layer &layer) const { return (layer.desc.cout + kernels_.panel - 1) / kernels_.panel; }
     void depthwise_row(const Layer &layer, const float *const (&rows)[3], std::ptrdiff_t x_ld, int width, float *y,
                        std::ptrdiff_t y_ld, int block_begin, int block_end) const;
     void stem_rows(const Layer &layer, int image, int begin, int end, int width, float *y, std::ptrdiff_t y_ld,

@@ -8,6 +8,7 @@ namespace mnv2::MNV2_ISA {
 namespace {
 
 constexpr int kPanel = kTileVecs * kLanes;
+static_assert(kTileVecs == 2, "a panel is two vectors wide, or one where one is enough");
 
 struct Epilogue {
     const float *residual;
@@ -66,6 +67,10 @@ inline void gemm_tile(const Input &input, const float *w, const float *bias, int
     }
     for (int k = 0; k < depth; ++k, w += V * kLanes) {
         Vec wk[V];
+        // The next panel, or the next layer, into L2: weights that come from L3 cost 7% of an image otherwise.
+#pragma GCC unroll 2
+        for (int i = 0; i < V * kLanes; i += 16)
+            __builtin_prefetch(w + V * kLanes * depth + i, 0, 2);
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v)
             wk[v] = load(w + v * kLanes);
@@ -93,8 +98,6 @@ inline void gemm_tile(int rows, int vecs, const Input &input, const float *w, co
             gemm_tile<R, 1>(input, w, bias, depth, e);
     }
 }
-
-static_assert(kTileVecs == 2, "a panel is two vectors wide, or one where one is enough");
 
 // Vectors that the panel from channel `begin` on needs.
 inline int panel_vecs(int cout, int begin) { return cout - begin > kLanes ? kTileVecs : 1; }
