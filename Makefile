@@ -1,0 +1,82 @@
+# Everything from a fresh clone: needs python3 (3.11 or newer) with venv and headers, a C++17 compiler, and make.
+#   make demo    set up, build, classify a photo and time it       make test       set up and run the tests
+#   make bench   measure against other engines                     make test-all   the wider sweep too
+#   make lint    formatters, linters, type checker                 make wheel      dist/*.whl
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+# cmake and ninja are the environment's own.
+EDITABLE := PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) install --no-build-isolation -c constraints.txt -e
+PYTEST_ARGS ?=
+
+# The package reads no folder that was not named to it: here one is, where it exists.
+export MNV2_WEIGHTS ?= $(abspath $(wildcard ../shared/weights))
+
+# What a build depends on. Python sources are used in place (editable install), so they are not among them.
+INPUTS := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+CPP_SOURCES := $(filter %.h %.cpp,$(INPUTS))
+
+.DELETE_ON_ERROR:
+.PHONY: help build demo test test-all bench lint format wheel clean
+
+help:
+	@sed -n '2,4s/^# *//p' Makefile
+
+build: $(VENV)/.demo
+
+demo: build
+	@$(PY) -m mnv2_fast demo
+
+test: $(VENV)/.dev
+	$(PY) -m pytest -m "not slow" --durations=20 $(PYTEST_ARGS)
+
+test-all: $(VENV)/.dev
+	$(PY) -m pytest --durations=20 $(PYTEST_ARGS)
+
+bench: $(VENV)/.dev
+	$(PY) -m bench.kernels
+	$(PY) -m bench.model
+	$(PY) -m bench.plot --readme
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
+	$(PY) -m mypy
+
+format: $(VENV)/.dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
+
+wheel: $(VENV)/.dev
+	$(PY) -m build --wheel --no-isolation
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mnv2_fast/_C.*.so
+
+# The stamp comes last: a half-made environment has none, and the next call mends it.
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { echo "mnv2: error: there is no $(PYTHON): 'sudo apt install python3-venv python3-dev'" >&2; exit 1; }
+	@$(PYTHON) tools/preflight.py
+	@$(PYTHON) -m venv $(VENV) || { echo "mnv2: error: no virtual environment could be made: 'sudo apt install python3-venv'" >&2; exit 1; }
+	@touch $@
+
+# The build requirements come first and the build runs without isolation: pinned, and installed once.
+$(VENV)/.tools: $(VENV)/.made constraints.txt
+	$(PIP) install -c constraints.txt setuptools wheel cmake ninja pybind11
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.tools $(INPUTS)
+	@$(PYTHON) tools/preflight.py python compiler
+	$(EDITABLE) '.[demo]'
+	@touch $@
+
+# triton only where torch has not brought its own: a CUDA build of torch insists on its version.
+$(VENV)/.dev: $(VENV)/.tools $(INPUTS)
+	@$(PYTHON) tools/preflight.py python compiler
+	$(EDITABLE) '.[dev]'
+	@$(PY) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' || $(PIP) install triton==3.6.0
+	@touch $(VENV)/.demo $@
