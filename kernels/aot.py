@@ -16,12 +16,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
-
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one program costs: registers a thread; stack, local (both hold spills) and shared memory in bytes."""
+    """What one program costs: registers a thread; stack, local (both: spills) and shared memory in bytes."""
 
     registers: int
     stack: int

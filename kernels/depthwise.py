@@ -1,11 +1,11 @@
 """Depthwise 3x3 convolution + bias + ReLU6 on NHWC activations.
 
-One program makes ROWS output rows of BLOCK lanes of one image. A lane is one channel of a patch, and a patch is
-COLS neighbouring output columns. A row of NHWC memory is one flat line and lanes are numbered along it, channel
+One program makes ROWS output rows of BLOCK lanes of one image. A lane is one channel of a patch, COLS
+neighbouring output columns. A row of NHWC memory is one flat line and lanes are numbered along it, channel
 fastest: no channel count leaves lanes idle, and neighbouring lanes read and write neighbouring memory. A lane
 keeps its nine weights and its unfinished sums in registers. Each input row is read once per program and feeds
 the up to three output rows that need it, each input column once per patch and feeds all outputs of the patch:
-with ROWS = 7 and COLS = 2, stride 1 takes 2.6 loads per output in place of nine. No shared memory, no barrier.
+with ROWS = 7 and COLS = 2, stride 1 takes 2.6 loads an output in place of nine. No shared memory, no barrier.
 """
 
 # Triton's language is not Python's: a tuple grows as a loop is unrolled, and arguments carry no annotations.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import DTYPES, relu6, tiles
+from .common import DTYPES, POINTERS, relu6, tiles
 
 # Rows are counted with 64 bits. Within a row of an image (W x C elements) 32 bits are enough up to:
 ROW_LIMIT = 2**27
@@ -105,7 +105,7 @@ def depthwise_kernel(
     for _ in tl.static_range(COLS):
         start += (tl.load(bias + channel).to(tl.float32),)
 
-    # sums[o]: the COLS sums of output row top + o. Once unrolled, only rows begun and not stored hold registers.
+    # sums[o]: the COLS sums of output row top + o. Unrolled, only rows begun and not stored hold registers.
     sums = ()
     for _ in tl.static_range(ROWS):
         sums += (start,)
@@ -209,6 +209,17 @@ def choose_tile(x: torch.Tensor, stride: int) -> Mapping[str, int]:
     large = table[f"large_s{stride}"]
     programs = math.prod(grid(n, c, (h - 1) // stride + 1, (w - 1) // stride + 1, large))
     return large if programs >= 4 * units else table[f"small_s{stride}"]
+
+
+def compile_arguments(
+    c: int, stride: int, relu6: bool, dtype: torch.dtype, tile: Mapping[str, int]
+) -> dict[str, str | int | bool]:
+    """The kernel's arguments as `aot.compile_for` takes them, for `c` channels."""
+    pointers = dict.fromkeys(("x", "taps", "bias", "out"), POINTERS[dtype])
+    sizes = dict.fromkeys(("h", "w", "ho", "wo"), "i32")
+    constants = {"C": c, "STRIDE": stride, "RELU6": relu6}
+    constants |= {"ROWS": tile["rows"], "COLS": tile["cols"], "BLOCK": tile["block"]}
+    return {**pointers, **sizes, **constants}
 
 
 def limit(shape: torch.Size) -> str | None:
