@@ -1,0 +1,118 @@
+"""A chain: convolutions in a row, each with its batch norm, ReLU6 and residual, and perhaps a pooled linear
+layer.
+
+It is the form in which modules hand their work to kernels: `MobileNetV2` is one chain, so is each of its
+blocks. A chain names no tensor; the tensors it works on come beside it as one flat list, in the order of
+`Chain.names`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from .arch import LayerSpec
+
+_CONV = ("weight", "bias")
+_NORM = ("running_mean", "running_var")
+_AFFINE = ("norm_weight", "norm_bias")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One layer as its modules have it, before batch norm is folded in.
+
+    `bias`: the convolution (or linear layer) has one. `norm`: batch norm follows, with `eps`; `affine`: and
+    scales.
+    """
+
+    spec: LayerSpec
+    bias: bool = False
+    norm: bool = True
+    affine: bool = True
+    eps: float = 1e-5
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its tensors in order, those it has of weight, bias, norm_weight, norm_bias, running_mean/_var."""
+        return (
+            *(_CONV if self.bias else _CONV[:1]),
+            *(_AFFINE if self.norm and self.affine else ()),
+            *(_NORM if self.norm else ()),
+        )
+
+    def fold(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The float32 weight and bias of the layer with batch norm folded in, rounded once from float64."""
+        weight, bias = tensors["weight"].double(), tensors.get("bias")
+        shift = torch.zeros(weight.shape[0], dtype=torch.float64) if bias is None else bias.double()
+        if self.norm:
+            scale = torch.rsqrt(tensors["running_var"].double() + self.eps)
+            if self.affine:
+                scale = scale * tensors["norm_weight"].double()
+            weight = weight * scale.reshape(-1, 1, 1, 1)
+            shift = (shift - tensors["running_mean"].double()) * scale
+            if self.affine:
+                shift = shift + tensors["norm_bias"].double()
+        return weight.float().contiguous(), shift.float()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Links, first to last. `pool`: a chain that ends in a convolution gives its mean over H and W."""
+
+    links: tuple[Link, ...]
+    pool: bool = False
+
+    @property
+    def specs(self) -> list[LayerSpec]:
+        """The layers as the backends take them."""
+        return [link.spec for link in self.links]
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the result is [N, C], not [N, C, H, W]."""
+        return self.pool or self.links[-1].spec.kind == "linear"
+
+    @property
+    def count(self) -> int:
+        """Number of tensors that the chain reads."""
+        return sum(len(link.names) for link in self.links)
+
+    def split(self, tensors: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """The flat list as one dict per link."""
+        it = iter(tensors)
+        return [{name: next(it) for name in link.names} for link in self.links]
+
+    @torch.no_grad()
+    def fold(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(weight, bias) of every link with batch norm folded in: float32, in torch's layout."""
+        return [link.fold(named) for link, named in zip(self.links, self.split(tensors), strict=True)]
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the result for an input of `shape`, [N, C, H, W]."""
+        n, _, h, w = shape
+        for link in self.links:
+            h, w = (h - 1) // link.spec.stride + 1, (w - 1) // link.spec.stride + 1
+        channels = self.links[-1].spec.cout
+        return (n, channels) if self.pooled else (n, channels, h, w)
+
+    def encode(self) -> str:
+        """The chain as JSON; `decode` reads it."""
+        return json.dumps({"pool": self.pool, "links": [asdict(link) for link in self.links]})
+
+    @staticmethod
+    def decode(text: str) -> Chain:
+        """The chain that `encode` wrote."""
+        return _decode(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _decode(text: str) -> Chain:
+    data = json.loads(text)
+    links = tuple(Link(**{**link, "spec": LayerSpec(**link["spec"])}) for link in data["links"])
+    return Chain(links, data["pool"])

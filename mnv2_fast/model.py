@@ -1,0 +1,232 @@
+"""MobileNetV2, as torchvision defines it, fast by itself in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import env
+from .arch import LAST_CHANNELS, SETTING, STEM_CHANNELS, make_divisible
+from .errors import UserError
+from .nn import (
+    Automatic,
+    ConvBNReLU6,
+    Declined,
+    InvertedResidual,
+    Part,
+    Reading,
+    check_module,
+    log,
+    read_linear,
+)
+from .packs import Holder
+from .weights import HEAD, check_state_dict, infer_width, load_state_dict, num_classes
+
+
+class InputError(UserError, RuntimeError):
+    """An input that is no batch of images. Both of the classes that torch raises for one."""
+
+
+class MobileNetV2(Automatic):
+    """MobileNetV2: [N, 3, H, W] -> [N, num_classes], in train mode plain torch, in eval mode on the kernels.
+
+    Source: Sandler et al., arXiv:1801.04381; structure, names and initialization are torchvision's.
+
+    Args:
+        num_classes: outputs of the classifier.
+        width_mult: factor on every layer's channels.
+        inverted_residual_setting: rows (t, c, n, s): expansion, channels, repeats, stride of the first.
+        round_nearest: channels are a multiple of this; 1 turns rounding off.
+        block: class of the blocks, by default `InvertedResidual`.
+        norm_layer: class of the norms, by default `nn.BatchNorm2d`.
+        dropout: before the linear layer.
+        backend: "auto", "eager" (plain torch always), "cpu" or "triton"; `MNV2_BACKEND` where it is "auto".
+
+    Raises:
+        ValueError: a setting is empty or no row of four; the backend is none.
+    """
+
+    def __init__(  # noqa: PLR0917 (torchvision's signature)
+        self,
+        num_classes: int = 1000,
+        width_mult: float = 1.0,
+        inverted_residual_setting: Sequence[Sequence[int]] | None = None,
+        round_nearest: int = 8,
+        block: Callable[..., nn.Module] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        dropout: float = 0.2,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.backend = env.check_backend(backend)
+        setting = SETTING if inverted_residual_setting is None else inverted_residual_setting
+        if len(setting) == 0 or len(setting[0]) != 4:
+            raise ValueError(
+                "inverted_residual_setting should be non-empty or a 4-element list, "
+                f"got {inverted_residual_setting}"
+            )
+        block, norm_layer = block or InvertedResidual, norm_layer or nn.BatchNorm2d
+        channels = make_divisible(STEM_CHANNELS * width_mult, round_nearest)
+        self.last_channel = make_divisible(LAST_CHANNELS * max(1.0, width_mult), round_nearest)
+        features: list[nn.Module] = [ConvBNReLU6(3, channels, stride=2, norm_layer=norm_layer)]
+        for t, c, n, s in setting:
+            cout = make_divisible(c * width_mult, round_nearest)
+            for repeat in range(n):
+                stride = s if repeat == 0 else 1
+                features.append(block(channels, cout, stride, expand_ratio=t, norm_layer=norm_layer))
+                channels = cout
+        features.append(ConvBNReLU6(channels, self.last_channel, kernel_size=1, norm_layer=norm_layer))
+        self.features = nn.Sequential(*features)
+        self.classifier = nn.Sequential(nn.Dropout(p=dropout), nn.Linear(self.last_channel, num_classes))
+        self.metadata: dict[str, str] = {}  # of the weights file: labels, preprocessing
+        self._holder = Holder()
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits.
+
+        Args:
+            x: [N, 3, H, W], any N >= 0, H and W >= 1, any strides, on the parameters' device.
+
+        Returns:
+            [N, num_classes], of the dtype that torchvision's model returns.
+
+        Raises:
+            ValueError, RuntimeError: x is no batch of images (the error is both).
+            TypeError: x is no tensor.
+        """
+        if torch.jit.is_scripting():
+            return self._forward_impl(x)
+        else:  # noqa: RET505 (TorchScript compiles what follows an `if` without `else`)
+            return self._automatic(x)
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
+        x = torch.flatten(x, 1)
+        return self.classifier(x)
+
+    def _run_eager(self, x: Tensor) -> Tensor:
+        check_input(x)
+        return self._forward_impl(x)
+
+    def read(self) -> Reading:
+        if type(self)._forward_impl is not MobileNetV2._forward_impl or "_forward_impl" in self.__dict__:
+            raise Declined(f"{type(self).__name__} has a _forward_impl of its own")
+        check_module(self.features, "features", nn.Sequential)
+        parts: list[Part] = []
+        modules: list[nn.Module] = [self.features]
+        for i, child in enumerate(self.features):
+            if type(child) not in (ConvBNReLU6, InvertedResidual):
+                kind = type(child).__name__
+                raise Declined(f"features.{i} is a {kind}, not a ConvBNReLU6 or InvertedResidual")
+            check_module(child, f"features.{i}", type(child))
+            try:
+                inner = child.read()
+            except Declined as reason:
+                raise Declined(f"features.{i}: {reason}") from None
+            if parts and parts[-1][0].spec.cout != inner.parts[0][0].spec.cin:
+                raise Declined(f"features.{i} does not take what features.{i - 1} gives")
+            parts += inner.parts
+            modules += [child, *inner.modules]
+        if parts[0][0].spec.kind != "stem" or parts[-1][0].spec.kind != "pointwise":
+            raise Declined("features do not begin with a stem and end with a pointwise layer")
+        try:
+            linear = self._read_classifier(parts[-1][0].spec.cout)
+        except Declined:
+            return Reading(parts, modules, True, self.classifier)
+        return Reading([*parts, linear], [*modules, self.classifier, *self.classifier])
+
+    def _read_classifier(self, features: int) -> Part:
+        check_module(self.classifier, "classifier", nn.Sequential)
+        if len(self.classifier) != 2:
+            raise Declined("classifier is not (Dropout, Linear)")
+        dropout, linear = self.classifier
+        check_module(dropout, "classifier.0", nn.Dropout)
+        return read_linear(linear, features, "classifier.1")
+
+
+def check_input(x: Any) -> None:
+    """Say in one line what is wrong with an input that torch would refuse, or that is no image.
+
+    Raises:
+        InputError: wrong rank, channels, size or an integer dtype.
+    """
+    if not isinstance(x, Tensor):
+        return
+    if x.dim() != 4:
+        raise InputError(
+            f"expected 4D input [N, 3, H, W] (got {x.dim()}D input of shape {tuple(x.shape)}): "
+            "add the batch dimension to one image with x[None]"
+        )
+    if x.shape[1] != 3:
+        raise InputError(
+            f"expected input[{', '.join(map(str, x.shape))}] to have 3 channels, "
+            f"but got {x.shape[1]} channels instead: the layout is [N, 3, H, W]"
+        )
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise InputError(f"H and W must be at least 1, got the shape {tuple(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise InputError(
+            f"input type {x.dtype} and weight type should be the same: convert with x.float() and normalize, "
+            "or use mnv2_fast.compile(model), which takes uint8 images"
+        )
+
+
+def _initialize(model: nn.Module) -> None:
+    """torchvision's initialization, drawn in its order."""
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.BatchNorm2d | nn.GroupNorm):
+            nn.init.ones_(m.weight)
+            nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, 0, 0.01)
+            nn.init.zeros_(m.bias)
+
+
+def mobilenet_v2(
+    weights: object = None, pretrained: bool = False, progress: bool = True, **kwargs: Any
+) -> MobileNetV2:
+    """A MobileNetV2, with trained weights where they are asked for.
+
+    Args:
+        weights: None, "IMAGENET1K_V1", "IMAGENET1K_V2", "DEFAULT" (V2), a member of torchvision's enum, or
+            the path of a file. True is the older spelling of "IMAGENET1K_V1", as `pretrained=True` is.
+        pretrained: the older spelling.
+        progress: draw a bar while downloading.
+        **kwargs: of `MobileNetV2`. By default the class count and width are those of the weights; with
+            another `num_classes` the trunk is kept and the classifier is fresh, which is logged.
+
+    Raises:
+        UserError: the weights are not to be had, or do not fit the network asked for.
+    """
+    if weights is None or isinstance(weights, bool):
+        weights = "IMAGENET1K_V1" if weights or pretrained else None
+    if weights is None:
+        return MobileNetV2(**kwargs)
+    state, metadata = load_state_dict(weights, progress)
+    source = str(weights)
+    classes = num_classes(state)
+    if classes is not None:
+        kwargs.setdefault("num_classes", classes)
+    if "width_mult" not in kwargs and "inverted_residual_setting" not in kwargs:
+        kwargs["width_mult"] = infer_width(state, source)
+    model = MobileNetV2(**kwargs)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    wanted = kwargs.get("num_classes", 1000)
+    if classes is not None and wanted != classes:
+        log.warning("%s has %d classes: the trunk is kept, the head is fresh", source, classes)
+        own = model.state_dict()
+        state = {**state, **{key: own[key] for key in own if key.startswith(HEAD)}}
+    check_state_dict(state, expected, source)
+    model.load_state_dict(state)
+    model.metadata = metadata
+    return model

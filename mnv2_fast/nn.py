@@ -1,0 +1,494 @@
+"""Modules that are torch's in structure, training and `state_dict`, and run on the kernels in eval mode.
+
+Each looks at every call whether the kernels can serve it exactly; where they cannot, its children run as they
+are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from threading import local
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import env
+from .arch import LayerSpec
+from .autograd import ChainFunction
+from .backends import cpu
+from .chain import Chain, Link
+from .errors import UserError
+from .packs import Holder, ModuleWatch, Pack, TensorWatch
+
+log = logging.getLogger("mnv2_fast")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Declined(Exception):  # noqa: N818 (a reason, not an error: the eager path serves the call)
+    """The kernels do not serve a call; the message says why."""
+
+
+class _Thread(local):
+    eager = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def eager_only() -> Iterator[None]:
+    """Within it, in this thread, every module runs in plain torch."""
+    before, _thread.eager = _thread.eager, True
+    try:
+        yield
+    finally:
+        _thread.eager = before
+
+
+def tracing(x: object) -> bool:
+    """Whether a call records a graph and not an answer: export, ONNX, fx, jit, compile, fake tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or isinstance(x, torch.fx.Proxy)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def decline_call(x: Any) -> None:
+    """Look at the input and at what surrounds the call.
+
+    Raises:
+        Declined: the kernels cannot serve it.
+    """
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        raise Declined(f"the input is a {type(x).__name__}, not a plain tensor")
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        raise Declined("a torch mode watches the calls")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise Declined("a functorch transform is active")
+    if torch._C._get_tracing_state() is not None:
+        raise Declined("the call is traced")
+    if forward_ad._current_level >= 0:
+        raise Declined("forward-mode differentiation is active")
+    if _has_any_global_hook():
+        raise Declined("a global module hook is registered")
+    if x.device.type != "cpu":
+        raise Declined(f"the input is on {x.device}, the kernels for a whole network are on cpu")
+    if torch.is_autocast_enabled("cpu"):
+        raise Declined("autocast is on")
+    if x.dtype is not torch.float32 or x.layout is not torch.strided or x.is_neg():
+        raise Declined(f"the input is {x.dtype}, {x.layout}: the kernels take plain torch.float32")
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise Declined(f"the input has the shape {tuple(x.shape)}, the kernels take [N, C, H, W]")
+    if not cpu.available():
+        raise Declined(cpu.unavailable_reason())
+
+
+def check_module(module: nn.Module, name: str, kind: type[nn.Module]) -> None:
+    """Look whether a module within a chain is the one the chain stands for.
+
+    Raises:
+        Declined: it is of another class, has hooks, is in train mode or has a forward of its own.
+    """
+    if type(module) is not kind:
+        raise Declined(f"{name} is a {type(module).__name__}, not a {kind.__name__}")
+    state = module.__dict__
+    if module.training:
+        raise Declined(f"{name} is in train mode")
+    if any(state[hooks] for hooks in _HOOKS):
+        raise Declined(f"{name} has a hook")
+    if "forward" in state or "_call_impl" in state:
+        raise Declined(f"{name} has a forward of its own")
+
+
+def _check_tensors(name: str, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    found = [t for t in tensors if t is not None]
+    for t in found:
+        if type(t) is not Tensor and type(t) is not nn.Parameter:
+            raise Declined(f"{name} holds a {type(t).__name__}, not a plain tensor")
+        if t.dtype is not torch.float32 or t.device.type != "cpu" or t.layout is not torch.strided:
+            raise Declined(
+                f"{name} holds a tensor of {t.dtype} on {t.device}, the kernels take torch.float32 on cpu"
+            )
+    return found
+
+
+def _slot(module: nn.Module, name: str, where: str, slots: str = "_parameters") -> Tensor | None:
+    """The tensor in a slot, which parametrization and pruning take away."""
+    try:
+        value: Tensor | None = module.__dict__[slots][name]
+    except KeyError:
+        raise Declined(f"{where}.{name} is no plain {slots[1:-1]}") from None
+    return value
+
+
+def _kind(conv: nn.Conv2d) -> str | None:
+    geometry = conv.kernel_size, conv.stride, conv.padding
+    plain = conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    if not plain:
+        return None
+    if geometry == ((1, 1), (1, 1), (0, 0)) and conv.groups == 1:
+        return "pointwise"
+    if geometry in (((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1))):
+        if conv.groups == conv.in_channels == conv.out_channels:
+            return "depthwise"
+        if conv.groups == 1 and conv.in_channels == 3 and conv.stride == (2, 2):
+            return "stem"
+    return None
+
+
+Part = tuple[Link, list[Tensor]]
+
+
+def read_conv(conv: nn.Module, norm: nn.Module | None, relu6: bool, where: str) -> Part:
+    """One link of a chain and its tensors.
+
+    Raises:
+        Declined: the kernels have no such layer, or not exactly this one.
+    """
+    check_module(conv, where, nn.Conv2d)
+    assert isinstance(conv, nn.Conv2d)
+    kind = _kind(conv)
+    if kind is None:
+        raise Declined(
+            f"{where}: no kernel for kernel_size={conv.kernel_size}, stride={conv.stride}, "
+            f"padding={conv.padding}, dilation={conv.dilation}, groups={conv.groups}, padding_mode={conv.padding_mode!r}"
+        )
+    weight, bias = _slot(conv, "weight", where), _slot(conv, "bias", where)
+    tensors = [weight, bias]
+    affine, eps = False, 0.0
+    if norm is not None:
+        where = f"{where} (norm)"
+        check_module(norm, where, nn.BatchNorm2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        stats = [_slot(norm, name, where, "_buffers") for name in ("running_mean", "running_var")]
+        if None in stats:
+            raise Declined(f"{where} has no running statistics")
+        scale = [_slot(norm, name, where) for name in ("weight", "bias")]
+        if (scale[0] is None) != (scale[1] is None):
+            raise Declined(f"{where} has a weight or a bias, not both")
+        affine, eps = scale[0] is not None, norm.eps
+        tensors += [*scale, *stats]
+    found = _check_tensors(where, tensors)
+    shape = tuple(weight.shape) if weight is not None else ()
+    spec = LayerSpec(kind, where, "", conv.in_channels, conv.out_channels, conv.stride[0], relu6)
+    if shape != spec.weight_shape or any(t.shape != (spec.cout,) for t in found[1:]):
+        raise Declined(f"{where}: its tensors' shapes are not those of {conv}")
+    return Link(spec, bias is not None, norm is not None, affine, eps), found
+
+
+def read_linear(linear: nn.Module, features: int, where: str) -> Part:
+    """The linear link that ends a chain and its tensors.
+
+    Raises:
+        Declined: it is not a plain `nn.Linear` of `features` inputs.
+    """
+    check_module(linear, where, nn.Linear)
+    tensors = _check_tensors(where, [_slot(linear, name, where) for name in ("weight", "bias")])
+    weight = tensors[0]
+    if (
+        weight.dim() != 2
+        or weight.shape[1] != features
+        or any(t.shape != weight.shape[:1] for t in tensors[1:])
+    ):
+        raise Declined(f"{where}: its tensors' shapes are not those of a linear layer of {features} inputs")
+    spec = LayerSpec("linear", where, "", features, weight.shape[0])
+    return Link(spec, len(tensors) == 2, norm=False, affine=False, eps=0.0), tensors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a module remembers between calls. Immutable; replaced whole."""
+
+    modules: ModuleWatch
+    watch: TensorWatch
+    tensors: tuple[Tensor, ...]  # the chain's, in its order
+    pack: Pack
+    rest: nn.Module | None = None  # runs in torch after the chain
+
+
+@dataclass
+class Reading:
+    """What a module tells of itself: links with their tensors, and the modules that they stand for."""
+
+    parts: list[Part]
+    modules: list[nn.Module]
+    pool: bool = False
+    rest: nn.Module | None = None
+
+    @property
+    def chain(self) -> Chain:
+        """The links as a chain."""
+        return Chain(tuple(link for link, _ in self.parts), self.pool)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The chain's tensors, in its order."""
+        return [t for _, tensors in self.parts for t in tensors]
+
+
+class Automatic(nn.Module):
+    """A module that is fast by itself in eval mode. Subclasses say what chain they are."""
+
+    backend = "auto"
+    watched: tuple[str, ...] = ()  # attributes, besides children, that its answer depends on
+    _holder: Holder
+
+    def read(self) -> Reading:
+        """The chain that this module is.
+
+        Raises:
+            Declined: it is none that the kernels know.
+        """
+        raise NotImplementedError
+
+    def _run_eager(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """Forget the packed weights: needed after a write through `.data` or numpy that moved few values."""
+        for module in self.modules():
+            if isinstance(module, Automatic):
+                module._holder.clear()
+
+    def why_not(self, x: Any) -> str | None:
+        """Why the kernels would not serve a call with `x`, or None where they would."""
+        try:
+            self._plan(x)
+        except Declined as reason:
+            return str(reason)
+        return None
+
+    def _plan(self, x: Any) -> Plan:
+        """The plan for a call, as it holds now.
+
+        Raises:
+            Declined: the kernels cannot serve the call.
+        """
+        if self.training:
+            raise Declined("the module is in train mode, where plain torch serves")
+        if _thread.eager or self.__dict__.get("backend", "auto") == "eager" or env.backend() == "eager":
+            raise Declined("the eager backend was asked for")
+        decline_call(x)
+        plan: Plan | None = self._holder.value
+        if plan is None or plan.modules.changed(self) is not None:
+            plan = self._holder.value = self._make_plan()
+        elif plan.watch.changed(plan.modules.tensors) is not None:
+            watch = TensorWatch(plan.modules.tensors)
+            plan = self._holder.value = replace(plan, watch=watch, pack=Pack(plan.pack.chain, plan.tensors))
+        if x.shape[1] != plan.pack.chain.links[0].spec.cin:
+            raise Declined(f"the input has {x.shape[1]} channels, not {plan.pack.chain.links[0].spec.cin}")
+        return plan
+
+    def _make_plan(self) -> Plan:
+        reading = self.read()
+        modules = ModuleWatch(self, reading.modules)
+        # The watch comes before the weights are read: a write in between is seen at the next call.
+        watch = TensorWatch(modules.tensors)
+        pack = Pack(reading.chain, reading.tensors)
+        return Plan(modules, watch, tuple(reading.tensors), pack, reading.rest)
+
+    @torch.jit.unused
+    def _automatic(self, x: Tensor) -> Tensor:
+        if self.training or tracing(x):
+            return self._run_eager(x)
+        try:
+            plan = self._plan(x)
+        except Declined as reason:
+            return self._declined(x, str(reason))
+        if torch.is_grad_enabled() and (x.requires_grad or any(map(_requires_grad, plan.tensors))):
+            y: Tensor = ChainFunction.apply(plan.pack, x, *plan.tensors)
+        else:
+            y = plan.pack.run(x)
+        if y.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
+            y = y.contiguous()
+        return y if plan.rest is None else plan.rest(y)
+
+    def _declined(self, x: Tensor, reason: str) -> Tensor:
+        asked = _thread.eager or self.__dict__.get("backend", "auto") == "eager" or env.backend() == "eager"
+        if not asked:
+            log.debug("%s runs in eager: %s", type(self).__name__, reason)
+            if env.strict():
+                raise UserError(f"{env.STRICT.name}=1 and no kernel serves {type(self).__name__}: {reason}")
+            return self._run_eager(x)
+        with eager_only():
+            return self._run_eager(x)
+
+
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
+
+
+class ConvBNReLU6(Automatic, nn.Sequential):
+    """Convolution, batch norm, ReLU6: `torchvision.ops.Conv2dNormActivation` with ReLU6 for the activation.
+
+    [N, in_channels, H, W] -> [N, out_channels, Ho, Wo], in the memory format of the input. In eval mode the
+    kernels serve 1x1 convolutions, depthwise 3x3 of stride 1 or 2 (groups = in_channels = out_channels) and
+    3x3 of stride 2 from 3 channels; everything else runs as its children do.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, groups, dilation, bias: of the `Conv2d`; a bias by
+            default only where there is no norm.
+        padding: by default what keeps the size at stride 1.
+        norm_layer: called with out_channels; None for no norm.
+        activation_layer: called with `inplace`; None for no activation.
+        inplace: of the activation; None: not passed.
+    """
+
+    def __init__(  # noqa: PLR0917 (torchvision's signature)
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str | None = None,
+        groups: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+        activation_layer: Callable[..., nn.Module] | None = nn.ReLU6,
+        dilation: int | tuple[int, int] = 1,
+        inplace: bool | None = True,
+        bias: bool | None = None,
+    ) -> None:
+        if padding is None:
+            sizes, steps = _pair(kernel_size), _pair(dilation)
+            padding = ((sizes[0] - 1) // 2 * steps[0], (sizes[1] - 1) // 2 * steps[1])
+        layers: list[nn.Module] = [
+            nn.Conv2d(
+                in_channels,
+                out_channels,
+                kernel_size,
+                stride,
+                padding,
+                dilation=dilation,
+                groups=groups,
+                bias=norm_layer is None if bias is None else bias,
+            )
+        ]
+        if norm_layer is not None:
+            layers.append(norm_layer(out_channels))
+        if activation_layer is not None:
+            layers.append(activation_layer(**({} if inplace is None else {"inplace": inplace})))
+        super().__init__(*layers)
+        self.out_channels = out_channels
+        self._holder = Holder()
+
+    def read(self) -> Reading:
+        children = list(self)
+        if not children:
+            raise Declined("ConvBNReLU6 is empty")
+        modules = list(children)
+        relu6 = len(children) > 1 and isinstance(children[-1], nn.ReLU6)
+        if relu6:
+            check_module(children[-1], "activation", nn.ReLU6)
+            children.pop()
+        if len(children) > 2:
+            raise Declined(f"ConvBNReLU6 has {len(modules)} children")
+        norm = children[1] if len(children) == 2 else None
+        return Reading([read_conv(children[0], norm, relu6, "conv")], modules)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Shapes as the class says. Errors as torch's."""
+        if torch.jit.is_scripting():
+            for module in self:
+                input = module(input)
+            return input
+        else:  # noqa: RET505 (TorchScript compiles what follows an `if` without `else`)
+            return self._automatic(input)
+
+    def _run_eager(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = module(x)
+        return x
+
+
+class InvertedResidual(Automatic):
+    """MobileNetV2's block, as `torchvision.models.mobilenetv2.InvertedResidual`.
+
+    A 1x1 expansion (left out where expand_ratio is 1), a depthwise 3x3, a linear 1x1 projection, and the
+    input added where its shape is the output's. [N, inp, H, W] -> [N, oup, Ho, Wo], in the memory format of
+    the input.
+
+    Raises:
+        ValueError: stride is neither 1 nor 2.
+    """
+
+    watched = ("use_res_connect",)
+
+    def __init__(
+        self,
+        inp: int,
+        oup: int,
+        stride: int,
+        expand_ratio: float,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if stride not in (1, 2):
+            raise ValueError(f"stride should be 1 or 2 instead of {stride}")
+        self.stride = stride
+        norm_layer = norm_layer or nn.BatchNorm2d
+        hidden = round(inp * expand_ratio)
+        self.use_res_connect = stride == 1 and inp == oup
+        layers: list[nn.Module] = []
+        if expand_ratio != 1:
+            layers.append(ConvBNReLU6(inp, hidden, kernel_size=1, norm_layer=norm_layer))
+        layers += [
+            ConvBNReLU6(hidden, hidden, stride=stride, groups=hidden, norm_layer=norm_layer),
+            nn.Conv2d(hidden, oup, 1, 1, 0, bias=False),
+            norm_layer(oup),
+        ]
+        self.conv = nn.Sequential(*layers)
+        self.out_channels = oup
+        self._is_cn = stride > 1
+        self._holder = Holder()
+
+    def read(self) -> Reading:
+        check_module(self.conv, "conv", nn.Sequential)
+        children = list(self.conv)
+        if len(children) not in (3, 4):
+            raise Declined(f"conv has {len(children)} children, not 3 or 4")
+        modules: list[nn.Module] = [self.conv, *children]
+        parts: list[Part] = []
+        for i, child in enumerate(children[:-2]):
+            check_module(child, f"conv.{i}", ConvBNReLU6)
+            assert isinstance(child, ConvBNReLU6)
+            inner = child.read()
+            modules += inner.modules
+            parts += inner.parts
+        parts.append(read_conv(children[-2], children[-1], False, "conv (linear)"))
+        for (before, _), (after, _) in itertools.pairwise(parts):
+            if before.spec.cout != after.spec.cin:
+                raise Declined(f"conv: {before.spec.cout} channels meet {after.spec.cin}")
+        if self.use_res_connect:
+            link, tensors = parts[-1]
+            steps = [part.spec.stride for part, _ in parts]
+            if max(steps) > 1 or parts[0][0].spec.cin != link.spec.cout:
+                raise Declined("conv: its input and its output do not add")
+            parts[-1] = replace(link, spec=replace(link.spec, residual=len(parts) - 1)), tensors
+        return Reading(parts, modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes as the class says. Errors as torch's."""
+        if torch.jit.is_scripting():
+            if self.use_res_connect:
+                return x + self.conv(x)
+            else:  # noqa: RET505
+                return self.conv(x)
+        else:
+            return self._automatic(x)
+
+    def _run_eager(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.use_res_connect else self.conv(x)
