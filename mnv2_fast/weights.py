@@ -86,7 +86,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Weights:
-    """One published set of weights: its name, torchvision's file and where it is, what it expects and reaches.
+    """One published set of weights: its name, its file and where it is, what it expects and reaches.
 
     `top1` is torchvision's figure for ImageNet's validation set, in percent. Source:
     torchvision.models.mobilenetv2.
@@ -122,6 +122,7 @@ WEIGHTS: tuple[Weights, ...] = (
 )
 DEFAULT = "IMAGENET1K_V2"
 SUFFIXES = (".safetensors", ".pth", ".pt")
+HEAD = "classifier."
 
 
 def row(name: object) -> Weights | None:
@@ -150,10 +151,10 @@ def imagenet_labels() -> list[str]:
 
 
 def identify(path: Path, metadata: Mapping[str, str]) -> Weights | None:
-    """Which published weights a file says it holds, in its metadata or else in its name; None where it does not say.
+    """Which published weights a file says it holds, in its metadata or else in its name, or None.
 
-    The metadata says so with `weights` = the name, or with a `source` that starts "torchvision mobilenet_v2 "
-    + name.
+    The metadata says so with `weights` = the name, or with a `source` that starts
+    "torchvision mobilenet_v2 NAME".
     """
     source = re.match(r"torchvision mobilenet_v2 (\w+)", metadata.get("source", ""))
     claim = metadata.get("weights") or (source.group(1) if source else "")
@@ -187,7 +188,7 @@ def find_weights(name_or_path: object, progress: bool = True) -> Path:
 
 
 def find_local(weights: Weights) -> Path | None:
-    """The file of `weights` in the folder of `MNV2_WEIGHTS` or in torch hub's cache, or None. Downloads nothing."""
+    """The file of `weights` in the folder of `MNV2_WEIGHTS` or in torch hub's cache; None: in neither."""
     folder = env.weights_folder()
     if folder is not None:
         files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
@@ -224,7 +225,7 @@ def _download(weights: Weights, progress: bool) -> Path:
         instead = f", or ask for {' or '.join(here)}, found here" if here else ""
         reason = getattr(error, "reason", None) or error
         raise MissingWeightsError(
-            f"{weights.name} is not on this machine and cannot be downloaded from {weights.url} ({_line(reason)}): "
+            f"{weights.name} is not here and cannot be downloaded from {weights.url} ({_line(reason)}): "
             f"put {weights.file} in a folder and set {env.WEIGHTS.name} to it{instead}"
         ) from error
     return target
@@ -254,14 +255,12 @@ def load_state_dict(name_or_path: object, progress: bool = True) -> tuple[dict[s
     path = find_weights(name_or_path, progress)
     try:
         with open(path, "rb") as file:
-            start = file.read(4)
+            start = file.read(9)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check its permissions") from error
-    if (
-        start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-        and path.suffix != ".safetensors"
-    ):
-        state, metadata = _read_torch(path), {}
+    # A zip archive or a pickle; a safetensors header has its JSON from byte 8 on, whatever the first two are.
+    if start[:1] in (b"P", b"\x80") and start[8:] != b"{":
+        state, metadata = _read_torch(path), dict[str, str]()
     else:
         state, metadata = _read_safetensors(path)
     published = identify(path, metadata)
@@ -286,6 +285,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
+    damaged = f"{path} is truncated or not a torch file"
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -296,7 +296,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
                 f"{path} is a pickle that asks for code to be run{what}: refused; "
                 "save the model's state_dict() with safetensors or torch.save instead"
             ) from None
-        raise UserError(f"{path} is truncated or not a torch file ({_line(error)}): fetch it again") from None
+        raise UserError(f"{damaged} ({_line(error)}): fetch it again") from None
     except Exception as error:  # a damaged archive fails in many ways, each with its own exception
         raise UserError(
             f"{path} is truncated or not a torch file ({_line(error)}): fetch it again"
@@ -364,9 +364,6 @@ def check_state_dict(
     )
 
 
-HEAD = "classifier."
-
-
 def num_classes(state: Mapping[str, Tensor]) -> int | None:
     """How many classes a state dict is for; None where it has no classifier."""
     bias = state.get(f"{HEAD}1.bias")
@@ -390,7 +387,7 @@ def infer_width(state: Mapping[str, Tensor], source: str) -> float:
         # Widths people use first; the rest of the grid finds any other. All that fit give the same network.
         for width in (1.0, 0.5, 0.75, 1.4, 0.35, 0.25, 1.3, *(i / 100 for i in range(5, 401))):
             expected = expected_shapes(classes, width)
-            stem = f"{next(iter(expected))}"
+            stem = next(iter(expected))
             if shapes.get(stem) == expected[stem] and all(shapes.get(k, v) == v for k, v in expected.items()):
                 check_state_dict(state, expected, source)
                 return width
@@ -399,7 +396,7 @@ def infer_width(state: Mapping[str, Tensor], source: str) -> float:
 
 
 def labels_of(metadata: Mapping[str, str], classes: int) -> list[str] | None:
-    """The class names a file carries (`labels`, a JSON list), or ImageNet's where it has 1,000 classes, or None.
+    """The class names a file carries (`labels`, a JSON list), ImageNet's where it has 1,000 classes, or None.
 
     Raises:
         UserError: its list does not have one name per class.
@@ -418,7 +415,7 @@ def labels_of(metadata: Mapping[str, str], classes: int) -> list[str] | None:
 
 
 def preprocessing_of(metadata: Mapping[str, str]) -> Preprocessing:
-    """What images a file's weights expect: its `preprocessing` (JSON), that of its published weights, or the default.
+    """What images a file's weights expect: its `preprocessing` (JSON), or its published weights'.
 
     Raises:
         UserError: `preprocessing` is not what `Preprocessing.to_dict` writes.
@@ -429,9 +426,7 @@ def preprocessing_of(metadata: Mapping[str, str]) -> Preprocessing:
         except json.JSONDecodeError:
             fields = None
         if not isinstance(fields, dict):
-            raise UserError(
-                "the metadata's preprocessing is not a JSON object: write Preprocessing.to_dict()"
-            )
+            raise UserError("the metadata's preprocessing is no JSON object: write Preprocessing.to_dict()")
         return Preprocessing.from_dict(fields)
     published = row(metadata.get("weights", ""))
     return published.preprocessing if published else Preprocessing()
