@@ -1,0 +1,160 @@
+"""Where every benchmark's rows go: one schema, appended to CSV files under bench/results/.
+
+Only the standard library is imported, so that a benchmark can run where the package is not installed.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "bench" / "results"
+PACKAGES = ("torch", "torchvision", "triton", "onnxruntime", "openvino", "onnx", "numpy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Times are milliseconds a call; shares are of the limit measured in the same run.
+
+    `bench` is the program, `name` what was measured (an operator's layer, or the network), `contender` who did
+    it and `form` how (a session, streams, ...). `ms_alone` is the median with every other contender stopped;
+    `noisy` says that it differs from `ms` by more than 10%. `gmacs` are 10^9 multiply-accumulates a second,
+    `gbs` 10^9 bytes read and written a second, each tensor counted once.
+    """
+
+    bench: str
+    name: str
+    contender: str
+    dtype: str = "fp32"
+    device: str = "cpu"
+    isa: str = ""
+    size: str = "224"
+    batch: int = 1
+    threads: int = 1
+    form: str = "session"
+    ms: float = float("nan")
+    ms_p20: float = float("nan")
+    ms_p80: float = float("nan")
+    ms_alone: float | None = None
+    noisy: bool = False
+    images_per_s: float | None = None
+    gmacs: float | None = None
+    gmacs_peak: float | None = None
+    gmacs_share: float | None = None
+    gbs: float | None = None
+    gbs_copy: float | None = None
+    gbs_share: float | None = None
+    weights: str = ""
+    note: str = ""
+
+
+CONTEXT = ("run", "machine", "processor", "cores", "python", "versions", "commit")
+COLUMNS = (*(field.name for field in fields(Row)), *CONTEXT)
+
+
+def processor() -> str:
+    """The processor's name as the system gives it, with family and model, which names alone often hide."""
+    facts: dict[str, str] = {}
+    if os.path.exists("/proc/cpuinfo"):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in facts:
+        name += f" (family {facts['cpu family']}, model {facts.get('model', '?')})"
+    return name
+
+
+def versions() -> str:
+    """Versions of the packages that matter, those that are installed."""
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "; ".join(found)
+
+
+def commit() -> str:
+    """The checkout's commit, with a + where tracked files differ from it; empty outside a checkout."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        # The results themselves are tracked, and being about to append to them is no change to what is measured.
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md"
+        )
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except OSError:
+        return ""
+
+
+def context() -> dict[str, str]:
+    """What all rows of one run share. `run` is the time of its start, UTC."""
+    return {
+        "run": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": socket.gethostname(),
+        "processor": processor(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def append(path: Path, rows: Iterable[Row], shared: Mapping[str, str]) -> None:
+    """Append rows to a CSV file, made with its header where it is absent.
+
+    Raises:
+        ValueError: the file there has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="", encoding="utf-8") as file:
+            if tuple(next(csv.reader(file), ())) != COLUMNS:
+                raise ValueError(
+                    f"{path} has other columns: move it away, or name another file with --output"
+                )
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _text(value) for name, value in {**asdict(row), **shared}.items()})
+
+
+def read_last_run(path: Path) -> list[dict[str, str]]:
+    """The rows of the newest run in a CSV file.
+
+    Raises:
+        FileNotFoundError: it is absent or holds no row.
+    """
+    rows: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    if not rows:
+        raise FileNotFoundError(f"no rows in {path}: run the benchmark that writes it")
+    newest = max(row["run"] for row in rows)
+    return [row for row in rows if row["run"] == newest]
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
