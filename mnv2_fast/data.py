@@ -210,8 +210,8 @@ def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
     """The files that some paths, folders and patterns stand for, in their order.
 
     A folder gives its photos (by suffix; hidden ones are left out) and its subfolders', sorted by path. A
-    pattern gives the files it matches, sorted; `**` crosses folders. Any other path is kept, also one that does not
-    exist: reading it says so.
+    pattern gives the files it matches, sorted; `**` crosses folders. Any other path is kept, also one that
+    does not exist: reading it says so.
 
     Raises:
         UserError: a folder without photos, or a pattern that matches nothing.

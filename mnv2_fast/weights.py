@@ -14,6 +14,7 @@ import pickle
 import re
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -287,13 +288,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     damaged = f"{path} is truncated or not a torch file"
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is refused with a reason below
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|global)\s+`?([\w.]+)", str(error))
         if name or "unsupported" in str(error).lower():
-            what = f" ({name.group(1)})" if name else ""
+            what = f"wants to run code ({name.group(1)})" if name else "may run code"
             raise UserError(
-                f"{path} is a pickle that asks for code to be run{what}: refused; "
+                f"{path} is a pickle that {what}: refused; "
                 "save the model's state_dict() with safetensors or torch.save instead"
             ) from None
         raise UserError(f"{damaged} ({_line(error)}): fetch it again") from None
@@ -407,9 +410,7 @@ def labels_of(metadata: Mapping[str, str], classes: int) -> list[str] | None:
         except json.JSONDecodeError:
             labels = None
         if not isinstance(labels, list) or len(labels) != classes:
-            raise UserError(
-                f"the metadata's labels are not a list of {classes} names: write one name per class"
-            )
+            raise UserError(f"the metadata's labels are not a list of {classes} names: write one per class")
         return [str(label) for label in labels]
     return list(imagenet_labels()) if classes == len(imagenet_labels()) else None
 
