@@ -67,6 +67,7 @@ class Chain:
 
     links: tuple[Link, ...]
     pool: bool = False
+    holder: int = 0  # number of the `packs.Holder` that keeps its pack where a graph names the chain; 0: none
 
     @property
     def specs(self) -> list[LayerSpec]:
@@ -103,7 +104,9 @@ class Chain:
 
     def encode(self) -> str:
         """The chain as JSON; `decode` reads it."""
-        return json.dumps({"pool": self.pool, "links": [asdict(link) for link in self.links]})
+        return json.dumps(
+            {"pool": self.pool, "holder": self.holder, "links": [asdict(link) for link in self.links]}
+        )
 
     @staticmethod
     def decode(text: str) -> Chain:
@@ -115,4 +118,4 @@ class Chain:
 def _decode(text: str) -> Chain:
     data = json.loads(text)
     links = tuple(Link(**{**link, "spec": LayerSpec(**link["spec"])}) for link in data["links"])
-    return Chain(links, data["pool"])
+    return Chain(links, data["pool"], data["holder"])

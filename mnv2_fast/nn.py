@@ -117,9 +117,7 @@ def _check_tensors(name: str, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         if type(t) is not Tensor and type(t) is not nn.Parameter:
             raise Declined(f"{name} holds a {type(t).__name__}, not a plain tensor")
         if t.dtype is not torch.float32 or t.device.type != "cpu" or t.layout is not torch.strided:
-            raise Declined(
-                f"{name} holds a tensor of {t.dtype} on {t.device}, the kernels take torch.float32 on cpu"
-            )
+            raise Declined(f"{name} holds {t.dtype} on {t.device}, the kernels take torch.float32 on cpu")
     return found
 
 

@@ -98,7 +98,7 @@ def _head_shape(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Sh
     return x.shape[0], w2.shape[0]
 
 
-def _network_shape(x: Tensor, tensors: Sequence[Tensor], spec: str, holder: int = 0) -> Shape:
+def _network_shape(x: Tensor, tensors: Sequence[Tensor], spec: str) -> Shape:
     chain = Chain.decode(spec)
     _need(x.dim() == 4, f"mnv2::network: x has {x.dim()} dimensions, not 4 [N, C, H, W]")
     _need(len(tensors) == chain.count, f"mnv2::network: {len(tensors)} tensors, the spec names {chain.count}")
@@ -124,6 +124,14 @@ class Op:
     shape: Callable[..., Shape]
     samples: Callable[..., Iterator[Args]]
     macs: Callable[..., int]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What each argument is: "tensor", "tensors" or "" for any other."""
+        kinds = {"Tensor": "tensor", "Tensor?": "tensor", "Tensor[]": "tensors"}
+        return tuple(
+            kinds.get(argument.split()[0], "") for argument in self.schema[1:].split(")")[0].split(", ")
+        )
 
     def fake(self, *args: Any) -> Tensor:
         """An empty result."""
@@ -276,7 +284,7 @@ def _network_samples(*grid: Any) -> Iterator[Args]:
         yield x, chain_tensors(chain), chain.encode()
 
 
-def _network_macs(x: Tensor, tensors: Sequence[Tensor], spec: str, holder: int = 0) -> int:
+def _network_macs(x: Tensor, tensors: Sequence[Tensor], spec: str) -> int:
     macs, (n, _, h, w) = 0, x.shape
     for link in Chain.decode(spec).links:
         h, w = (h - 1) // link.spec.stride + 1, (w - 1) // link.spec.stride + 1
@@ -329,7 +337,7 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         "network",
-        "(Tensor x, Tensor[] tensors, str spec, int holder=0) -> Tensor",
+        "(Tensor x, Tensor[] tensors, str spec) -> Tensor",
         _network_shape,
         _network_samples,
         _network_macs,
@@ -353,10 +361,10 @@ def _serve(op: Op) -> Callable[..., Tensor]:
     return impl
 
 
-def _serve_network(x: Tensor, tensors: list[Tensor], spec: str, holder: int = 0) -> Tensor:
+def _serve_network(x: Tensor, tensors: list[Tensor], spec: str) -> Tensor:
     shape = _network_shape(x, tensors, spec)
     if network_declines(x, tensors) is None:
-        return packs.lookup(holder, spec, tensors).run(x)
+        return packs.lookup(spec, tensors).run(x)
     result = eager.network(x, tensors, spec)
     return result if len(shape) == 2 else eager.channels_last(result)
 
@@ -371,16 +379,16 @@ def network_declines(x: Tensor, tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
-_library = torch.library.Library("mnv2", "DEF")
+library = torch.library.Library("mnv2", "DEF")
 
 
 def _register() -> None:
     for op in OPS:
-        _library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
         impl = _serve_network if op.name == "network" else _serve(op)
         for key in ("CPU", "CUDA"):
-            _library.impl(op.name, impl, key)
-        torch.library.register_fake(f"mnv2::{op.name}", op.fake, lib=_library)
+            library.impl(op.name, impl, key)
+        torch.library.register_fake(f"mnv2::{op.name}", op.fake, lib=library)
 
 
 _register()

@@ -191,7 +191,7 @@ class Holder:
     `value` is read once and replaced whole: a call that runs keeps what it read.
     """
 
-    _alive: ClassVar[weakref.WeakValueDictionary[int, Holder]] = weakref.WeakValueDictionary()
+    alive: ClassVar[weakref.WeakValueDictionary[int, Holder]] = weakref.WeakValueDictionary()
     _numbers = itertools.count(1)
     _lock = threading.Lock()
 
@@ -200,7 +200,7 @@ class Holder:
         self.compiled: tuple[str, TensorWatch, Pack] | None = None
         with Holder._lock:
             self.number = next(Holder._numbers)
-            Holder._alive[self.number] = self
+            Holder.alive[self.number] = self
 
     def __reduce__(self) -> tuple[type[Holder], tuple[()]]:
         return Holder, ()
@@ -210,19 +210,19 @@ class Holder:
         self.value = self.compiled = None
 
 
-def lookup(number: int, spec: str, tensors: Sequence[Tensor]) -> Pack:
+def lookup(spec: str, tensors: Sequence[Tensor]) -> Pack:
     """The pack of an operator's call that knows its tensors only by what they hold.
 
     Args:
-        number: of the `Holder` that keeps the pack between calls; 0, or one that is gone: nothing is kept.
-        spec: `Chain.encode()`.
+        spec: `Chain.encode()`; the pack is kept between calls in the holder it names, while that is there.
         tensors: in the chain's order; the holder's last ones, perhaps as other objects on the same memory.
     """
-    holder = Holder._alive.get(number)
+    chain = Chain.decode(spec)
+    holder = Holder.alive.get(chain.holder)
     if holder is None:
-        return Pack(Chain.decode(spec), tensors)
+        return Pack(chain, tensors)
     kept = holder.compiled
     if kept is None or kept[0] != spec or kept[1].changed(tensors) is not None:
         watch = TensorWatch(tensors)
-        kept = holder.compiled = spec, watch, Pack(Chain.decode(spec), tensors)
+        kept = holder.compiled = spec, watch, Pack(chain, tensors)
     return kept[2]

@@ -1,4 +1,4 @@
-"""The operators in plain torch: any device, any dtype, differentiable. Fast answers are compared with these."""
+"""The operators in plain torch: any device, any dtype, differentiable. Fast answers are compared to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def declines(op: str, *args: object) -> str | None:
 
 
 def channels_last(y: Tensor) -> Tensor:
-    """`y`, [N, C, H, W], with a fresh channels_last tensor's strides, also where sizes of 1 leave them open."""
+    """`y` with a fresh channels_last tensor's strides, also where sizes of 1 leave them open."""
     _, c, h, w = y.shape
     if y.stride() == (h * w * c, 1, w * c, c):
         return y
