@@ -1,0 +1,340 @@
+"""The frozen network: batch norm folded, weights packed once, one call for everything.
+
+`compile` makes an Engine of a model, `Engine.save` and `load` keep it in one safetensors file with its labels and its
+preprocessing. An Engine is immutable and may be called from several threads at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import env, weights
+from .arch import LayerSpec
+from .backends import cpu, eager
+from .chain import Chain, Link
+from .errors import UserError
+from .model import InputError, MobileNetV2, accelerate
+from .nn import Declined
+from .weights import Preprocessing
+
+log = logging.getLogger("mnv2_fast")
+
+DTYPES = ("fp32",)
+
+FORMAT = "mnv2_fast.engine"
+VERSION = "1"
+
+Folded = Sequence[tuple[Tensor, Tensor]]
+
+
+class _Network(Protocol):
+    def run(self, x: Tensor, threads: int | None = None) -> Tensor: ...
+    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int: ...
+
+
+class _EagerNetwork:
+    """The same layers in plain torch: for a machine without the extension, and the twin that judges it."""
+
+    def __init__(self, layers: Sequence[LayerSpec], tensors: Folded, table: Tensor) -> None:
+        self._spec = Chain(tuple(Link(spec, bias=True, norm=False) for spec in layers)).encode()
+        self._tensors = [tensor for pair in tensors for tensor in pair]
+        self._table = table
+
+    @torch.no_grad()
+    def run(self, x: Tensor, threads: int | None = None) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = torch.stack([self._table[c][x[..., c].long()] for c in range(3)], 1)
+        return eager.network(x, self._tensors, self._spec)
+
+    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
+        return 0  # torch's allocator decides
+
+
+class Engine:
+    """A frozen MobileNetV2: float32 logits from images.
+
+    `compile` and `load` make one. Calls take float32 [N, 3, H, W] of any strides, normalized as `preprocessing` says,
+    or uint8 [N, H, W, 3] RGB, normalized inside; any N >= 0, H and W >= 1.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        tensors: Folded,
+        *,
+        dtype: str = "fp32",
+        threads: int | None = None,
+        labels: Sequence[str] | None = None,
+        preprocessing: Preprocessing | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.dtype = check_dtype(dtype)
+        self.threads = check_threads(threads)
+        self.layers = tuple(layers)
+        self.labels = None if labels is None else list(labels)
+        self.preprocessing = preprocessing or Preprocessing()
+        if self.labels is not None and len(self.labels) != self.num_classes:
+            raise UserError(f"{len(self.labels)} labels for {self.num_classes} classes: give one per class")
+        self._asked = backend
+        self._tensors = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in tensors]
+        self._build()
+
+    def _build(self) -> None:
+        table = byte_table(self.preprocessing)
+        reason = _why_eager(self._asked)
+        self.backend = "eager" if reason else "cpu"
+        self._network: _Network
+        if reason:
+            if env.strict() and self._asked == "auto" and env.backend() != "eager":
+                raise UserError(f"{env.STRICT.name}=1, and the engine would run in plain torch: {reason}")
+            log.debug("engine in plain torch: %s", reason)
+            self._network = _EagerNetwork(self.layers, self._tensors, table)
+        else:
+            self._network = cpu.Network(self.layers, self._tensors, table=table)
+
+    @property
+    def num_classes(self) -> int:
+        """Logits per image."""
+        return self.layers[-1].cout
+
+    @property
+    def isa(self) -> str:
+        """The instruction set of its kernels; empty in plain torch."""
+        return self._network.isa if isinstance(self._network, cpu.Network) else ""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits of a batch of images.
+
+        Args:
+            x: float32 [N, 3, H, W], contiguous, channels_last or strided in any way, or uint8 [N, H, W, 3].
+
+        Returns:
+            float32 [N, num_classes], without gradient.
+
+        Raises:
+            ValueError, RuntimeError: x is no such batch (the error is both, and names the cure).
+            TypeError: x is no tensor.
+        """
+        check_images(x)
+        return self._network.run(x.detach(), self.threads)
+
+    def workspace_bytes(self, n: int = 1, h: int = 224, w: int = 224) -> int:
+        """Bytes of activations that a call on [n, 3, h, w] takes; 0 where torch allocates them."""
+        return self._network.workspace_bytes(n, h, w, self.threads or torch.get_num_threads())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights, architecture, labels and preprocessing into one safetensors file, whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": self.dtype,
+            "architecture": json.dumps([asdict(spec) for spec in self.layers]),
+            "preprocessing": json.dumps(self.preprocessing.to_dict()),
+        }
+        if self.labels is not None:
+            metadata["labels"] = json.dumps(self.labels)
+        tensors = {}
+        for spec, (weight, bias) in zip(self.layers, self._tensors, strict=True):
+            tensors[f"{spec.conv}.weight"], tensors[f"{spec.conv}.bias"] = weight, bias
+        target = Path(path)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            beside = Path(folder) / target.name
+            save_file(tensors, beside, metadata)
+            os.replace(beside, target)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_network"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._build()
+
+    def __repr__(self) -> str:
+        where = f"{self.backend} {self.isa}".strip()
+        return f"Engine({self.num_classes} classes, {self.dtype}, {where}, threads={self.threads or 'auto'})"
+
+
+def compile(  # noqa: A001 (torch's name for it)
+    model: nn.Module, dtype: str = "fp32", threads: int | None = None, calibration: object = None
+) -> Engine:
+    """Freeze a model into an Engine; the model itself is untouched and later changes to it are not seen.
+
+    Args:
+        model: a MobileNetV2 of this package, of torchvision or of timm, on the CPU.
+        dtype: arithmetic of the network: "fp32".
+        threads: at most this many; by default torch's number at each call.
+        calibration: images for dtypes that need them; none does yet.
+
+    Raises:
+        UserError: the model is not a plain MobileNetV2 (the message says where), is on another device, or an argument
+            makes no sense.
+        TypeError: model is no module.
+    """
+    check_dtype(dtype)
+    check_threads(threads)
+    if calibration is not None:
+        raise UserError(f"calibration is for quantized dtypes: leave it out with dtype={dtype!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compile takes a model, not {type(model).__name__}: use load for a file")
+    if not isinstance(model, MobileNetV2):
+        model = accelerate(model)
+    try:
+        reading = model.read()
+    except Declined as reason:
+        raise UserError(f"cannot compile this model: {reason}") from None
+    if reading.rest is not None:
+        raise UserError("cannot compile this model: its classifier is not (Dropout, Linear)")
+    for tensor in reading.tensors:
+        if tensor.device.type != "cpu":
+            raise UserError(f"cannot compile a model on {tensor.device}: move it with model.cpu()")
+    chain = reading.chain
+    folded = chain.fold(reading.tensors)
+    classes = chain.specs[-1].cout
+    labels = getattr(model, "labels", None)
+    if labels is None and classes == len(weights.imagenet_labels()):
+        labels = weights.imagenet_labels()
+    return Engine(
+        chain.specs,
+        folded,
+        dtype=dtype,
+        threads=threads,
+        labels=labels,
+        preprocessing=getattr(model, "preprocessing", None),
+        backend=model.backend,
+    )
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
+    """The Engine that `Engine.save` wrote.
+
+    Raises:
+        UserError: no such file, truncated, no engine, of another version, or its tensors do not fit its architecture.
+    """
+    state, metadata = weights.load_state_dict(Path(path))
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path} holds weights, not an engine: use compile(mobilenet_v2(weights={str(path)!r}))"
+        )
+    if metadata.get("version") != VERSION:
+        raise UserError(
+            f"{path} is an engine of version {metadata.get('version')!r}, this package reads {VERSION}: save it again"
+        )
+    layers = _architecture(metadata.get("architecture", ""), path)
+    expected = {}
+    for spec in layers:
+        expected[f"{spec.conv}.weight"], expected[f"{spec.conv}.bias"] = spec.weight_shape, (spec.cout,)
+    weights.check_state_dict(state, expected, str(path))
+    for key, tensor in state.items():
+        if tensor.dtype != torch.float32:
+            raise UserError(
+                f"{path}: {key} is {tensor.dtype}, an engine's tensors are torch.float32: save it again"
+            )
+    return Engine(
+        layers,
+        [(state[f"{spec.conv}.weight"], state[f"{spec.conv}.bias"]) for spec in layers],
+        dtype=metadata.get("dtype", "fp32"),
+        threads=threads,
+        labels=weights.labels_of(metadata, layers[-1].cout),
+        preprocessing=weights.preprocessing_of(metadata),
+    )
+
+
+def check_dtype(dtype: str) -> str:
+    """`dtype` if an engine has it.
+
+    Raises:
+        UserError: it does not; lists those there are.
+    """
+    if dtype == "fp16":
+        raise UserError(f"dtype='fp16' has no arithmetic on a CPU: use one of {', '.join(DTYPES)}")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not offered: use one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def check_threads(threads: int | None) -> int | None:
+    """`threads` if it is a number of threads or None.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise UserError(f"threads={threads!r}: give a whole number of at least 1, or None for torch's number")
+    return threads
+
+
+def check_images(x: Any) -> None:
+    """Say in one line what is wrong with a batch of images.
+
+    Raises:
+        InputError: wrong dtype, rank, channels, size, device or layout.
+        TypeError: no tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"an engine takes a tensor, not {type(x).__name__}: convert with torch.from_numpy or as_tensor"
+        )
+    got = f"got {x.dtype} {list(x.shape)}"
+    if x.dtype not in (torch.float32, torch.uint8):
+        raise InputError(
+            f"an engine takes float32 [N, 3, H, W] or uint8 [N, H, W, 3], {got}: convert with x.float()"
+        )
+    if x.dim() != 4:
+        raise InputError(f"an engine takes a batch of 4 dimensions, {got}: add it to one image with x[None]")
+    h, w, channels = x.shape[1:] if x.dtype == torch.uint8 else (x.shape[2], x.shape[3], x.shape[1])
+    if channels != 3:
+        layout, cure = (
+            ("[N, H, W, 3]", (0, 2, 3, 1)) if x.dtype == torch.uint8 else ("[N, 3, H, W]", (0, 3, 1, 2))
+        )
+        raise InputError(
+            f"{x.dtype} images are {layout}, {got}: 3 channels are wanted, perhaps x.permute{cure}"
+        )
+    if h < 1 or w < 1:
+        raise InputError(f"H and W must be at least 1, {got}")
+    if x.device.type != "cpu" or x.layout != torch.strided:
+        raise InputError(f"this engine takes dense CPU tensors, got {x.layout} on {x.device}: use x.cpu()")
+
+
+def byte_table(preprocessing: Preprocessing) -> Tensor:
+    """[3, 256]: what ToTensor and Normalize make of each uint8 in R, G and B, in their operations and order."""
+    values = torch.arange(256, dtype=torch.uint8).to(torch.float32).div(255)
+    mean = torch.tensor(preprocessing.mean, dtype=torch.float32)[:, None]
+    std = torch.tensor(preprocessing.std, dtype=torch.float32)[:, None]
+    return values.expand(3, 256).sub(mean).div(std)
+
+
+def _why_eager(backend: str) -> str:
+    """Why an engine runs in plain torch; empty where it need not."""
+    name = env.backend() if backend == "auto" else backend
+    if name == "eager":
+        return "the backend asked for is eager"
+    if name == "triton":
+        return "the Triton backend has no engine"
+    return cpu.unavailable_reason()
+
+
+def _architecture(text: str, path: object) -> list[LayerSpec]:
+    try:
+        layers = [LayerSpec(**fields) for fields in json.loads(text)]
+        if not layers or any(spec.kind == "linear" for spec in layers[:-1]) or layers[-1].kind != "linear":
+            raise ValueError
+        [spec.weight_shape for spec in layers]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: its architecture cannot be read: save the engine again") from None
+    return layers

@@ -1,0 +1,327 @@
+"""The C++ kernels against float64, on every instruction set that runs here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnv2_fast import arch
+from mnv2_fast.arch import LayerSpec
+from mnv2_fast.backends import cpu
+
+ISAS = cpu.isas() if cpu.available() else []
+CHANNELS = (1, 3, 8, 15, 16, 17, 24, 33, 144)
+SIZES = ((1, 1), (2, 7), (7, 2), (8, 15), (15, 8))
+
+
+def test_extension_is_built() -> None:
+    assert cpu.available(), cpu.unavailable_reason()
+    assert ISAS[-1] == "scalar"
+
+
+def folded(layers: list[LayerSpec], seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Weights that keep activations near 1 through any number of layers."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for spec in layers:
+        weight = torch.randn(spec.weight_shape, generator=generator)
+        fan_in = weight[0].numel()
+        tensors.append((weight * (2 / fan_in) ** 0.5, torch.rand(spec.cout, generator=generator)))
+    return tensors
+
+
+def twin(layers: list[LayerSpec], tensors: list[tuple[Tensor, Tensor]], x: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
+    """The network in float64, and for each output the bound on the rounding error of its last layer."""
+    inputs, bound = [], torch.zeros(())
+    x = x.double()
+    for spec, (w, b) in zip(layers, tensors, strict=True):
+        w, b = w.double(), b.double()
+        inputs.append(x)
+        if spec.kind == "linear":
+            x = x if x.dim() == 2 else x.mean((2, 3))
+            bound = F.linear(x.abs(), w.abs(), b.abs())
+            x = F.linear(x, w, b)
+            continue
+        groups = spec.cin if spec.kind == "depthwise" else 1
+        padding = 0 if spec.kind == "pointwise" else 1
+        bound = F.conv2d(x.abs(), w.abs(), b.abs(), spec.stride, padding, groups=groups)
+        x = F.conv2d(x, w, b, spec.stride, padding, groups=groups)
+        if spec.relu6:
+            x = x.clamp(0, 6)
+        if spec.residual:
+            x = x + inputs[-1 - spec.residual]
+    if pool and layers[-1].kind != "linear":
+        x, bound = x.mean((2, 3)), bound.mean((2, 3))
+    return x, bound
+
+
+def block(cin: int, hidden: int, cout: int, stride: int, residual: bool) -> list[LayerSpec]:
+    return [
+        LayerSpec("pointwise", "expand", "", cin, hidden, 1, True),
+        LayerSpec("depthwise", "depthwise", "", hidden, hidden, stride, True),
+        LayerSpec("pointwise", "project", "", hidden, cout, 1, False, 2 if residual else 0),
+    ]
+
+
+def single(kind: str, channels: int, stride: int, relu6: bool) -> list[LayerSpec]:
+    cin = {"stem": 3, "depthwise": channels, "pointwise": 19}[kind]
+    return [LayerSpec(kind, kind, "", cin, channels, stride, relu6)]
+
+
+SINGLES = [("stem", 2), ("depthwise", 1), ("depthwise", 2), ("pointwise", 1)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("kind", "stride"), SINGLES)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_single_layers(isa: str, kind: str, stride: int, channels: int) -> None:
+    for relu6 in (False, True):
+        layers = single(kind, channels, stride, relu6)
+        tensors = folded(layers)
+        network = cpu.Network(layers, tensors, pool=False, isa=isa)
+        assert network.isa == isa
+        for n, (h, w) in zip((1, 3, 1, 3, 1), SIZES, strict=True):
+            x = 3 * torch.randn(n, layers[0].cin, h, w)
+            expected, bound = twin(layers, tensors, x, False)
+            for threads in (1, 2, 3):
+                y = network.run(x, threads)
+                assert y.shape == expected.shape
+                assert y.is_contiguous(memory_format=torch.channels_last)
+                torch.testing.assert_close(y.double(), expected, rtol=0, atol=_atol(bound, layers[0]))
+
+
+def _atol(bound: Tensor, spec: LayerSpec) -> float:
+    """n products and sums in float32 are off by at most (n + 1) eps / 2 of the sum of absolute values."""
+    depth = {"stem": 27, "depthwise": 9}.get(spec.kind, spec.cin)
+    return float(bound.max()) * (depth + 2) * torch.finfo(torch.float32).eps / 2
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("cin", "hidden", "cout"), [(1, 6, 3), (8, 48, 8), (24, 144, 24), (33, 65, 17), (16, 96, 24)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_blocks(isa: str, cin: int, hidden: int, cout: int, stride: int) -> None:
+    layers = block(cin, hidden, cout, stride, stride == 1 and cin == cout)
+    tensors = folded(layers)
+    network = cpu.Network(layers, tensors, pool=False, isa=isa)
+    for n, h, w in [(1, 1, 1), (3, 7, 5), (2, 40, 33), (1, 3, 500)]:
+        x = torch.randn(n, cin, h, w)
+        expected, _ = twin(layers, tensors, x, False)
+        for threads in (1, 2, 3):
+            torch.testing.assert_close(network.run(x, threads).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_residual_of_a_pointwise_layer(isa: str) -> None:
+    for channels in CHANNELS:
+        layers = [LayerSpec("pointwise", "project", "", 11, channels, 1, False, -1)]
+        tensors = folded(layers)
+        x, residual = torch.randn(2, 11, 5, 3), torch.randn(2, channels, 5, 3)
+        expected = F.conv2d(x.double(), *(t.double() for t in tensors[0])) + residual.double()
+        y = cpu.Network(layers, tensors, pool=False, isa=isa).run(x, 1, residual=residual)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_whole_network_at_odd_sizes(isa: str) -> None:
+    for width, shape in [(1.0, (1, 3, 96, 96)), (0.35, (3, 3, 65, 33)), (1.4, (2, 3, 1, 1)), (0.5, (5, 3, 2, 130))]:
+        layers = list(arch.network(num_classes=7, width_mult=width))
+        tensors = folded(layers)
+        network = cpu.Network(layers, tensors, isa=isa)
+        x = torch.randn(shape)
+        expected, _ = twin(layers, tensors, x, True)
+        for threads in (1, 2, 3):
+            torch.testing.assert_close(network.run(x, threads).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_that_are_no_multiple_of_eight() -> None:
+    setting = ((1, 5, 1, 1), (3, 7, 2, 2), (2, 9, 2, 1))
+    layers = list(arch.network(11, 0.3, setting, round_nearest=1))
+    tensors = folded(layers)
+    for isa in ISAS:
+        network = cpu.Network(layers, tensors, isa=isa)
+        x = torch.randn(3, 3, 21, 18)
+        torch.testing.assert_close(network.run(x).double(), twin(layers, tensors, x, True)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[list[LayerSpec], cpu.Network]:
+    layers = list(arch.network(10, 0.35))
+    return layers, cpu.Network(layers, folded(layers))
+
+
+def test_answer_does_not_depend_on_batch_threads_or_strides(small: tuple[list[LayerSpec], cpu.Network]) -> None:
+    _, network = small
+    x = torch.randn(9, 3, 70, 50)
+    alone = torch.cat([network.run(image[None], 1) for image in x])
+    wide = torch.randn(9, 3, 70, 100)
+    wide[..., ::2] = x
+    layouts = [x, x.contiguous(memory_format=torch.channels_last), wide[..., ::2], x.transpose(2, 3).contiguous().mT]
+    for threads in (1, 2, 3, 5):
+        for layout in layouts:
+            assert torch.equal(network.run(layout, threads), alone)
+        for n in (1, 2, 4, 7):
+            assert torch.equal(network.run(x[:n], threads), alone[:n])
+    assert torch.equal(network.run(x[:1].expand(3, -1, -1, -1), 2), alone[:1].expand(3, -1))
+
+
+def test_empty_batch(small: tuple[list[LayerSpec], cpu.Network]) -> None:
+    assert small[1].run(torch.empty(0, 3, 32, 32)).shape == (0, 10)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_propagate(isa: str, value: float) -> None:
+    for kind, stride in SINGLES:
+        for relu6 in (False, True):
+            layers = single(kind, 17, stride, relu6)
+            tensors = folded(layers)
+            x = torch.randn(1, layers[0].cin, 6, 7)
+            x[0, 0, 3, 4] = value
+            expected = twin(layers, tensors, x, False)[0].float()
+            y = cpu.Network(layers, tensors, pool=False, isa=isa).run(x)
+            torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_read_or_written_past_the_tensors() -> None:
+    """Tensors that end where their memory page ends: one float too many would end the process."""
+    script = """
+import ctypes, mmap, sys, torch
+from mnv2_fast.arch import LayerSpec
+from mnv2_fast.backends import cpu
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+page, keep = mmap.PAGESIZE, []
+
+def guarded(t):
+    size = t.numel() * 4
+    pages = (size + page - 1) // page + 1
+    area = mmap.mmap(-1, pages * page)
+    keep.append(area)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    assert libc.mprotect(base + (pages - 1) * page, page, 0) == 0
+    flat = torch.frombuffer(area, dtype=torch.float32, count=t.numel(), offset=(pages - 1) * page - size)
+    return flat.copy_(t.permute(0, 2, 3, 1).flatten()).view(*(t.shape[i] for i in (0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+empty = torch.empty
+def guarded_empty(*args, **kwargs):
+    t = empty(*args, **kwargs)
+    return guarded(t) if kwargs.get("memory_format") is torch.channels_last else t
+cpu.torch.empty = guarded_empty
+for isa in cpu.isas():
+    for channels in (1, 3, 15, 17, 24, 33):
+        for kind, stride in (("stem", 2), ("depthwise", 1), ("depthwise", 2), ("pointwise", 1)):
+            cin = 3 if kind == "stem" else channels
+            spec = LayerSpec(kind, kind, "", cin, channels, stride, True)
+            tensors = [(torch.randn(spec.weight_shape), torch.randn(channels))]
+            for h, w in ((1, 1), (2, 3), (7, 5), (1, 16)):
+                x = torch.randn(2, cin, h, w)
+                network = cpu.Network([spec], tensors, pool=False, isa=isa)
+                assert torch.equal(network.run(guarded(x), 1), network.run(x, 1))
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
+    assert done.stdout.strip() == "done"
+
+
+def test_several_python_threads_share_a_network(small: tuple[list[LayerSpec], cpu.Network]) -> None:
+    _, network = small
+    images = [torch.randn(n, 3, 40 + 8 * n, 56) for n in range(1, 5)]
+    expected = [network.run(x, 1) for x in images]
+    wrong = []
+
+    def work(i: int) -> None:
+        for k in range(40):
+            j = (i + k) % len(images)
+            if not torch.equal(network.run(images[j], 1 + k % 3), expected[j]):
+                wrong.append((i, k))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_child_of_fork_runs() -> None:
+    """libgomp would wait for ever in a child for threads that only its parent has."""
+    script = """
+import os, sys, torch
+from mnv2_fast import arch
+from mnv2_fast.backends import cpu
+layers = list(arch.network(4, 0.35))
+torch.manual_seed(0)
+network = cpu.Network(layers, [(torch.randn(s.weight_shape) * 0.05, torch.zeros(s.cout)) for s in layers])
+x = torch.randn(5, 3, 64, 64)
+before = network.run(x, 2)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(network.run(x, 2), before) else 1)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert torch.equal(network.run(x, 2), before)
+sys.exit(status)
+"""
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_isa_can_be_forced(isa: str) -> None:
+    script = "from mnv2_fast.backends import cpu; print(cpu.isa())"
+    env = {**os.environ, "MNV2_FORCE_ISA": isa.upper()}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=60, check=False)
+    assert done.stdout.strip() == isa, done.stderr
+
+
+def test_unknown_isa_lists_the_ones_that_run() -> None:
+    script = "from mnv2_fast.backends import cpu; cpu.isa()"
+    env = {**os.environ, "MNV2_FORCE_ISA": "neon"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=60, check=False)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "MNV2_FORCE_ISA='neon'" in last
+    assert all(isa in last for isa in ISAS)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "at least one layer"),
+        ([LayerSpec("pointwise", "a", "", 4, 8), LayerSpec("pointwise", "b", "", 9, 8)], "takes 9 channels but gets 8"),
+        ([LayerSpec("depthwise", "a", "", 4, 8)], "keeps its channels"),
+        ([LayerSpec("stem", "a", "", 4, 8, 2)], "3 channels and stride 2"),
+        ([LayerSpec("pointwise", "a", "", 4, 8, 2)], "stride 1 only"),
+        ([LayerSpec("pointwise", "a", "", 4, 8, 1, False, 1)], "no block to come from"),
+        ([LayerSpec("linear", "a", "", 4, 8), LayerSpec("pointwise", "b", "", 8, 8)], "is the last one"),
+        ([LayerSpec("depthwise", "a", "", 4, 4, 3)], "stride 1 or 2"),
+    ],
+)
+def test_layers_that_do_not_chain_are_refused(layers: list[LayerSpec], message: str) -> None:
+    tensors = [(torch.zeros(spec.weight_shape), torch.zeros(spec.cout)) for spec in layers]
+    with pytest.raises((ValueError, IndexError), match=message):
+        cpu.Network(layers, tensors)
+
+
+def test_weights_of_the_wrong_shape_are_refused() -> None:
+    spec = LayerSpec("pointwise", "expand", "", 4, 8)
+    with pytest.raises(ValueError, match=r"expand: weight .* do not fit"):
+        cpu.Network([spec], [(torch.zeros(8, 5, 1, 1), torch.zeros(8))])
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_must_be_positive(small: tuple[list[LayerSpec], cpu.Network], threads: int) -> None:
+    with pytest.raises(ValueError, match="threads must be 1 or more"):
+        small[1].run(torch.randn(1, 3, 8, 8), threads)
