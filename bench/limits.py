@@ -1,0 +1,69 @@
+"""What this machine can do at most, measured by our own kernels: `python -m bench.limits THREADS`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+
+from .results import ROOT
+
+COPY_MEGABYTES = 256  # far past every cache
+
+
+@dataclass(frozen=True)
+class Limits:
+    """10^9 float32 multiply-accumulates a second, and 10^9 bytes read and written a second by memcpy."""
+
+    gmacs: float
+    gbs: float
+
+
+def measure(threads: int) -> Limits:
+    """The limits of `threads` threads, in a process of its own pinned to as many cores.
+
+    Raises:
+        RuntimeError: the extension is not there; the message says why.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "MNV2_FORCE_ISA"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.limits", str(threads)],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["the limits cannot be measured"])[-1])
+    return Limits(**json.loads(done.stdout))
+
+
+def cores(threads: int, first: int = 0) -> list[int]:
+    """`threads` of the cores that this process may use, from the `first`-th on.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    usable = sorted(os.sched_getaffinity(0))
+    if first + threads > len(usable):
+        raise ValueError(f"{first + threads} cores are needed and {len(usable)} may be used here")
+    return usable[first : first + threads]
+
+
+def main(arguments: list[str]) -> int:
+    """Print the limits of as many threads as asked (1 by default), as JSON."""
+    threads = int(arguments[0]) if arguments else 1
+    os.sched_setaffinity(0, cores(threads))
+    import torch  # noqa: F401 (its OpenMP runtime is the one the extension must find)
+
+    from mnv2_fast import _C
+
+    print(json.dumps(asdict(Limits(_C.fma_peak(threads), _C.copy_bandwidth(COPY_MEGABYTES, threads)))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
