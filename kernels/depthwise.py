@@ -238,6 +238,21 @@ def reference(
     return y.clamp(0, 6) if relu6 else y
 
 
+def tolerance(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int, want: torch.Tensor
+) -> torch.Tensor:
+    """How far `depthwise` may be from `want`, its float64 twin's answer: [N, C, HO, WO] float64.
+
+    Nine products and nine sums are 18 float32 roundings by half an eps each, of values none larger than
+    |x| conv |w| + |b|. The result is rounded once more to its own type, by half a step, subnormal at least.
+    Where the inputs are infinite ReLU6 gives 0 or 6, and nothing may be missed.
+    """
+    size = reference(x.abs(), weight.abs(), bias.abs(), stride, False)
+    own = torch.finfo(x.dtype)
+    bound = 9 * torch.finfo(torch.float32).eps * size + own.eps / 2 * want.abs() + own.tiny * own.eps
+    return bound.masked_fill(~size.isfinite(), 0)
+
+
 @functools.cache
 def _device(device: torch.device) -> tuple[str, int]:
     """Name and number of multiprocessors; no name and one where the interpreter stands in for a GPU."""
