@@ -53,9 +53,20 @@ class ChainFunction(torch.autograd.Function):
     """A packed chain within autograd: saves the input and the raw tensors, nothing in between."""
 
     @staticmethod
-    def forward(ctx: Any, pack: packs.Pack, x: Tensor, *tensors: Tensor) -> Tensor:
-        """The pack's answer; `tensors` are the chain's, in its order, so that autograd sees them."""
-        ctx.chain = pack.chain
+    def forward(
+        ctx: Any, pack: packs.Pack, tensors: Sequence[Tensor], asked: Sequence[bool], x: Tensor, *_: Tensor
+    ) -> Tensor:
+        """The pack's answer.
+
+        Args:
+            ctx: autograd's.
+            pack: of the chain.
+            tensors: the chain's, in its order.
+            asked: for each, whether it requires a gradient.
+            x: the input.
+            *_: the tensors that do, once more, so that autograd sees them (and only them: it takes time).
+        """
+        ctx.chain, ctx.asked = pack.chain, asked
         ctx.save_for_backward(x, *tensors)
         return pack.run(x)
 
@@ -64,9 +75,11 @@ class ChainFunction(torch.autograd.Function):
         """Gradients of what asked for one."""
         if torch.is_grad_enabled():
             raise RuntimeError(_TWICE)
-        needed = ctx.needs_input_grad[1:]
+        _, _, _, for_x, *of_asked = ctx.needs_input_grad
+        rest = iter(of_asked)
+        needed = [for_x, *(asked and next(rest) for asked in ctx.asked)]
         found = iter(gradients(grad, ctx.saved_tensors, needed, "network", (ctx.chain.encode(),)))
-        return None, *(next(found) if need else None for need in needed)
+        return None, None, None, *(next(found) if need else None for need in (for_x, *of_asked))
 
 
 def _flat(op: Op, inputs: Sequence[Any]) -> tuple[list[Tensor | None], list[Any]]:

@@ -46,6 +46,14 @@ class Link:
             *(_NORM if self.norm else ()),
         )
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The tensors' names in the `state_dict`, in the same order."""
+        return tuple(
+            f"{self.spec.conv}.{name}" if name in _CONV else f"{self.spec.bn}.{name.removeprefix('norm_')}"
+            for name in self.names
+        )
+
     def fold(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The float32 weight and bias of the layer with batch norm folded in, rounded once from float64."""
         weight, bias = tensors["weight"].double(), tensors.get("bias")

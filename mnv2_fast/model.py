@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,16 @@ from .nn import (
     read_linear,
 )
 from .packs import Holder
-from .weights import HEAD, check_state_dict, infer_width, load_state_dict, num_classes
+from .weights import (
+    HEAD,
+    Preprocessing,
+    check_state_dict,
+    infer_width,
+    labels_of,
+    load_state_dict,
+    num_classes,
+    preprocessing_of,
+)
 
 
 class InputError(UserError, RuntimeError):
@@ -82,7 +92,8 @@ class MobileNetV2(Automatic):
         features.append(ConvBNReLU6(channels, self.last_channel, kernel_size=1, norm_layer=norm_layer))
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(p=dropout), nn.Linear(self.last_channel, num_classes))
-        self.metadata: dict[str, str] = {}  # of the weights file: labels, preprocessing
+        self.preprocessing = Preprocessing()
+        self._labels: list[str] | None = None
         self._holder = Holder()
         _initialize(self)
 
@@ -104,6 +115,46 @@ class MobileNetV2(Automatic):
         else:  # noqa: RET505 (TorchScript compiles what follows an `if` without `else`)
             return self._automatic(x)
 
+    @property
+    def labels(self) -> list[str] | None:
+        """Names of the classes; None where they are not known, and after a change of their number."""
+        last = self.classifier[-1] if isinstance(self.classifier, nn.Sequential) else None
+        fits = self._labels is not None and getattr(last, "out_features", None) == len(self._labels)
+        return self._labels if fits else None
+
+    @labels.setter
+    def labels(self, value: Sequence[str] | None) -> None:
+        self._labels = None if value is None else list(value)
+
+    @torch.jit.unused
+    def _automatic(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return self._compiled(x)
+        return super()._automatic(x)
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        """Under torch.compile: one operator that takes the weights and finds its pack at run time.
+
+        What is read of the modules here is what a later change of makes torch compile again.
+        """
+        plain = x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 4
+        if self.training or not plain or torch.is_autocast_enabled("cpu"):
+            return self._run_eager(x)
+        spec, keys, settings = _graph_constants(self)
+        if not spec:
+            return self._run_eager(x)
+        for now, then in zip(_graph_settings(self), settings, strict=True):
+            if now != then:  # never while tracing: the comparison is what guards the graph
+                return self._run_eager(x)
+        tensors: list[Tensor] = []
+        for key in keys:
+            owner: Any = self
+            for name in key.split("."):
+                owner = getattr(owner, name)
+            tensors.append(owner)
+        y = torch.ops.mnv2.network(x, tensors, spec)
+        return y if keys[-1].startswith(HEAD) else self.classifier(y)
+
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self.features(x)
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
@@ -114,7 +165,7 @@ class MobileNetV2(Automatic):
         check_input(x)
         return self._forward_impl(x)
 
-    def read(self) -> Reading:
+    def read(self, prefix: str = "") -> Reading:
         if type(self)._forward_impl is not MobileNetV2._forward_impl or "_forward_impl" in self.__dict__:
             raise Declined(f"{type(self).__name__} has a _forward_impl of its own")
         check_module(self.features, "features", nn.Sequential)
@@ -125,10 +176,7 @@ class MobileNetV2(Automatic):
                 kind = type(child).__name__
                 raise Declined(f"features.{i} is a {kind}, not a ConvBNReLU6 or InvertedResidual")
             check_module(child, f"features.{i}", type(child))
-            try:
-                inner = child.read()
-            except Declined as reason:
-                raise Declined(f"features.{i}: {reason}") from None
+            inner = child.read(f"{prefix}features.{i}.")
             if parts and parts[-1][0].spec.cout != inner.parts[0][0].spec.cin:
                 raise Declined(f"features.{i} does not take what features.{i - 1} gives")
             parts += inner.parts
@@ -148,6 +196,35 @@ class MobileNetV2(Automatic):
         dropout, linear = self.classifier
         check_module(dropout, "classifier.0", nn.Dropout)
         return read_linear(linear, features, "classifier.1")
+
+
+def _graph_settings(model: nn.Module) -> list[object]:
+    """What a compiled graph takes for constant, besides the classes of the modules."""
+    settings: list[object] = []
+    for module in model.modules():
+        settings.append(module.training)
+        if isinstance(module, nn.BatchNorm2d):
+            settings.append(module.eps)
+        elif isinstance(module, nn.Conv2d):
+            settings += [*module.stride, *module.padding, *module.dilation, module.groups]
+    return settings
+
+
+@torch.compiler.assume_constant_result
+def _graph_constants(model: MobileNetV2) -> tuple[str, tuple[str, ...], tuple[object, ...]]:
+    """What a compiled graph holds of a model: the chain, its tensors' names, the settings it stands on.
+
+    The chain is empty where the model declines.
+    """
+    try:
+        model.decline_backend()
+        reading = model.read()
+    except Declined as reason:
+        log.debug("MobileNetV2 compiles to plain torch: %s", reason)
+        return "", (), ()
+    chain = replace(reading.chain, holder=model._holder.number)
+    keys = tuple(key for link in chain.links for key in link.keys)
+    return chain.encode(), keys, tuple(_graph_settings(model))
 
 
 def check_input(x: Any) -> None:
@@ -228,5 +305,6 @@ def mobilenet_v2(
         state = {**state, **{key: own[key] for key in own if key.startswith(HEAD)}}
     check_state_dict(state, expected, source)
     model.load_state_dict(state)
-    model.metadata = metadata
+    model.preprocessing = preprocessing_of(metadata)
+    model.labels = labels_of(metadata, classes) if classes == wanted else None
     return model

@@ -90,12 +90,10 @@ def decline_call(x: Any) -> None:
         raise Declined(f"the input is {x.dtype}, {x.layout}: the kernels take plain torch.float32")
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise Declined(f"the input has the shape {tuple(x.shape)}, the kernels take [N, C, H, W]")
-    if not cpu.available():
-        raise Declined(cpu.unavailable_reason())
 
 
-def check_module(module: nn.Module, name: str, kind: type[nn.Module]) -> None:
-    """Look whether a module within a chain is the one the chain stands for.
+def check_module(module: nn.Module, name: str, kind: type[nn.Module], any_mode: bool = False) -> None:
+    """Look whether a module within a chain is the one the chain stands for, in eval mode or in `any_mode`.
 
     Raises:
         Declined: it is of another class, has hooks, is in train mode or has a forward of its own.
@@ -103,7 +101,7 @@ def check_module(module: nn.Module, name: str, kind: type[nn.Module]) -> None:
     if type(module) is not kind:
         raise Declined(f"{name} is a {type(module).__name__}, not a {kind.__name__}")
     state = module.__dict__
-    if module.training:
+    if module.training and not any_mode:
         raise Declined(f"{name} is in train mode")
     if any(state[hooks] for hooks in _HOOKS):
         raise Declined(f"{name} has a hook")
@@ -148,8 +146,8 @@ def _kind(conv: nn.Conv2d) -> str | None:
 Part = tuple[Link, list[Tensor]]
 
 
-def read_conv(conv: nn.Module, norm: nn.Module | None, relu6: bool, where: str) -> Part:
-    """One link of a chain and its tensors.
+def read_conv(conv: nn.Module, norm: nn.Module | None, relu6: bool, where: str, norm_at: str) -> Part:
+    """One link of a chain and its tensors; `where` and `norm_at` are the two modules' names.
 
     Raises:
         Declined: the kernels have no such layer, or not exactly this one.
@@ -160,26 +158,34 @@ def read_conv(conv: nn.Module, norm: nn.Module | None, relu6: bool, where: str) 
     if kind is None:
         raise Declined(
             f"{where}: no kernel for kernel_size={conv.kernel_size}, stride={conv.stride}, "
-            f"padding={conv.padding}, dilation={conv.dilation}, groups={conv.groups}, padding_mode={conv.padding_mode!r}"
+            f"padding={conv.padding}, dilation={conv.dilation}, groups={conv.groups}, "
+            f"padding_mode={conv.padding_mode!r}"
         )
     weight, bias = _slot(conv, "weight", where), _slot(conv, "bias", where)
     tensors = [weight, bias]
     affine, eps = False, 0.0
     if norm is not None:
-        where = f"{where} (norm)"
-        check_module(norm, where, nn.BatchNorm2d)
+        check_module(norm, norm_at, nn.BatchNorm2d)
         assert isinstance(norm, nn.BatchNorm2d)
-        stats = [_slot(norm, name, where, "_buffers") for name in ("running_mean", "running_var")]
+        stats = [_slot(norm, name, norm_at, "_buffers") for name in ("running_mean", "running_var")]
         if None in stats:
-            raise Declined(f"{where} has no running statistics")
-        scale = [_slot(norm, name, where) for name in ("weight", "bias")]
+            raise Declined(f"{norm_at} has no running statistics")
+        scale = [_slot(norm, name, norm_at) for name in ("weight", "bias")]
         if (scale[0] is None) != (scale[1] is None):
-            raise Declined(f"{where} has a weight or a bias, not both")
+            raise Declined(f"{norm_at} has a weight or a bias, not both")
         affine, eps = scale[0] is not None, norm.eps
         tensors += [*scale, *stats]
     found = _check_tensors(where, tensors)
     shape = tuple(weight.shape) if weight is not None else ()
-    spec = LayerSpec(kind, where, "", conv.in_channels, conv.out_channels, conv.stride[0], relu6)
+    spec = LayerSpec(
+        kind,
+        where,
+        norm_at if norm is not None else "",
+        conv.in_channels,
+        conv.out_channels,
+        conv.stride[0],
+        relu6,
+    )
     if shape != spec.weight_shape or any(t.shape != (spec.cout,) for t in found[1:]):
         raise Declined(f"{where}: its tensors' shapes are not those of {conv}")
     return Link(spec, bias is not None, norm is not None, affine, eps), found
@@ -191,7 +197,7 @@ def read_linear(linear: nn.Module, features: int, where: str) -> Part:
     Raises:
         Declined: it is not a plain `nn.Linear` of `features` inputs.
     """
-    check_module(linear, where, nn.Linear)
+    check_module(linear, where, nn.Linear, any_mode=True)  # a fresh head in an eval model is in train mode
     tensors = _check_tensors(where, [_slot(linear, name, where) for name in ("weight", "bias")])
     weight = tensors[0]
     if (
@@ -242,8 +248,8 @@ class Automatic(nn.Module):
     watched: tuple[str, ...] = ()  # attributes, besides children, that its answer depends on
     _holder: Holder
 
-    def read(self) -> Reading:
-        """The chain that this module is.
+    def read(self, prefix: str = "") -> Reading:
+        """The chain that this module is. Its layers are named as in the `state_dict`, after `prefix`.
 
         Raises:
             Declined: it is none that the kernels know.
@@ -267,6 +273,22 @@ class Automatic(nn.Module):
             return str(reason)
         return None
 
+    def decline_backend(self) -> None:
+        """Look at which backend is asked for and whether it is there.
+
+        Raises:
+            Declined: the CPU kernels are not.
+        """
+        asked = self._asked()
+        if asked in ("eager", "triton"):
+            raise Declined(f"the {asked} backend was asked for")
+        if not cpu.available():
+            raise Declined(cpu.unavailable_reason())
+
+    def _asked(self) -> str:
+        own: str = self.__dict__.get("backend", "auto")
+        return "eager" if _thread.eager else env.backend() if own == "auto" else own
+
     def _plan(self, x: Any) -> Plan:
         """The plan for a call, as it holds now.
 
@@ -275,8 +297,7 @@ class Automatic(nn.Module):
         """
         if self.training:
             raise Declined("the module is in train mode, where plain torch serves")
-        if _thread.eager or self.__dict__.get("backend", "auto") == "eager" or env.backend() == "eager":
-            raise Declined("the eager backend was asked for")
+        self.decline_backend()
         decline_call(x)
         plan: Plan | None = self._holder.value
         if plan is None or plan.modules.changed(self) is not None:
@@ -304,17 +325,13 @@ class Automatic(nn.Module):
             plan = self._plan(x)
         except Declined as reason:
             return self._declined(x, str(reason))
-        if torch.is_grad_enabled() and (x.requires_grad or any(map(_requires_grad, plan.tensors))):
-            y: Tensor = ChainFunction.apply(plan.pack, x, *plan.tensors)
-        else:
-            y = plan.pack.run(x)
+        y = _run(plan, x)
         if y.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
             y = y.contiguous()
         return y if plan.rest is None else plan.rest(y)
 
     def _declined(self, x: Tensor, reason: str) -> Tensor:
-        asked = _thread.eager or self.__dict__.get("backend", "auto") == "eager" or env.backend() == "eager"
-        if not asked:
+        if self._asked() != "eager":
             log.debug("%s runs in eager: %s", type(self).__name__, reason)
             if env.strict():
                 raise UserError(f"{env.STRICT.name}=1 and no kernel serves {type(self).__name__}: {reason}")
@@ -324,6 +341,16 @@ class Automatic(nn.Module):
 
 
 _requires_grad = operator.attrgetter("requires_grad")
+
+
+def _run(plan: Plan, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        asked = list(map(_requires_grad, plan.tensors))
+        if x.requires_grad or any(asked):
+            of_asked = itertools.compress(plan.tensors, asked)
+            y: Tensor = ChainFunction.apply(plan.pack, plan.tensors, asked, x, *of_asked)
+            return y
+    return plan.pack.run(x)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -383,19 +410,19 @@ class ConvBNReLU6(Automatic, nn.Sequential):
         self.out_channels = out_channels
         self._holder = Holder()
 
-    def read(self) -> Reading:
+    def read(self, prefix: str = "") -> Reading:
         children = list(self)
         if not children:
-            raise Declined("ConvBNReLU6 is empty")
+            raise Declined(f"{prefix}0 is missing")
         modules = list(children)
         relu6 = len(children) > 1 and isinstance(children[-1], nn.ReLU6)
         if relu6:
-            check_module(children[-1], "activation", nn.ReLU6)
+            check_module(children[-1], f"{prefix}{len(children) - 1}", nn.ReLU6)
             children.pop()
         if len(children) > 2:
-            raise Declined(f"ConvBNReLU6 has {len(modules)} children")
+            raise Declined(f"{prefix}2 follows a convolution and its norm, where only ReLU6 may")
         norm = children[1] if len(children) == 2 else None
-        return Reading([read_conv(children[0], norm, relu6, "conv")], modules)
+        return Reading([read_conv(children[0], norm, relu6, f"{prefix}0", f"{prefix}1")], modules)
 
     def forward(self, input: Tensor) -> Tensor:
         """Shapes as the class says. Errors as torch's."""
@@ -453,28 +480,30 @@ class InvertedResidual(Automatic):
         self._is_cn = stride > 1
         self._holder = Holder()
 
-    def read(self) -> Reading:
-        check_module(self.conv, "conv", nn.Sequential)
+    def read(self, prefix: str = "") -> Reading:
+        prefix = f"{prefix}conv"
+        check_module(self.conv, prefix, nn.Sequential)
         children = list(self.conv)
         if len(children) not in (3, 4):
-            raise Declined(f"conv has {len(children)} children, not 3 or 4")
+            raise Declined(f"{prefix} has {len(children)} children, not 3 or 4")
         modules: list[nn.Module] = [self.conv, *children]
         parts: list[Part] = []
         for i, child in enumerate(children[:-2]):
-            check_module(child, f"conv.{i}", ConvBNReLU6)
+            check_module(child, f"{prefix}.{i}", ConvBNReLU6)
             assert isinstance(child, ConvBNReLU6)
-            inner = child.read()
+            inner = child.read(f"{prefix}.{i}.")
             modules += inner.modules
             parts += inner.parts
-        parts.append(read_conv(children[-2], children[-1], False, "conv (linear)"))
+        at = len(children) - 2
+        parts.append(read_conv(*children[-2:], False, f"{prefix}.{at}", f"{prefix}.{at + 1}"))
         for (before, _), (after, _) in itertools.pairwise(parts):
             if before.spec.cout != after.spec.cin:
-                raise Declined(f"conv: {before.spec.cout} channels meet {after.spec.cin}")
+                raise Declined(f"{prefix}: {before.spec.cout} channels meet {after.spec.cin}")
         if self.use_res_connect:
             link, tensors = parts[-1]
             steps = [part.spec.stride for part, _ in parts]
             if max(steps) > 1 or parts[0][0].spec.cin != link.spec.cout:
-                raise Declined("conv: its input and its output do not add")
+                raise Declined(f"{prefix}: its input and its output do not add")
             parts[-1] = replace(link, spec=replace(link.spec, residual=len(parts) - 1)), tensors
         return Reading(parts, modules)
 
