@@ -20,16 +20,27 @@ std::size_t packed_depthwise_size(const KernelTable &table, int channels) {
 }
 
 Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, float *out) {
-    const int padded = round_up(cout, table.panel);
+    const int padded = round_up(cout, table.panel), half = table.lanes / 2;
+    // The channel at place i of the panel from `begin` on, or -1. Of one vector and a half, the half stands twice.
+    const auto channel = [&](int begin, int i) {
+        const bool halves = cout - begin > table.lanes && cout - begin <= table.lanes + half;
+        const int c = begin + (halves && i >= table.lanes + half ? i - half : i);
+        return c < cout ? c : -1;
+    };
     float *const packed_bias = out;
-    for (int n = 0; n < padded; ++n)
-        *out++ = n < cout ? bias[n] : 0.0f;
-    float *const packed = out;
+    float *const packed = out + padded;
+    out = packed;
     for (int begin = 0; begin < cout; begin += table.panel) {
+        for (int i = 0; i < table.panel; ++i) {
+            const int c = channel(begin, i);
+            packed_bias[begin + i] = c < 0 ? 0.0f : bias[c];
+        }
         const int width = cout - begin > table.lanes ? table.panel : table.lanes;
         for (int k = 0; k < depth; ++k)
-            for (int i = 0; i < width; ++i)
-                *out++ = begin + i < cout ? weight[static_cast<std::ptrdiff_t>(begin + i) * depth + k] : 0.0f;
+            for (int i = 0; i < width; ++i) {
+                const int c = channel(begin, i);
+                *out++ = c < 0 ? 0.0f : weight[static_cast<std::ptrdiff_t>(c) * depth + k];
+            }
     }
     return {packed, packed_bias};
 }

@@ -35,8 +35,9 @@ struct Packed {
 std::size_t packed_gemm_size(const KernelTable &table, int cout, int depth);
 std::size_t packed_depthwise_size(const KernelTable &table, int channels);
 
-// weight [cout, depth] row-major -> panels [cout / panel][depth][panel], the last panel one vector wide where one is
-// enough; missing channels are zero. Writes packed_gemm_size floats at `out`.
+// weight [cout, depth] row-major -> panels [cout / panel][depth][panel]. The last panel is one vector wide where one is
+// enough; where one and a half are, its half stands twice, for two pixels at once. Missing channels are zero. Writes
+// packed_gemm_size floats at `out`.
 Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, float *out);
 
 // weight [channels, 9] -> blocks [channels / lanes][9 taps + bias][lanes]. Writes packed_depthwise_size floats at `out`.

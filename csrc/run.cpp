@@ -68,12 +68,12 @@ void Runner::steps(Team &team, const Arena &arena, int from, int to, const float
         const StepPlan &p = plan_.steps[i];
         const LayerDesc &d = layers_[s.project].desc;
         const int first = s.produce >= 0 ? s.produce : s.depthwise >= 0 ? s.depthwise : s.project;
-        Tensors t{x, padded(layers_[first].desc.cin), nullptr, padded(d.cout), writable(d.cout), image};
+        Tensors t{x, padded(layers_[first].desc.cin), nullptr, padded(d.cout), image};
         if (s.form == Step::Form::head) {
             t.y = features + static_cast<std::ptrdiff_t>(image) * d.cout;
         } else if (last(i)) {
             t.y = call_.y + static_cast<std::ptrdiff_t>(image) * p.ho * p.wo * d.cout;
-            t.y_ld = t.y_channels = d.cout;
+            t.y_ld = d.cout;
         } else {
             t.y = i + 1 == to && y ? y : arena.activation[i % 2];
         }
@@ -117,7 +117,6 @@ void Runner::steps(Team &team, const Arena &arena, int from, int to, const float
 void Runner::depthwise_row(const Layer &layer, const float *const (&rows)[3], std::ptrdiff_t x_ld, int width, float *y,
                            std::ptrdiff_t y_ld, int block_begin, int block_end) const {
     const LayerDesc &d = layer.desc;
-    const bool dense = y_ld == d.cout || x_ld == d.cout; // the caller's tensor: no channel past the last may be touched
     kernels_.depthwise({{rows[0], rows[1], rows[2]},
                         x_ld,
                         layer.packed.weight,
@@ -125,7 +124,7 @@ void Runner::depthwise_row(const Layer &layer, const float *const (&rows)[3], st
                         y_ld,
                         width,
                         d.stride,
-                        dense ? d.cout : writable(d.cout),
+                        d.cout,
                         block_begin,
                         block_end,
                         d.relu6});
@@ -137,7 +136,7 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
     const StepPlan &p = plan_.steps[step];
     const Layer &depthwise = layers_[s.depthwise], &project = layers_[s.project];
     const int stride = depthwise.desc.stride, channels = depthwise.desc.cin, ld = padded(channels);
-    const int blocks = writable(channels) / kernels_.lanes, per_panel = kernels_.panel / kernels_.lanes;
+    const int blocks = this->blocks(channels), per_panel = kernels_.panel / kernels_.lanes;
     const bool stem = s.produce >= 0 && layers_[s.produce].desc.kind == Kind::stem;
     const std::size_t hidden_row = static_cast<std::size_t>(p.hidden_w) * ld;
     float *const stem_memory = arena.scratch;
@@ -156,13 +155,13 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
         if (stem)
             for (; made < needed; ++made)
                 stem_rows(layers_[s.produce], t.image, made, made + 1, p.hidden_w, ring + made % p.ring * hidden_row, ld,
-                          writable(channels), stem_memory, loaded);
+                          stem_memory, loaded);
         // A panel of channels is expanded and filtered before the next one: its rows are still in L1 then.
         for (int panel = 0; panel < panels(depthwise); ++panel) {
             for (int row = made; row < needed;) {
                 const int slot = row % p.ring, count = std::min(needed - row, p.ring - slot);
                 const Tensors hidden{t.x + static_cast<std::ptrdiff_t>(row) * p.w * t.x_ld, t.x_ld,
-                                     ring + slot * hidden_row, ld, writable(channels), 0};
+                                     ring + slot * hidden_row, ld, 0};
                 pointwise(layers_[s.produce], hidden, 0, static_cast<std::ptrdiff_t>(count) * p.w, nullptr, 0, panel,
                           panel + 1);
                 row += count;
@@ -185,7 +184,7 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
         }
         made = needed;
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(o) * p.wo;
-        pointwise(project, {filtered, ld, t.y + at * t.y_ld, t.y_ld, t.y_channels, 0}, 0,
+        pointwise(project, {filtered, ld, t.y + at * t.y_ld, t.y_ld, 0}, 0,
                   static_cast<std::ptrdiff_t>(rows) * p.wo, project.desc.residual ? t.x + at * t.x_ld : nullptr, t.x_ld, 0,
                   panels(project));
     }
@@ -200,10 +199,10 @@ void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Ten
     const std::ptrdiff_t in_pixels = static_cast<std::ptrdiff_t>(p.hidden_h) * p.hidden_w;
     const std::ptrdiff_t out_pixels = static_cast<std::ptrdiff_t>(p.ho) * p.wo;
 
-    pointwise(team, expand, {t.x, t.x_ld, arena.hidden, ld, writable(channels), 0}, images * in_pixels, nullptr, 0);
+    pointwise(team, expand, {t.x, t.x_ld, arena.hidden, ld, 0}, images * in_pixels, nullptr, 0);
     team.sync();
 
-    const long all_rows = static_cast<long>(images) * p.ho, blocks = writable(channels) / kernels_.lanes;
+    const long all_rows = static_cast<long>(images) * p.ho, blocks = this->blocks(channels);
     long row_begin = 0, row_end = all_rows, block_begin = 0, block_end = blocks;
     if (all_rows % team.size() == 0)
         team.share(all_rows, 1, row_begin, row_end);
@@ -221,7 +220,7 @@ void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Ten
     }
     team.sync();
 
-    pointwise(team, project, {arena.filtered, ld, t.y, t.y_ld, t.y_channels, 0}, images * out_pixels,
+    pointwise(team, project, {arena.filtered, ld, t.y, t.y_ld, 0}, images * out_pixels,
               project.desc.residual ? t.x : nullptr, t.x_ld);
 }
 
@@ -240,17 +239,16 @@ void Runner::single(Team &team, const Arena &arena, int step, const Tensors &t) 
     if (d.kind == Kind::stem) {
         int loaded = -1;
         stem_rows(layer, t.image, static_cast<int>(begin), static_cast<int>(end), p.wo, t.y + begin * p.wo * t.y_ld, t.y_ld,
-                  t.y_channels, arena.scratch, loaded);
+                  arena.scratch, loaded);
         return;
     }
-    const int blocks = round_up(d.cin, kernels_.lanes) / kernels_.lanes;
     for (long o = begin; o < end; ++o) {
         const float *in[3];
         for (int kh = 0; kh < 3; ++kh) {
             const long h = o * d.stride + kh - 1;
             in[kh] = h < 0 || h >= p.h ? nullptr : t.x + h * p.w * t.x_ld;
         }
-        depthwise_row(layer, in, t.x_ld, p.w, t.y + o * p.wo * t.y_ld, t.y_ld, 0, blocks);
+        depthwise_row(layer, in, t.x_ld, p.w, t.y + o * p.wo * t.y_ld, t.y_ld, 0, blocks(d.cin));
     }
 }
 
@@ -285,7 +283,7 @@ void Runner::linear(Team &team, int step, const float *x, int images) const {
     const Layer &layer = layers_[steps_[step].project];
     const LayerDesc &d = layer.desc;
     const float *in = x ? x : static_cast<const float *>(call_.x);
-    pointwise(team, layer, {in, d.cin, call_.y, d.cout, d.cout, 0}, images, nullptr, 0);
+    pointwise(team, layer, {in, d.cin, call_.y, d.cout, 0}, images, nullptr, 0);
 }
 
 // Pixels [from, to) and panels [panel_begin, panel_end) of a pointwise layer.
@@ -294,7 +292,7 @@ void Runner::pointwise(const Layer &layer, const Tensors &t, std::ptrdiff_t from
     if (from < to && panel_begin < panel_end)
         kernels_.pointwise({t.x + from * t.x_ld, t.x_ld, layer.packed.weight, layer.packed.bias,
                             residual ? residual + from * residual_ld : nullptr, residual_ld, t.y + from * t.y_ld, t.y_ld,
-                            to - from, layer.desc.cin, t.y_channels, panel_begin, panel_end, layer.desc.relu6});
+                            to - from, layer.desc.cin, layer.desc.cout, panel_begin, panel_end, layer.desc.relu6});
 }
 
 // All of a pointwise layer, shared by a team.
@@ -331,7 +329,7 @@ void Runner::pointwise(Team &team, const Layer &layer, const Tensors &t, std::pt
 // Output rows [begin, end) of the stem. `rows` holds kStemRing padded input rows, filled as they are needed, and one of
 // zeros; `loaded` is the last input row in it.
 void Runner::stem_rows(const Layer &layer, int image, int begin, int end, int width, float *y, std::ptrdiff_t y_ld,
-                       int y_channels, float *rows, int &loaded) const {
+                       float *rows, int &loaded) const {
     const int size = stem_row(plan_.w);
     float *const zeros = rows + kStemRing * size;
     if (loaded < 0) {
@@ -341,8 +339,8 @@ void Runner::stem_rows(const Layer &layer, int image, int begin, int end, int wi
     for (int o = begin; o < end; ++o, y += width * y_ld) {
         for (; loaded < std::min(plan_.h - 1, 2 * o + 1); ++loaded)
             load_row(image, loaded + 1, rows + (loaded + 1) % kStemRing * size);
-        StemArgs args{{}, planar() ? 2 : 6, layer.packed.weight, layer.packed.bias, y, y_ld, width, y_channels,
-                      layer.desc.relu6};
+        StemArgs args{{}, planar() ? 2 : 6, layer.packed.weight, layer.packed.bias, y, y_ld, width,
+                      layer.desc.cout, layer.desc.relu6};
         for (int k = 0; k < kStemTaps; ++k) {
             const int c = k / 9, kh = k / 3 % 3, kw = k % 3, h = 2 * o + kh - 1;
             const float *row = h < 0 || h >= plan_.h ? zeros : rows + h % kStemRing * size;

@@ -12,7 +12,6 @@ struct Tensors {
     std::ptrdiff_t x_ld;
     float *y;
     std::ptrdiff_t y_ld;
-    int y_channels; // that may be written for each pixel
     int image;      // index of the first image in the call
 };
 
@@ -58,11 +57,11 @@ class Runner {
     void depthwise_row(const Layer &layer, const float *const (&rows)[3], std::ptrdiff_t x_ld, int width, float *y,
                        std::ptrdiff_t y_ld, int block_begin, int block_end) const;
     void stem_rows(const Layer &layer, int image, int begin, int end, int width, float *y, std::ptrdiff_t y_ld,
-                   int y_channels, float *rows, int &loaded) const;
+                   float *rows, int &loaded) const;
     void load_row(int image, int row, float *out) const;
 
     bool planar() const { return !call_.bytes && !(call_.stride_c == 1 && call_.stride_w == 3); }
-    int writable(int channels) const { return round_up(channels, kernels_.lanes); }
+    int blocks(int channels) const { return (channels + kernels_.lanes - 1) / kernels_.lanes; }
     bool last(int step) const;
 
     const KernelTable &kernels_;

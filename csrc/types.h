@@ -1,8 +1,7 @@
 // Plain structs shared by the kernels, which are compiled once per ISA, and their callers, which are not.
 //
 // Activations are NHWC: a pixel is `ld` floats away from the next one and holds its channels one after another.
-// Counts are in elements, never in bytes. `cout` of a kernel is the number of channels it may write; a kernel never
-// reads or writes past it, so a padded buffer passes its padded count and skips the tails.
+// Counts are in elements, never in bytes. A kernel never reads or writes a channel past the last.
 #pragma once
 
 #include <cstddef>

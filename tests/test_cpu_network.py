@@ -18,7 +18,8 @@ from mnv2_fast.arch import LayerSpec
 from mnv2_fast.backends import cpu
 
 ISAS = cpu.isas() if cpu.available() else []
-CHANNELS = (1, 3, 8, 15, 16, 17, 24, 33, 144)
+# Odd ones, and for each ISA some that fill one vector and a half (6; 10, 12; 24) or a part of it (5; 9; 17).
+CHANNELS = (1, 3, 5, 8, 9, 10, 12, 15, 16, 17, 24, 33, 144)
 SIZES = ((1, 1), (2, 7), (7, 2), (8, 15), (15, 8))
 
 

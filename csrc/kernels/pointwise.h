@@ -18,7 +18,7 @@ void pointwise(const PointwiseArgs &a) {
         Epilogue e{a.residual ? a.residual + n : nullptr, a.residual_ld, a.y + n, a.y_ld, a.cout - n, a.relu6};
         for (std::ptrdiff_t p = 0; p < a.pixels; p += kTileRows) {
             const int rows = min(a.pixels - p, kTileRows);
-            gemm_tile(rows, panel_vecs(a.cout, n), PixelRows{a.x + p * a.x_ld, a.x_ld}, w, a.bias + n, a.cin, e);
+            gemm_tile(rows, PixelRows{a.x + p * a.x_ld, a.x_ld}, w, a.bias + n, a.cin, e);
             e.y += rows * a.y_ld;
             if (e.residual)
                 e.residual += rows * a.residual_ld;

@@ -34,6 +34,11 @@ inline Vec load_once(const float *p) {
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 
+// Two half vectors in one: the lower half of `low` and the upper half of `high`, and their way from and to memory.
+inline Vec join(Vec low, Vec high) { return {_mm256_blend_ps(low.v, high.v, 0xf0)}; }
+inline Vec load_halves(const float *low, const float *high) { return {_mm256_loadu2_m128(high, low)}; }
+inline void store_halves(float *low, float *high, Vec a) { _mm256_storeu2_m128(high, low, a.v); }
+
 // min(max(a, 0), 6). The instructions return their second operand when either is NaN, so a NaN stays.
 inline Vec relu6(Vec a) {
     return {_mm256_min_ps(_mm256_set1_ps(6.0f), _mm256_max_ps(_mm256_setzero_ps(), a.v))};

@@ -32,6 +32,17 @@ inline Vec load_once(const float *p) {
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
+// Two half vectors in one: the lower half of `low` and the upper half of `high`, and their way from and to memory.
+inline Vec join(Vec low, Vec high) { return {_mm512_mask_mov_ps(low.v, 0xff00, high.v)}; }
+inline Vec load_halves(const float *low, const float *high) {
+    const __m512d a = _mm512_castpd256_pd512(_mm256_castps_pd(_mm256_loadu_ps(low)));
+    return {_mm512_castpd_ps(_mm512_insertf64x4(a, _mm256_castps_pd(_mm256_loadu_ps(high)), 1))};
+}
+inline void store_halves(float *low, float *high, Vec a) {
+    _mm256_storeu_ps(low, _mm512_castps512_ps256(a.v));
+    _mm256_storeu_pd(reinterpret_cast<double *>(high), _mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1));
+}
+
 // min(max(a, 0), 6). The instructions return their second operand when either is NaN, so a NaN stays.
 inline Vec relu6(Vec a) {
     return {_mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_max_ps(_mm512_setzero_ps(), a.v))};

@@ -45,6 +45,20 @@ inline Vec fma(Vec a, Vec b, Vec c) {
     return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
 
+// Two half vectors in one: the lower half of `low` and the upper half of `high`, and their way from and to memory.
+inline Vec join(Vec low, Vec high) {
+    return each([&](int i) { return i < kLanes / 2 ? low.v[i] : high.v[i]; });
+}
+inline Vec load_halves(const float *low, const float *high) {
+    return each([&](int i) { return i < kLanes / 2 ? low[i] : high[i - kLanes / 2]; });
+}
+inline void store_halves(float *low, float *high, Vec a) {
+    for (int i = 0; i < kLanes / 2; ++i) {
+        low[i] = a.v[i];
+        high[i] = a.v[kLanes / 2 + i];
+    }
+}
+
 // Both comparisons are false for a NaN, which stays.
 inline Vec relu6(Vec a) {
     return each([&](int i) { return a.v[i] < 0.0f ? 0.0f : a.v[i] > 6.0f ? 6.0f : a.v[i]; });
