@@ -86,10 +86,10 @@ def _slightly_off(x, weight, bias, stride, relu6, *, out, tile):
 
 @pytest.mark.parametrize("kernel", [_unwritten, _without_nan, _slightly_off])
 def test_check_finds_a_wrong_kernel(gpu, monkeypatch: pytest.MonkeyPatch, kernel: Callable) -> None:
-    shapes = [((2, 33, 7, 8), 1)]
-    assert list(gpu.check_depthwise(shapes)) == []
+    arguments = [((2, 33, 7, 8), 1)], [torch.float16]
+    assert list(gpu.check_depthwise(*arguments)) == []
     monkeypatch.setattr("kernels.depthwise.depthwise", kernel)
-    assert list(gpu.check_depthwise(shapes))
+    assert list(gpu.check_depthwise(*arguments))
 
 
 def test_every_measurement_makes_a_row(gpu, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

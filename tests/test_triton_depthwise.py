@@ -223,6 +223,17 @@ def test_compiles_without_spills(
     assert set(re.findall(r"(?:ld|st)\.global\.(\S+)", built.ptx)) == {vector}
 
 
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("sizes", ["i32", 1])
+def test_odd_channels_and_single_pixels_compile_without_spills(tile: str, sizes: str | int) -> None:
+    """At 17 channels no load is a vector; a size of 1 is a constant, as Triton makes it at a launch."""
+    row = TILES[tile]
+    arguments = depthwise.compile_arguments(17, int(tile[-1]), True, torch.float16, row)
+    arguments |= dict.fromkeys(("h", "w", "ho", "wo"), sizes)
+    built = aot.compile_for(depthwise.depthwise_kernel, 90, arguments, row["warps"])
+    assert (built.stack, built.local) == (0, 0)
+
+
 def test_linear_kernel_clamps_nothing() -> None:
     row = TILES["large_s1"]
     arguments = depthwise.compile_arguments(144, 1, False, torch.float32, row)
