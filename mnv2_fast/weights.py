@@ -195,16 +195,14 @@ def find_local(weights: Weights) -> Path | None:
         files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
         # Files named after the weights first: only the others need opening.
         for path in sorted(files, key=lambda path: path.stem not in weights.stems):
-            if identify(path, _peek(path)) is weights:
+            if identify(path, read_metadata(path)) is weights:
                 return path
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.file
     return cached if cached.is_file() else None
 
 
-def _peek(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; none for any other and for one that cannot be read."""
-    if path.suffix != ".safetensors":
-        return {}
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; none of any other file and of one that cannot be read."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}

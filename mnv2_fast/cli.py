@@ -1,0 +1,229 @@
+"""The command `mnv2`.
+
+What a user can cause is one line on stderr, `mnv2: error: ...`, and exit code 2. Modules that load torch are
+imported inside the verbs, so that `mnv2 --help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from . import __version__, env
+from .errors import UserError
+
+OK, BAD_FILES, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+
+DEFAULT_WEIGHTS = "IMAGENET1K_V1"
+
+# A bar for fewer files would be gone before it is read.
+_MANY = 8
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for every error, as the rest of the command has."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"mnv2: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: the arguments; those of the process by default.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name need not fit the terminal's encoding
+    try:
+        args = _parser().parse_args(argv)
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("mnv2: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (UserError, OSError) as error:
+        print(f"mnv2: error: {_line(error)}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mnv2", description="MobileNetV2 on fast kernels of its own.")
+    parser.add_argument("--version", action="version", version=f"mnv2-fast {__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(run=run)
+        return sub
+
+    predict = verb("predict", _predict, "say what is on photos")
+    predict.add_argument("inputs", nargs="+", metavar="PHOTO", help="a file, a folder or a pattern ('*.jpg')")
+    _add_model(predict)
+    _add_engine(predict)
+    predict.add_argument("--top-k", type=_count, default=5, metavar="K", help="classes per photo (5)")
+    predict.add_argument("--batch-size", type=_count, default=8, metavar="N", help="photos per call (8)")
+    predict.add_argument("--json", action="store_true", help="one JSON object per photo and line")
+
+    bench = verb("bench", _bench, "time our engine beside torchvision's model")
+    _add_model(bench, "only their class count and width matter; seeded ones by default", default=None)
+    _add_engine(bench)
+    bench.add_argument("--batch-size", type=_count, default=1, metavar="N", help="images per call (1)")
+    bench.add_argument("--size", type=_count, default=224, metavar="PIXELS", help="height and width (224)")
+    bench.add_argument("--json", action="store_true", help="all times as JSON")
+
+    info = verb("info", _info, "print versions, processor, kernels, backends and environment")
+    info.add_argument("--json", action="store_true", help="as JSON")
+
+    export = verb("export", _export, "write a model in another format")
+    _add_model(export)
+    export.add_argument("--format", choices=("onnx",), default="onnx", help="onnx, the default")
+    export.add_argument("--size", type=_count, default=224, metavar="PIXELS", help="height and width (224)")
+    export.add_argument("output", metavar="FILE", help="file to write")
+
+    demo = verb("demo", _demo, "classify a photo, check the answer against torchvision's and time both")
+    demo.add_argument("photo", nargs="?", metavar="PHOTO", help="a file; by default the cat of scikit-image")
+    _add_model(demo)
+    demo.add_argument("--threads", type=_count, metavar="N", help="of the network; torch's number by default")
+    return parser
+
+
+def _add_model(
+    parser: argparse.ArgumentParser,
+    text: str = f"a weights or engine file, or published weights ({DEFAULT_WEIGHTS})",
+    default: str | None = DEFAULT_WEIGHTS,
+) -> None:
+    parser.add_argument("--weights", "--model", default=default, metavar="NAME|FILE", help=text)
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads", type=_count, metavar="N", help="of the network; torch's number by default"
+    )
+    parser.add_argument("--dtype", metavar="DTYPE", help="arithmetic of the network: fp32")
+    parser.add_argument("--backend", choices=env.BACKENDS, help=f"instead of {env.BACKEND.name}")
+
+
+def _count(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
+    return number
+
+
+def _choose_backend(args: argparse.Namespace) -> None:
+    if args.backend:
+        os.environ[env.BACKEND.name] = args.backend
+
+
+def _predict(args: argparse.Namespace) -> int:
+    _choose_backend(args)
+    from .data import expand_inputs
+    from .predict import Predictor
+
+    files = expand_inputs(args.inputs)
+    predictor = Predictor(
+        args.weights, top_k=args.top_k, batch_size=args.batch_size, threads=args.threads, dtype=args.dtype
+    )
+    failed = 0
+    with _progress(len(files)) as (advance, say):
+        for path, result in predictor.stream(files):
+            if isinstance(result, Exception):
+                failed += 1
+                say(f"mnv2: {_line(result)}", sys.stderr)
+            elif args.json:
+                say(json.dumps({"path": str(path), "predictions": result}, ensure_ascii=False), sys.stdout)
+            else:
+                best = [f"  {row['score']:7.2%}  {row['label']}" for row in result]
+                say("\n".join([str(path), *best]), sys.stdout)
+            advance()
+    if failed:
+        print(f"mnv2: {failed} of {len(files)} files could not be used", file=sys.stderr)
+    return BAD_FILES if failed else OK
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[tuple[Callable[[], object], Callable[[str, Any], None]]]:
+    """What to call after each file and how to print: beside a bar, for many files at a terminal."""
+
+    def plain(text: str, stream: Any) -> None:
+        print(text, file=stream)
+
+    try:
+        if total < _MANY or not sys.stderr.isatty():
+            raise ImportError
+        from tqdm import tqdm
+    except ImportError:
+        yield (lambda: None), plain
+        return
+    with tqdm(total=total, unit="photo", file=sys.stderr, dynamic_ncols=True) as bar:
+        yield bar.update, lambda text, stream: bar.write(text, file=stream)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    _choose_backend(args)
+    import torch
+
+    from . import _torchvision, demo
+    from .engine import compile
+    from .predict import load_model
+
+    model = demo.seeded_model() if args.weights is None else load_model(args.weights)
+    engine = compile(model, dtype=args.dtype or "fp32", threads=args.threads)
+    x = torch.randn((args.batch_size, 3, args.size, args.size), generator=torch.Generator().manual_seed(0))
+    reference = demo.torchvision_twin(model) if _torchvision.installed() else None
+    times = demo.race(demo.contenders(engine, reference, x), args.threads)
+    if args.json:
+        print(json.dumps({"engine": repr(engine), "input": list(x.shape), "milliseconds": times}))
+        return OK
+    threads = args.threads or torch.get_num_threads()
+    print(f"{engine.dtype} {list(x.shape)}, threads: {threads}, {engine.backend} {engine.isa}".rstrip())
+    print(demo.table(times, args.batch_size))
+    if reference is None:
+        print("torchvision is not installed, nothing to compare with: pip install torchvision")
+    return OK
+
+
+def _info(args: argparse.Namespace) -> int:
+    from .info import collect, text
+
+    facts = collect()
+    print(json.dumps(facts, indent=2) if args.json else text(facts))
+    return OK
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .export import export_onnx
+    from .predict import load_model
+
+    difference = export_onnx(load_model(args.weights), args.output, args.size)
+    checked = "not checked (pip install onnxruntime)"
+    if difference is not None:
+        checked = f"largest difference of onnxruntime's logits {difference:.2e}"
+    print(f"{args.output}: {checked}")
+    return OK
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    return demo.run(args.weights, args.photo, args.threads)

@@ -1,0 +1,128 @@
+"""What `mnv2 info` prints: everything that decides which code runs here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from . import __version__, env, ops, weights
+from .backends import cpu, triton
+from .engine import DTYPES
+
+_PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "safetensors", "onnxruntime", "openvino")
+
+
+def collect() -> dict[str, Any]:
+    """Versions, processor, kernels, threads, GPU, backend per operator, weights and environment, ready for
+    JSON.
+
+    Raises:
+        UserError: an environment variable has a value that makes no sense.
+    """
+    env.backend()
+    env.strict()
+    return {
+        "versions": _versions(),
+        "processor": _processor(),
+        "kernels": _kernels(),
+        "threads": {"torch": torch.get_num_threads(), "openmp": cpu.openmp() if cpu.available() else None},
+        "gpu": _gpus(),
+        "backends": _backends(),
+        "dtypes": list(DTYPES),
+        "weights": {row.name: str(weights.find_local(row) or "not here") for row in weights.WEIGHTS},
+        "environment": {
+            variable.name: {
+                "value": os.environ.get(variable.name),
+                "default": variable.default or None,
+                "meaning": variable.meaning,
+            }
+            for variable in env.VARIABLES
+        },
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"mnv2_fast": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _processor() -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            name = next(
+                (line.partition(":")[2].strip() for line in file if line.startswith("model name")), name
+            )
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"name": name, "cores": usable, "features": cpu.features() if cpu.available() else {}}
+
+
+def _kernels() -> dict[str, Any]:
+    if not cpu.available():
+        return {"isa": None, "reason": cpu.unavailable_reason()}
+    return {"isa": cpu.isa(), "isas": cpu.isas(), **cpu.build_info()}
+
+
+def _gpus() -> dict[str, Any]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return {
+        "devices": [torch.cuda.get_device_name(i) for i in devices],
+        "triton": triton.unavailable_reason() or "available",
+    }
+
+
+def _backends() -> dict[str, dict[str, str]]:
+    """Device -> operator -> the backend of a float32 call, with the reason where the kernels decline it."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {device: {op.name: _backend(op, device) for op in ops.OPS} for device in devices}
+
+
+def _backend(op: ops.Op, device: str) -> str:
+    if env.backend() == "eager":
+        return f"eager ({env.BACKEND.name}=eager)"
+    args = next(iter(op.samples((8,), (8,), (1,))))
+    args = ops.map_tensors(lambda t: t.to(device), args)
+    if op.name == "network":
+        reason = ops.network_declines(args[0], args[1])
+        return f"eager ({reason})" if reason else "cpu"
+    module, reason = ops.backend_of(op.name, *args)
+    name = module.__name__.rpartition(".")[2]
+    return f"{name} ({reason})" if reason else name
+
+
+def text(facts: Mapping[str, Any]) -> str:
+    """The same for people: one section per fact, one line per value."""
+    lines = []
+    for section, values in facts.items():
+        lines.append(f"{section}:")
+        if not isinstance(values, Mapping):
+            lines.append(f"  {_value(values)}")
+            continue
+        for name, value in values.items():
+            if section == "environment":
+                shown = f"unset ({value['default'] or 'none'})" if value["value"] is None else value["value"]
+                lines += [f"  {name} = {shown}", f"    {value['meaning']}"]
+            else:
+                lines.append(f"  {name:14}{_value(value)}")
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        if all(isinstance(item, bool) for item in value.values()):
+            return " ".join(name for name, item in value.items() if item) or "none"
+        return "; ".join(f"{name} {_value(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
