@@ -317,6 +317,25 @@ def test_backend_declines_what_it_has_no_kernel_for() -> None:
     assert "serves CUDA tensors, not cpu" in (backend.declines("depthwise", *_arguments()) or "")
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"x": torch.zeros(1, 4, 5, 5, dtype=torch.float64)}, "no torch.float64 kernels"),
+        ({"weight": torch.zeros(4, 1, 3, 3, dtype=torch.float16)}, "a weight is torch.float16"),
+        ({"bias": torch.zeros(4, device="meta")}, "on meta"),
+        ({"bias": torch.zeros(4, dtype=torch.complex64).conj().imag}, "negative view"),
+        ({"x": torch.zeros(1, 4, 65536, 1)}, "split it"),
+    ],
+)
+def test_backend_declines_tensors_the_kernel_cannot_read(
+    changes: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_device_reason", lambda device: None)
+    declined = backend.declines("depthwise", *_arguments(**changes))
+    assert declined is None if reason is None else reason in (declined or "")
+
+
 def test_backend_says_why_it_is_unavailable() -> None:
     assert backend.available() == (backend.unavailable_reason() == "")
     assert backend.available() or torch.cuda.device_count() == 0

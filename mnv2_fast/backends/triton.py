@@ -85,4 +85,7 @@ def _tensor_reason(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> str | No
     for weight in weights:
         if weight.dtype != x.dtype or weight.device != x.device:
             return f"x is {x.dtype} on {x.device}, a weight is {weight.dtype} on {weight.device}"
+    for tensor in (x, *weights):
+        if tensor.layout != torch.strided or tensor.is_neg():
+            return f"a tensor is {tensor.layout} or a negative view: the kernels read plain memory"
     return limit(x.shape)
