@@ -36,6 +36,24 @@ from .weights import (
 )
 
 
+def accelerate(model: nn.Module, *, backend: str = "auto") -> MobileNetV2:
+    """A fast MobileNetV2 that holds the Parameter objects and buffers of `model`, which is unchanged.
+
+    Its `state_dict` has torchvision's names. Training either trains both.
+
+    Args:
+        model: torchvision's MobileNetV2 (with any classifier), one of timm's `mobilenetv2_*`, or ours.
+        backend: as for `MobileNetV2`.
+
+    Raises:
+        UserError: the model is none of these, or differs from them; the message names the layer.
+        TypeError: model is no module.
+    """
+    from .adopt import adopt
+
+    return adopt(model, backend)
+
+
 class InputError(UserError, RuntimeError):
     """An input that is no batch of images. Both of the classes that torch raises for one."""
 
@@ -118,7 +136,7 @@ class MobileNetV2(Automatic):
     @property
     def labels(self) -> list[str] | None:
         """Names of the classes; None where they are not known, and after a change of their number."""
-        last = self.classifier[-1] if isinstance(self.classifier, nn.Sequential) else None
+        last = next(reversed(self.classifier._modules.values()), None)
         fits = self._labels is not None and getattr(last, "out_features", None) == len(self._labels)
         return self._labels if fits else None
 
@@ -159,7 +177,8 @@ class MobileNetV2(Automatic):
         x = self.features(x)
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
         x = torch.flatten(x, 1)
-        return self.classifier(x)
+        y: Tensor = self.classifier(x)
+        return y
 
     def _run_eager(self, x: Tensor) -> Tensor:
         check_input(x)
@@ -176,6 +195,7 @@ class MobileNetV2(Automatic):
                 kind = type(child).__name__
                 raise Declined(f"features.{i} is a {kind}, not a ConvBNReLU6 or InvertedResidual")
             check_module(child, f"features.{i}", type(child))
+            assert isinstance(child, Automatic)
             inner = child.read(f"{prefix}features.{i}.")
             if parts and parts[-1][0].spec.cout != inner.parts[0][0].spec.cin:
                 raise Declined(f"features.{i} does not take what features.{i - 1} gives")
@@ -306,5 +326,5 @@ def mobilenet_v2(
     check_state_dict(state, expected, source)
     model.load_state_dict(state)
     model.preprocessing = preprocessing_of(metadata)
-    model.labels = labels_of(metadata, classes) if classes == wanted else None
+    model.labels = labels_of(metadata, wanted) if classes == wanted else None
     return model

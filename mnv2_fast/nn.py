@@ -26,11 +26,9 @@ from .autograd import ChainFunction
 from .backends import cpu
 from .chain import Chain, Link
 from .errors import UserError
-from .packs import Holder, ModuleWatch, Pack, TensorWatch
+from .packs import HOOKS, Holder, ModuleWatch, Pack, TensorWatch
 
 log = logging.getLogger("mnv2_fast")
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Declined(Exception):  # noqa: N818 (a reason, not an error: the eager path serves the call)
@@ -103,7 +101,7 @@ def check_module(module: nn.Module, name: str, kind: type[nn.Module], any_mode: 
     state = module.__dict__
     if module.training and not any_mode:
         raise Declined(f"{name} is in train mode")
-    if any(state[hooks] for hooks in _HOOKS):
+    if any(state[hooks] for hooks in HOOKS):
         raise Declined(f"{name} has a hook")
     if "forward" in state or "_call_impl" in state:
         raise Declined(f"{name} has a forward of its own")
@@ -128,7 +126,8 @@ def _slot(module: nn.Module, name: str, where: str, slots: str = "_parameters") 
     return value
 
 
-def _kind(conv: nn.Conv2d) -> str | None:
+def conv_kind(conv: nn.Conv2d) -> str | None:
+    """The kind of layer that a convolution is, one of `arch.KINDS`, or None where no kernel is for it."""
     geometry = conv.kernel_size, conv.stride, conv.padding
     plain = conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     if not plain:
@@ -154,7 +153,7 @@ def read_conv(conv: nn.Module, norm: nn.Module | None, relu6: bool, where: str, 
     """
     check_module(conv, where, nn.Conv2d)
     assert isinstance(conv, nn.Conv2d)
-    kind = _kind(conv)
+    kind = conv_kind(conv)
     if kind is None:
         raise Declined(
             f"{where}: no kernel for kernel_size={conv.kernel_size}, stride={conv.stride}, "
@@ -495,7 +494,7 @@ class InvertedResidual(Automatic):
             modules += inner.modules
             parts += inner.parts
         at = len(children) - 2
-        parts.append(read_conv(*children[-2:], False, f"{prefix}.{at}", f"{prefix}.{at + 1}"))
+        parts.append(read_conv(children[at], children[at + 1], False, f"{prefix}.{at}", f"{prefix}.{at + 1}"))
         for (before, _), (after, _) in itertools.pairwise(parts):
             if before.spec.cout != after.spec.cin:
                 raise Declined(f"{prefix}: {before.spec.cout} channels meet {after.spec.cin}")

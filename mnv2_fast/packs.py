@@ -32,7 +32,7 @@ from .chain import Chain
 
 _SAMPLES = 3  # values remembered of each tensor: the first, the middle one, the last
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,10 @@ class ModuleWatch:
             (operator.itemgetter(slot), dicts) for cls, dicts in groups for slot in _kind(cls).slots
         ]
         self._readers = [
-            (operator.itemgetter(*_HOOKS, "training", *_kind(cls).settings), dicts) for cls, dicts in groups
+            (operator.itemgetter(*HOOKS, "training", *_kind(cls).settings), dicts) for cls, dicts in groups
         ]
         self._facts = self._read_facts()
-        self._hooks = [hooks for facts in self._facts for hooks in facts[: len(_HOOKS)]]
+        self._hooks = [hooks for facts in self._facts for hooks in facts[: len(HOOKS)]]
         self._forwards = [(cls, _forward(cls)) for cls in set(self._types)]
         self._contents = self._read_contents(root._modules)
         self.tensors = [value for value in self._contents if isinstance(value, Tensor)]
