@@ -124,7 +124,7 @@ def _block_module(name: str, parts: list[_Conv], adds: bool, cin: int) -> tuple[
             _refuse(part.name, "has ReLU6 where MobileNetV2 has none, or none where it has")
     depthwise = parts[-2].conv
     assert isinstance(depthwise, nn.Conv2d)
-    block = InvertedResidual(cin, channels, depthwise.stride[0], len(parts) - 2)
+    block = InvertedResidual(cin, channels, depthwise.stride[0], len(parts) - 1)
     if block.use_res_connect != adds:
         _refuse(name, "adds its input where MobileNetV2 does not, or does not where it does")
     *inner, last = parts
