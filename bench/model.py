@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mnv2_fast import arch
@@ -196,7 +196,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="one round of turns, without the slow contenders"
+        "--quick", action="store_true", help="one round, no slow contender, no CSV by default"
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders only")
     parser.add_argument("--batch", type=int, nargs="+", help="these batches only")
@@ -204,7 +204,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=None, help=f"turns of each contender (default {ROUNDS})"
     )
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="CSV file that the rows are added to")
+    parser.add_argument("--output", type=Path, help="CSV file that the rows are added to")
     options = parser.parse_args(arguments)
     if options.rounds is not None and options.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -263,8 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for contender in contenders:
                     contender.close()
             show(measured)
-            rows += [replace(row, note="quick") if options.quick else row for row in measured]
-    results.append(options.output, rows, shared)
+            rows += measured
+    if options.output or not options.quick:
+        results.append(options.output or OUTPUT, rows, shared)
     print("\n" + "\n".join(verdicts(rows)))
     if any(row.noisy for row in rows):
         print("* alone and in turns the medians differ by more than 10%")

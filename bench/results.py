@@ -25,10 +25,10 @@ PACKAGES = ("torch", "torchvision", "triton", "onnxruntime", "openvino", "onnx",
 class Row:
     """One measurement. Times are milliseconds a call; shares are of the limit measured in the same run.
 
-    `bench` is the program, `name` what was measured (an operator's layer, or the network), `contender` who did
-    it and `form` how (a session, streams, ...). `ms_alone` is the median with every other contender stopped;
-    `noisy` says that it differs from `ms` by more than 10%. `gmacs` are 10^9 multiply-accumulates a second,
-    `gbs` 10^9 bytes read and written a second, each tensor counted once.
+    `bench` is the program, `name` what was measured (an operator's layer, or the network), `contender` who
+    did it and `form` how (a session, streams, ...). `ms_alone` is the median with every other contender
+    stopped; `noisy` says that it differs from `ms` by more than 10%. `gmacs` are 10^9 multiply-accumulates a
+    second, `gbs` 10^9 bytes read and written a second, each tensor counted once.
     """
 
     bench: str
@@ -93,7 +93,7 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        # The results themselves are tracked, and being about to append to them is no change to what is measured.
+        # The results are tracked too; rows appended to them are no change to what is measured.
         changed = git(
             "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md"
         )
