@@ -158,16 +158,19 @@ def draw_kernels(rows: Sequence[CsvRow], path: Path) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, sharey=True, figsize=(11, 0.24 * len(names) + 1.5), layout="constrained", width_ratios=(3, 1)
     )
-    for offset, who, table_, colour in (
-        (-0.2, kernels.OURS, mine, OURS),
-        (0.2, kernels.TORCH, torchs, OTHERS),
-    ):
-        values = [float(table_[n]["ms"]) * int(table_[n]["form"].removeprefix("x")) for n in names]
-        left.barh([i + offset for i in range(len(names))], values, height=0.4, color=colour, label=who)
+    times = [
+        [float(side[n]["ms"]) * int(side[n]["form"].removeprefix("x")) for n in names]
+        for side in (mine, torchs)
+    ]
+    left.hlines(range(len(names)), *times, color=OTHERS, linewidth=1)
+    for values, who, colour in zip(times, (kernels.OURS, kernels.TORCH), (OURS, OTHERS), strict=True):
+        left.scatter(values, range(len(names)), s=25, color=colour, label=who, zorder=2)
     left.set_yticks(range(len(names)), labels=[f"{n} {mine[n]['form']}" for n in names], fontsize=7)
     left.invert_yaxis()
+    left.margins(y=0.02)
+    left.grid(axis="x", alpha=0.3)
     left.set(xscale="log", xlabel="ms in the network (log)")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="lower right")
     right.barh(range(len(names)), [100 * float(mine[n]["gmacs_share"]) for n in names], color=OURS)
     right.set(xlim=(0, 100), xlabel="% of the measured FMA peak")
     first = next(iter(mine.values()))
