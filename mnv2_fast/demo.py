@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +25,8 @@ TORCHVISION = "torchvision, channels_last"
 _AGREEMENT = 1e-4
 
 
-def run(weights: str, photo: str | None = None, threads: int | None = None, out: TextIO = sys.stdout) -> int:
-    """Classify a photo, compare with torchvision's answer and time both.
+def run(weights: str, photo: str | None = None, threads: int | None = None) -> int:
+    """Classify a photo, compare with torchvision's answer and time both; prints what it finds.
 
     Without weights the graph is verified and timed on seeded ones, and every line that depends on them says
     so.
@@ -37,7 +35,6 @@ def run(weights: str, photo: str | None = None, threads: int | None = None, out:
         weights: a name or a path, as for `load_model`.
         photo: a path; by default the cat that scikit-image ships.
         threads: of both networks; torch's number by default.
-        out: where the report goes.
 
     Returns:
         0, or 1 where the answers differ.
@@ -49,34 +46,34 @@ def run(weights: str, photo: str | None = None, threads: int | None = None, out:
     except MissingWeightsError as error:
         model = seeded_model()
         seeded = " on seeded weights, not trained ones"
-        print(f"no weights: {error}", file=out)
+        print(f"no weights: {error}")
     engine = compile(model, threads=threads)
     predictor = Predictor(engine)
     if source is None:
-        print("no photo: pip install scikit-image, or name a photo; random pixels instead", file=out)
+        print("no photo: pip install scikit-image, or name a photo; random pixels instead")
         x = torch.rand((1, 3, 224, 224), generator=torch.Generator().manual_seed(0))
     else:
         image = data.read_image(source)
         pixels = torch.from_numpy(data.resize_and_crop(image, predictor.preprocessing).copy())
         x = data.normalize(pixels[None], predictor.preprocessing)
         if not seeded:
-            print(f"{Path(source).name}, weights {weights}:", file=out)
+            print(f"{Path(source).name}, weights {weights}:")
             for best in predictor([image])[0]:
-                print(f"  {best['score']:7.2%}  {best['label']}", file=out)
-    print(f"kernels: {engine.backend} {engine.isa}".rstrip(), file=out)
+                print(f"  {best['score']:7.2%}  {best['label']}")
+    print(f"kernels: {engine.backend} {engine.isa}".rstrip())
     if not installed():
-        print("torchvision is not installed, nothing to compare with: pip install torchvision", file=out)
-        print(table(race({ENGINE: lambda: engine(x)}, engine.threads)), file=out)
+        print("torchvision is not installed, nothing to compare with: pip install torchvision")
+        print(table(race({ENGINE: lambda: engine(x)}, engine.threads)))
         return 0
     reference = torchvision_twin(model)
     with torch.inference_mode():
         expected = reference(x)
     difference, scale = float((engine(x) - expected).abs().max()), float(expected.abs().max())
-    print(f"latency of one image{seeded}:", file=out)
-    print(table(race(contenders(engine, reference, x), engine.threads)), file=out)
-    print(f"maximum difference of the logits: {difference:.2e} (largest logit {scale:.2f}){seeded}", file=out)
+    print(f"latency of one image{seeded}:")
+    print(table(race(contenders(engine, reference, x), engine.threads)))
+    print(f"maximum difference of the logits: {difference:.2e} (largest logit {scale:.2f}){seeded}")
     if not difference <= _AGREEMENT * scale:
-        print("the answers differ: rebuild the extension, and report it if they still do", file=out)
+        print("the answers differ: rebuild the extension, and report it if they still do")
         return 1
     return 0
 

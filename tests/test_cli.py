@@ -1,0 +1,470 @@
+"""The command `mnv2`: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from mnv2_fast import MobileNetV2, cli, compile, demo, env, ops, weights
+
+LABELS = ["ant", "bee", "cat", "dog", "eel"]
+
+
+@pytest.fixture(scope="module")
+def engine_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small engine with five labels and small photos."""
+    torch.manual_seed(0)
+    model = MobileNetV2(5, width_mult=0.35).eval()
+    torch.nn.init.normal_(model.classifier[1].weight)
+    model.labels = LABELS
+    model.preprocessing = weights.Preprocessing(40, 32)
+    path = tmp_path_factory.mktemp("engine") / "m.safetensors"
+    compile(model).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of three photos."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png", "c.png"):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No variable of ours, no cached weights, no network; what a verb sets is undone."""
+    for variable in env.VARIABLES:
+        monkeypatch.setenv(variable.name, "")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    nowhere = (tmp_path / "nowhere").as_uri()
+    rows = tuple(replace(row, url=f"{nowhere}/{row.file}") for row in weights.WEIGHTS)
+    monkeypatch.setattr(weights, "WEIGHTS", rows)
+
+
+def _start(args: Sequence[str], **keywords: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mnv2_fast", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords)
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """Run a command line that a user got wrong; its one line on stderr."""
+    try:
+        code = cli.main([str(arg) for arg in args])
+    except SystemExit as stopped:  # argparse
+        code = stopped.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith("mnv2: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_predict_prints_each_file_with_its_classes(
+    engine_file: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pattern = str(photos / "[bc].png")
+    assert (
+        cli.main(["predict", "--weights", engine_file, "--top-k", "2", str(photos / "a.png"), pattern]) == 0
+    )
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[::3] == [str(photos / name) for name in ("a.png", "b.png", "c.png")]
+    assert all(line.strip().split()[1] in LABELS for line in lines[1::3] + lines[2::3])
+    assert err == ""
+
+
+def test_predict_as_json(engine_file: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["predict", "--model", engine_file, "--json", str(photos)]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["path"] for row in rows] == [str(photos / name) for name in ("a.png", "b.png", "c.png")]
+    for row in rows:
+        assert {best["label"] for best in row["predictions"]} == set(LABELS)
+        assert sum(best["score"] for best in row["predictions"]) == pytest.approx(1)
+
+
+def test_predict_goes_on_past_bad_files(
+    engine_file: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "bb.jpg").write_text("no photo")
+    missing = photos / "missing.jpg"
+    assert cli.main(["predict", "--weights", engine_file, "--json", str(missing), str(photos)]) == 1
+    out, err = capsys.readouterr()
+    assert [Path(json.loads(line)["path"]).name for line in out.splitlines()] == ["a.png", "b.png", "c.png"]
+    first, second, count = err.splitlines()
+    assert str(missing) in first
+    assert str(photos / "bb.jpg") in second
+    assert count == "mnv2: 2 of 5 files could not be used"
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _predict_many(
+    engine_file: str, photos: Path, monkeypatch: pytest.MonkeyPatch, terminal: io.StringIO
+) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal)
+    many = [str(photos / "a.png")] * 9
+    assert cli.main(["predict", "--weights", engine_file, "--json", *many, str(photos / "none.png")]) == 1
+
+
+def test_many_files_at_a_terminal_have_a_bar(
+    engine_file: str, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tqdm")
+    terminal = _Terminal()
+    _predict_many(engine_file, photos, monkeypatch, terminal)
+    assert "10/10" in terminal.getvalue()
+    assert "none.png" in terminal.getvalue()
+    assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 9
+
+
+@pytest.mark.parametrize("kind", ["no terminal", "no tqdm"])
+def test_without_a_terminal_or_tqdm_there_is_no_bar(
+    engine_file: str,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    if kind == "no tqdm":
+        real = builtins.__import__
+
+        def without(name: str, *args: Any) -> Any:
+            if name == "tqdm":
+                raise ImportError
+            return real(name, *args)
+
+        monkeypatch.setattr(builtins, "__import__", without)
+    stream = io.StringIO() if kind == "no terminal" else _Terminal()
+    _predict_many(engine_file, photos, monkeypatch, stream)
+    assert "10/10" not in stream.getvalue()
+    assert stream.getvalue().count("\n") == 2
+    assert len(capsys.readouterr().out.splitlines()) == 9
+
+
+def test_a_backend_asked_for_is_used(
+    engine_file: str, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["predict", "--weights", engine_file, "--json", str(photos)]
+    assert cli.main(asked) == 0
+    fast = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert cli.main([*asked, "--backend", "eager"]) == 0
+    slow = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for ours, theirs in zip(fast, slow, strict=True):
+        for a, b in zip(ours["predictions"], theirs["predictions"], strict=True):
+            assert a["label"] == b["label"]
+            assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["predict"], "the following arguments are required: PHOTO"),
+        (["predict", "a.jpg", "--threads", "0"], "'0': give a whole number of at least 1"),
+        (["predict", "a.jpg", "--threads", "-1"], "'-1': give a whole number of at least 1"),
+        (["predict", "a.jpg", "--top-k", "many"], "'many': give a whole number of at least 1"),
+        (["predict", "a.jpg", "--backend", "cuda"], "'auto', 'eager', 'cpu', 'triton'"),
+        (["export", "--format", "tflite", "m.tflite"], "'onnx'"),
+        (["foo"], "'predict', 'bench', 'info', 'export', 'demo'"),
+        ([], "VERB"),
+        (["predict", "nothing/*.jpg"], "no file matches 'nothing/*.jpg'"),
+    ],
+)
+def test_a_wrong_command_line(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in _fails(capsys, *args)
+
+
+def test_an_unknown_dtype_lists_the_valid_ones(
+    engine_file: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "use one of fp32" in _fails(capsys, "predict", photos, "--weights", engine_file, "--dtype", "fp8")
+    assert "use one of fp32" in _fails(capsys, "bench", "--dtype", "fp8")
+
+
+def test_weights_that_are_not_to_be_had(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = tmp_path / "wrong.safetensors"
+    wrong.write_text("not safetensors")
+    other = tmp_path / "other.safetensors"
+    save_file({"fc.weight": torch.zeros(2)}, other)
+    for name, words in (
+        (tmp_path / "none.safetensors", "IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
+        (wrong, "fetch it again"),
+        (other, "unknown fc.weight"),
+        ("DEFAULT", "set MNV2_WEIGHTS"),
+    ):
+        assert words in _fails(capsys, "predict", photos, "--weights", name)
+        assert words in _fails(capsys, "bench", "--weights", name)
+        assert words in _fails(capsys, "export", tmp_path / "m.onnx", "--weights", name)
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("variable", ["MNV2_WEIGHTS", "MNV2_BACKEND", "MNV2_STRICT"])
+def test_an_environment_variable_that_makes_no_sense(
+    variable: str, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "nonsense")
+    assert f"{variable}='nonsense'" in _fails(capsys, "info")
+
+
+def test_an_unknown_instruction_set_lists_the_valid_ones(photos: Path) -> None:
+    changed = {**os.environ, "MNV2_FORCE_ISA": "neon"}  # read once in a process
+    for args in (["info"], ["bench"]):
+        process = _start(args, env=changed)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert out == ""
+        assert err.startswith("mnv2: error: MNV2_FORCE_ISA='neon'")
+        assert "scalar" in err
+        assert err.count("\n") == 1
+
+
+def test_info_for_people_and_for_programs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MNV2_STRICT", "1")
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(facts["backends"]["cpu"]) == {op.name for op in ops.OPS}
+    assert facts["kernels"]["isa"] in facts["kernels"]["isas"]
+    assert facts["processor"]["cores"] >= 1
+    assert facts["threads"]["torch"] == torch.get_num_threads()
+    assert set(facts["environment"]) == {variable.name for variable in env.VARIABLES}
+    assert facts["environment"]["MNV2_STRICT"]["value"] == "1"
+    assert set(facts["weights"]) == {row.name for row in weights.WEIGHTS}
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "MNV2_STRICT = 1",
+        facts["kernels"]["isa"],
+        "openmp",
+        "depthwise",
+        "triton",
+        torch.__version__,
+    ):
+        assert word in out
+
+
+def test_info_says_which_operators_fall_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MNV2_BACKEND", "eager")
+    assert cli.main(["info", "--json"]) == 0
+    served = json.loads(capsys.readouterr().out)["backends"]["cpu"]
+    assert all(backend.startswith("eager (MNV2_BACKEND=eager)") for backend in served.values())
+
+
+def test_info_where_the_extension_is_built_for_another_python(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mnv2_fast.backends import cpu
+
+    monkeypatch.setattr(cpu, "_load", lambda: (None, "built for another Python: reinstall mnv2-fast"))
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert "reinstall" in facts["kernels"]["reason"]
+    assert all("built for another Python" in backend for backend in facts["backends"]["cpu"].values())
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times a few calls only: what they take is not what these tests are about."""
+    monkeypatch.setattr(demo, "race", partial(demo.race, turns=1, timed=3))
+
+
+@pytest.mark.usefixtures("hurried")
+def test_bench_times_both_on_seeded_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    assert cli.main(["bench", "--size", "32", "--threads", "1", "--batch-size", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "threads: 1" in out
+    assert demo.ENGINE in out
+    assert demo.TORCHVISION in out
+    assert torch.get_num_threads() == before
+    assert cli.main(["bench", "--size", "32", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts["milliseconds"]) == {demo.ENGINE, demo.TORCHVISION}
+    assert all(len(times) == 3 for times in facts["milliseconds"].values())
+
+
+@pytest.mark.usefixtures("hurried")
+def test_demo_on_real_weights(
+    weights_v1: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MNV2_WEIGHTS", str(weights_v1.parent))
+    assert cli.main(["demo"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0].startswith("chelsea.png, weights IMAGENET1K_V1")
+    assert "Egyptian cat" in lines[1]
+    assert lines[1].strip().split("%")[0].replace(".", "").isdigit()
+    assert demo.TORCHVISION in out
+    assert "maximum difference of the logits" in out
+    assert "seeded" not in out
+
+
+@pytest.mark.usefixtures("hurried")
+def test_demo_without_weights_says_so_and_still_verifies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("no weights: IMAGENET1K_V1 is not here")
+    assert "set MNV2_WEIGHTS" in out.splitlines()[0]
+    assert "maximum difference of the logits" in out
+    assert out.count("on seeded weights, not trained ones") == 2
+    assert "%" not in out.replace("20%", "").replace("80%", "")
+
+
+@pytest.mark.usefixtures("hurried")
+def test_demo_fails_where_the_answers_differ(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = demo.torchvision_twin
+
+    def wrong(model: MobileNetV2) -> torch.nn.Module:
+        twin = real(model)
+        twin.features[3].conv[0][1].eps = 0.1
+        return twin
+
+    monkeypatch.setattr(demo, "torchvision_twin", wrong)
+    assert cli.main(["demo"]) == 1
+    assert "the answers differ" in capsys.readouterr().out
+
+
+def test_export_to_onnx_is_checked_and_atomic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    from mnv2_fast import export
+
+    model = MobileNetV2(5, width_mult=0.35)
+    path = tmp_path / "plain.safetensors"
+    save_file(model.state_dict(), path)
+    target = tmp_path / "m.onnx"
+    assert cli.main(["export", "--weights", str(path), "--size", "64", str(target)]) == 0
+    assert "largest difference" in capsys.readouterr().out
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    x = torch.randn(5, 3, 64, 64)
+    (logits,) = session.run(None, {"images": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), model.eval()(x), atol=1e-4, rtol=1e-4)
+    assert "batch" in str(session.get_inputs()[0].shape[0])
+
+    before = target.read_bytes()
+    monkeypatch.setattr(export, "_AGREEMENT", -1.0)
+    assert "no file is written" in _fails(capsys, "export", "--weights", path, "--size", "64", target)
+    assert target.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "plain.safetensors"]
+
+
+def test_an_export_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript")
+    from mnv2_fast.export import export_onnx
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("half way")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    model = MobileNetV2(3, width_mult=0.35).train()
+    with pytest.raises(RuntimeError, match="half way"):
+        export_onnx(model, tmp_path / "m.onnx", size=32)
+    assert model.training
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_without_onnx_names_the_cure(
+    engine_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mnv2_fast import export
+
+    path = tmp_path / "plain.safetensors"
+    save_file(MobileNetV2(5, width_mult=0.35).state_dict(), path)
+    assert "is an engine" in _fails(capsys, "export", "--weights", engine_file, tmp_path / "m.onnx")
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    assert "pip install onnx onnxscript" in _fails(capsys, "export", "--weights", path, tmp_path / "m.onnx")
+
+
+def test_a_folder_that_is_not_there_to_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plain.safetensors"
+    save_file(MobileNetV2(5, width_mult=0.35).state_dict(), path)
+    assert "nowhere" in _fails(capsys, "export", "--weights", path, tmp_path / "nowhere" / "m.onnx")
+
+
+def test_a_reader_that_leaves_is_no_error(engine_file: str, photos: Path) -> None:
+    process = _start(["predict", "--weights", engine_file, *[str(photos)] * 400])
+    assert process.stdout is not None
+    assert process.stdout.readline() != ""
+    process.stdout.close()
+    assert process.stderr is not None
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 141
+    assert err == ""
+
+
+def test_interruption_is_one_line(engine_file: str, photos: Path) -> None:
+    process = _start(["predict", "--weights", engine_file, *[str(photos)] * 4000])
+    assert process.stdout is not None
+    assert process.stdout.readline() != ""  # it is past its imports
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err == "mnv2: interrupted\n"
+
+
+def test_a_file_name_that_the_terminal_cannot_show(engine_file: str, photos: Path) -> None:
+    name = os.fsencode(photos) + b"/\xff\xfe.png"
+    os.rename(photos / "a.png", name)
+    changed = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    process = _start(["predict", "--weights", engine_file, str(photos)], env=changed)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert "\\udcff" in out
+
+
+def test_help_and_mistakes_load_no_torch() -> None:
+    code = (
+        "import sys; from mnv2_fast import cli\n"
+        "for args in (['--help'], ['predict', '--help'], ['predict', '--threads', '0'], ['--version']):\n"
+        "    try: cli.main(args)\n"
+        "    except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    assert time.perf_counter() - start < 10
+
+
+def test_the_module_is_the_command() -> None:
+    process = _start(["--version"])
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out.startswith("mnv2-fast ")
+    assert err == ""
