@@ -82,7 +82,7 @@ class ChainFunction(torch.autograd.Function):
         return None, None, None, *(next(found) if need else None for need in (for_x, *of_asked))
 
 
-def _flat(op: Op, inputs: Sequence[Any]) -> tuple[list[Tensor | None], list[Any]]:
+def flat(op: Op, inputs: Sequence[Any]) -> tuple[list[Tensor | None], list[Any]]:
     """A call's tensors in the order of its schema, a list among them flattened, and its other arguments."""
     tensors: list[Tensor | None] = []
     rest = []
@@ -100,13 +100,13 @@ def _register(op: Op) -> None:
     """Make one operator differentiable, by way of `mnv2::gradients`."""
 
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-        tensors, ctx.rest = _flat(op, inputs)
+        tensors, ctx.rest = flat(op, inputs)
         ctx.save_for_backward(*tensors)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
         needed = [
-            need and t is not None for need, t in zip(_flat(op, ctx.needs_input_grad)[0], saved, strict=True)
+            need and t is not None for need, t in zip(flat(op, ctx.needs_input_grad)[0], saved, strict=True)
         ]
         found = iter(torch.ops.mnv2.gradients(grad, saved, needed, op.name, json.dumps(ctx.rest)))
         asked = iter([next(found) if need else None for need in needed])

@@ -181,8 +181,11 @@ class MobileNetV2(Automatic):
         return y
 
     def _run_eager(self, x: Tensor) -> Tensor:
-        check_input(x)
+        self._check(x)
         return self._forward_impl(x)
+
+    def _check(self, x: Any) -> None:
+        check_input(x, next(self.parameters(), None))
 
     def read(self, prefix: str = "") -> Reading:
         if type(self)._forward_impl is not MobileNetV2._forward_impl or "_forward_impl" in self.__dict__:
@@ -247,14 +250,23 @@ def _graph_constants(model: MobileNetV2) -> tuple[str, tuple[str, ...], tuple[ob
     return chain.encode(), keys, tuple(_graph_settings(model))
 
 
-def check_input(x: Any) -> None:
+def check_input(x: Any, weight: Tensor | None) -> None:
     """Say in one line what is wrong with an input that torch would refuse, or that is no image.
 
+    Args:
+        x: the input.
+        weight: of the model, whose dtype and device the input must have; None: not compared.
+
     Raises:
-        InputError: wrong rank, channels, size or an integer dtype.
+        InputError: wrong rank, channels, size, dtype or device.
+        TypeError: no tensor.
     """
-    if not isinstance(x, Tensor):
+    if isinstance(x, torch.fx.Proxy):
         return
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"expected a tensor [N, 3, H, W], got a {type(x).__name__}: convert with torch.as_tensor"
+        )
     if x.dim() != 4:
         raise InputError(
             f"expected 4D input [N, 3, H, W] (got {x.dim()}D input of shape {tuple(x.shape)}): "
@@ -267,10 +279,19 @@ def check_input(x: Any) -> None:
         )
     if x.shape[2] == 0 or x.shape[3] == 0:
         raise InputError(f"H and W must be at least 1, got the shape {tuple(x.shape)}")
-    if not x.dtype.is_floating_point:
+    if weight is None:
+        return
+    if x.device != weight.device:
         raise InputError(
-            f"input type {x.dtype} and weight type should be the same: convert with x.float() and normalize, "
-            "or use mnv2_fast.compile(model), which takes uint8 images"
+            f"the input is on {x.device}, the model on {weight.device}: move one of them with .to()"
+        )
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        bytes_too = (
+            ", or use mnv2_fast.compile(model), which takes uint8 images" if x.dtype == torch.uint8 else ""
+        )
+        raise InputError(
+            f"input type {x.dtype} and weight type {weight.dtype} should be the same: "
+            f"convert with x.to({weight.dtype}){bytes_too}"
         )
 
 

@@ -299,11 +299,8 @@ class Automatic(nn.Module):
         self.decline_backend()
         decline_call(x)
         plan: Plan | None = self._holder.value
-        if plan is None or plan.modules.changed(self) is not None:
+        if plan is None or plan.modules.changed(self) or plan.watch.changed(plan.modules.tensors):
             plan = self._holder.value = self._make_plan()
-        elif plan.watch.changed(plan.modules.tensors) is not None:
-            watch = TensorWatch(plan.modules.tensors)
-            plan = self._holder.value = replace(plan, watch=watch, pack=Pack(plan.pack.chain, plan.tensors))
         if x.shape[1] != plan.pack.chain.links[0].spec.cin:
             raise Declined(f"the input has {x.shape[1]} channels, not {plan.pack.chain.links[0].spec.cin}")
         return plan
@@ -329,7 +326,11 @@ class Automatic(nn.Module):
             y = y.contiguous()
         return y if plan.rest is None else plan.rest(y)
 
+    def _check(self, x: Any) -> None:
+        """Refuse an input in one line where torch would in several."""
+
     def _declined(self, x: Tensor, reason: str) -> Tensor:
+        self._check(x)
         if self._asked() != "eager":
             log.debug("%s runs in eager: %s", type(self).__name__, reason)
             if env.strict():
@@ -416,8 +417,11 @@ class ConvBNReLU6(Automatic, nn.Sequential):
         modules = list(children)
         relu6 = len(children) > 1 and isinstance(children[-1], nn.ReLU6)
         if relu6:
-            check_module(children[-1], f"{prefix}{len(children) - 1}", nn.ReLU6)
-            children.pop()
+            at = f"{prefix}{len(children) - 1}"
+            act = children.pop()
+            check_module(act, at, nn.ReLU6)
+            if (act.min_val, act.max_val) != (0.0, 6.0):
+                raise Declined(f"{at} clamps to {act.min_val}..{act.max_val}, not 0..6")
         if len(children) > 2:
             raise Declined(f"{prefix}2 follows a convolution and its norm, where only ReLU6 may")
         norm = children[1] if len(children) == 2 else None

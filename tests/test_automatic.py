@@ -1,0 +1,671 @@
+"""`model.eval()(x)` is fast by itself, never stale, and exactly as differentiable and observable as torch's."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from mnv2_fast import MobileNetV2, packs
+from mnv2_fast.nn import ConvBNReLU6
+
+pytestmark = pytest.mark.usefixtures("native")
+
+SMALL = {"num_classes": 7, "width_mult": 0.35}
+TOLERANCE = {"rtol": 1e-4, "atol": 5e-4}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These tests are many small calls: a second thread would only wait for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def model() -> MobileNetV2:
+    """A small eval-mode model whose batch norms carry the signal through and are away from the identity."""
+    model = MobileNetV2(**SMALL)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, 0, 0.3)
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(torch.randn(4, 3, 48, 40))
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.running_var.clamp_(min=1e-3)
+    nn.init.normal_(model.classifier[1].weight, 0, 0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Two small images."""
+    return torch.randn(2, 3, 48, 40)
+
+
+def eager(model: MobileNetV2, x: Tensor) -> Tensor:
+    """The answer of plain torch with the model as it is now."""
+    backend, model.backend = model.backend, "eager"
+    try:
+        return model(x)
+    finally:
+        model.backend = backend
+
+
+def check(model: MobileNetV2, x: Tensor, served: bool = True) -> Tensor:
+    """The model's answer, once it is plain torch's and came, or came not, from the kernels."""
+    assert (model.why_not(x) is None) == served, model.why_not(x)
+    y = model(x)
+    torch.testing.assert_close(y, eager(model, x), **TOLERANCE)
+    return y.detach().clone()
+
+
+def changed(model: MobileNetV2, x: Tensor, change: Callable[[], object], served: bool = True) -> None:
+    """`change` moves the answer, and the fast answer moves with it."""
+    before = check(model, x)
+    change()
+    assert (check(model, x, served) - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_serves_by_itself(model: MobileNetV2, x: Tensor, grad: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        y = check(model, x)
+        assert model(x).requires_grad == grad
+    assert y.shape == (2, 7)
+
+
+def test_requires_grad_is_torchs(model: MobileNetV2, x: Tensor) -> None:
+    model.requires_grad_(False)
+    assert not model(x).requires_grad
+    assert model(x.clone().requires_grad_()).requires_grad
+    model.classifier[1].bias.requires_grad_(True)
+    assert model(x).requires_grad
+    with torch.inference_mode():
+        assert model(x).is_inference()
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.01),
+    "sgd fused": lambda p: torch.optim.SGD(p, 0.01, fused=True),
+    "sgd momentum fused": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, fused=True),
+    "adam foreach": lambda p: torch.optim.Adam(p, 0.001, foreach=True),
+    "adam fused": lambda p: torch.optim.Adam(p, 0.001, fused=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, 0.001, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_steps_are_seen(model: MobileNetV2, x: Tensor, name: str) -> None:
+    optimizer = OPTIMIZERS[name](model.parameters())
+    before = check(model, x)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), torch.tensor([1, 2])).backward()
+        optimizer.step()
+        after = check(model, x)
+        assert not torch.equal(before, after)
+        before = after
+
+
+def test_fused_step_moves_neither_version_nor_address(model: MobileNetV2, x: Tensor) -> None:
+    """The fact that makes the step counter needed; should torch change it, the counter may go."""
+    weight = model.classifier[1].weight
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    model(x).sum().backward()
+    before = weight._version, weight.data_ptr(), packs._steps
+    optimizer.step()
+    assert (weight._version, weight.data_ptr()) == before[:2]
+    assert packs._steps == before[2] + 1
+
+
+def test_step_under_compile_is_seen(model: MobileNetV2, x: Tensor) -> None:
+    head = model.classifier[1]
+    optimizer = torch.optim.SGD([head.weight], 0.5)
+    head.weight.grad = torch.ones_like(head.weight)
+    step = torch.compile(optimizer.step, backend="eager")
+    changed(model, x, step)
+    changed(model, x, step)
+
+
+def test_train_forward_then_eval(model: MobileNetV2, x: Tensor) -> None:
+    def train() -> None:
+        model.train()
+        with torch.no_grad():
+            model(x)
+        model.eval()
+
+    changed(model, x, train)
+
+
+def test_train_mode_is_torch_exactly(model: MobileNetV2, x: Tensor) -> None:
+    twin = copy.deepcopy(model)
+    twin.backend = "eager"
+    for net in (model, twin):
+        net.train()
+        torch.manual_seed(1)
+        net(x).square().sum().backward()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_load_state_dict(model: MobileNetV2, x: Tensor) -> None:
+    other = {k: v * 1.5 if k.startswith("features.0.0") else v.clone() for k, v in model.state_dict().items()}
+    changed(model, x, lambda: model.load_state_dict(other))
+    other = {k: v * 1.2 if k.startswith("classifier") else v for k, v in other.items()}
+    changed(model, x, lambda: model.load_state_dict(other, assign=True))
+
+
+def test_to_and_back(model: MobileNetV2, x: Tensor) -> None:
+    y = check(model, x)
+    model.double()
+    assert model(x.double()).dtype == torch.float64
+    assert "float64" in str(model.why_not(x))
+    model.float()
+    torch.testing.assert_close(check(model, x), y, **TOLERANCE)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(check(model, x), y, **TOLERANCE)
+    assert model.to("meta")(x.to("meta")).device.type == "meta"
+
+
+def test_new_head(model: MobileNetV2, x: Tensor) -> None:
+    check(model, x)
+    model.classifier[1] = nn.Linear(model.last_channel, 5)
+    assert check(model, x).shape == (2, 5)
+    assert model._plan(x).rest is None  # within the one call, although a fresh Linear is in train mode
+    model.classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.last_channel, 3, bias=False)).eval()
+    assert check(model, x).shape == (2, 3)
+    assert model._plan(x).rest is None
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Linear(1280, 3),
+        nn.Identity(),
+        nn.Sequential(nn.Linear(1280, 8), nn.Hardswish(), nn.Linear(8, 3)),
+        nn.Sequential(nn.Dropout(0.0), nn.Linear(1280, 3)).train(),
+    ],
+    ids=["linear", "identity", "deep", "dropout in train mode"],
+)
+def test_another_classifier_follows_the_pooled_features(
+    model: MobileNetV2, x: Tensor, head: nn.Module
+) -> None:
+    check(model, x)
+    model.classifier = head
+    check(model, x)
+    assert model._plan(x).rest is head
+
+
+BUFFERS = ["running_mean", "running_var"]
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_batch_norm_buffers(model: MobileNetV2, x: Tensor, name: str) -> None:
+    norm = model.features[0][1]
+    changed(model, x, lambda: getattr(norm, name).add_(0.5))
+    changed(model, x, lambda: setattr(norm, name, getattr(norm, name) + 0.5))
+
+
+def test_settings(model: MobileNetV2, x: Tensor) -> None:
+    changed(model, x, lambda: setattr(model.features[0][1], "eps", 1.0))
+    changed(model, x, lambda: setattr(model.features[3], "use_res_connect", False))
+    changed(model, x, lambda: setattr(model.features[2].conv[1][0], "stride", (1, 1)))
+    changed(model, x, lambda: setattr(model.features[0][2], "max_val", 0.5), served=False)
+
+
+def test_functional_call_in_a_loop(model: MobileNetV2, x: Tensor) -> None:
+    """Each round's tensors die and the next ones may lie where they lay."""
+    base = dict(model.named_parameters())
+    for i in range(4):
+        weights = {name: p.detach() * (1 + 0.02 * i) for name, p in base.items()}
+        y = torch.func.functional_call(model, weights, (x,))
+        model.backend = "eager"
+        expected = torch.func.functional_call(model, weights, (x,))
+        model.backend = "auto"
+        torch.testing.assert_close(y, expected, **TOLERANCE)
+        del weights
+    check(model, x)
+
+
+def test_functional_call_has_gradients(model: MobileNetV2, x: Tensor) -> None:
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, weights, (x,)).sum().backward()
+    model.zero_grad()
+    eager(model, x).sum().backward()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, weights[name].grad), name
+
+
+def test_data_swapped_and_swapped_back(model: MobileNetV2, x: Tensor) -> None:
+    weight = model.features[0][0].weight
+    mine, other = weight.data, weight.data * 2
+    y = check(model, x)
+    for data, same in ((other, False), (mine, True), (other, False)):
+        weight.data = data
+        assert torch.equal(check(model, x), y) == same
+
+
+def test_data_with_another_geometry(model: MobileNetV2, x: Tensor) -> None:
+    """The object, the address, the version and the sampled values stay; the strides or the shape do not."""
+    model.classifier[1] = nn.Linear(1280, 1280).eval()
+    weight = model.classifier[1].weight
+    with torch.no_grad():
+        weight[0, 0] = weight[-1, -1] = weight[640, 0] = weight[0, 640] = 0.5
+    changed(model, x, lambda: setattr(weight, "data", weight.data.t()))
+    bias = model.classifier[1].bias
+    check(model, x)
+    weight.data, bias.data = weight.data.t()[:4], bias.data[:4]
+    assert model(x).shape == (2, 4)
+
+
+def test_data_writes(model: MobileNetV2, x: Tensor) -> None:
+    changed(model, x, lambda: model.features[0][0].weight.data.mul_(1.5))
+    changed(model, x, lambda: model.classifier[1].weight.detach().numpy().__imul__(1.5))
+
+
+def test_refresh_is_the_cure_for_a_write_that_misses_every_sample(model: MobileNetV2, x: Tensor) -> None:
+    before = check(model, x)
+    model.classifier[1].weight.data[0, 1:9] += 5
+    assert torch.equal(model(x), before)
+    model.refresh()
+    assert not torch.equal(check(model, x), before)
+
+
+def test_inference_mode_parameters(model: MobileNetV2, x: Tensor) -> None:
+    state = model.state_dict()
+    with torch.inference_mode():
+        model = MobileNetV2(**SMALL).eval()
+        model.load_state_dict(state)
+        assert model.features[0][0].weight.is_inference()
+        changed(model, x, lambda: model.classifier[1].weight.mul_(2))
+        changed(model, x, lambda: model.features[0][1].running_mean.add_(1))
+        model.train()
+        model(x)
+        model.eval()
+        check(model, x)
+    with torch.no_grad():
+        check(model, x)
+
+
+def test_two_threads_repack(model: MobileNetV2, x: Tensor) -> None:
+    """While one writes, each answer is that of some state of the weights, and the last one of the last."""
+    head, stop, failures = model.classifier[1], threading.Event(), []
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+
+    def run() -> None:
+        try:
+            while not stop.is_set():
+                with torch.no_grad():
+                    y = model(x)
+                if not torch.equal(y, y[:1, :1].expand_as(y)):
+                    failures.append(y)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(1, 12):
+        with torch.no_grad():
+            head.bias.fill_(float(i))
+        time.sleep(0.03)
+    stop.set()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not failures
+    with torch.no_grad():
+        assert torch.equal(model(x), torch.full((2, 7), 11.0))
+
+
+def test_deepcopy_and_pickle_drop_the_pack(model: MobileNetV2, x: Tensor) -> None:
+    y = check(model, x)
+    before = len(pickle.dumps(MobileNetV2(**SMALL)))
+    assert abs(len(pickle.dumps(model)) - before) < 1000
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+    ):
+        assert twin._holder.value is None
+        assert twin._holder is not model._holder
+        assert torch.equal(check(twin, x), y)
+        with torch.no_grad():
+            twin.classifier[1].bias += 1
+        check(twin, x)
+    assert torch.equal(check(model, x), y)
+
+
+def test_shallow_copy_has_its_own_mode(model: MobileNetV2, x: Tensor) -> None:
+    check(model, x)
+    twin = copy.copy(model)
+    twin.training = True
+    assert "train mode" in str(twin.why_not(x))
+    check(model, x)
+
+
+def test_gradients_are_torchs(model: MobileNetV2, x: Tensor) -> None:
+    found = []
+    for backend in ("auto", "eager"):
+        model.backend = backend
+        model.zero_grad()
+        images = x.clone().requires_grad_()
+        (model(images) * torch.arange(7.0)).square().sum().backward()
+        found.append([images.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+def test_gradients_of_a_frozen_trunk(model: MobileNetV2, x: Tensor) -> None:
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    model(x).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == [
+        "classifier.1.weight",
+        "classifier.1.bias",
+    ]
+
+
+def test_backward_after_a_write_is_refused_as_by_torch(model: MobileNetV2, x: Tensor) -> None:
+    y = model(x)
+    with torch.no_grad():
+        model.features[0][0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_two_forwards_and_retained_graphs(model: MobileNetV2, x: Tensor) -> None:
+    a, b = model(x), model(2 * x)
+    a.sum().backward(retain_graph=True)
+    first = model.classifier[1].weight.grad.clone()
+    b.sum().backward()
+    a.sum().backward()
+    model.backend = "eager"
+    expected = torch.autograd.grad(model(x).sum() * 2 + model(2 * x).sum(), model.classifier[1].weight)[0]
+    torch.testing.assert_close(model.classifier[1].weight.grad, expected, rtol=1e-4, atol=1e-4)
+    assert first.abs().sum() > 0
+
+
+def test_double_backward_is_declined_clearly(model: MobileNetV2, x: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="backend='eager'"):
+        torch.autograd.grad(model(x).sum(), list(model.parameters()), create_graph=True)
+    model.backend = "eager"
+    torch.autograd.grad(model(x).sum(), list(model.parameters()), create_graph=True)
+
+
+HOOKED = ["features", "features.0", "features.3", "features.3.conv.1.0", "features.18.0", "features.5.conv"]
+
+
+@pytest.mark.parametrize("name", HOOKED)
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_hooks_on_inner_modules_fire(model: MobileNetV2, x: Tensor, name: str, kind: str) -> None:
+    check(model, x)
+    calls: list[object] = []
+    module = model.get_submodule(name)
+    handle = getattr(module, f"register_{kind}_hook")(lambda *args: calls.append(args))
+    assert "hook" in str(model.why_not(x))
+    model(x).sum().backward()
+    assert len(calls) == 1
+    handle.remove()
+    check(model, x)
+    assert len(calls) == 1
+
+
+def test_hook_dicts_replaced(model: MobileNetV2, x: Tensor) -> None:
+    check(model, x)
+    model.features[2]._forward_hooks = type(model.features[2]._forward_hooks)()
+    check(model, x)
+    model.features[2].register_forward_hook(lambda module, args, y: y * 0)
+    check(model, x, served=False)
+
+
+def test_hooks_on_the_classifier_see_the_pooled_features(model: MobileNetV2, x: Tensor) -> None:
+    seen: list[Tensor] = []
+    model.classifier[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    check(model, x)
+    assert seen[0].shape == (2, 1280)
+
+
+def test_hooks_on_the_model_itself(model: MobileNetV2, x: Tensor) -> None:
+    model.register_forward_hook(lambda module, args, y: y + 1)
+    check(model, x)
+
+
+def test_global_hooks(model: MobileNetV2, x: Tensor) -> None:
+    names: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: names.append(type(module).__name__)
+    )
+    try:
+        check(model, x, served=False)
+    finally:
+        handle.remove()
+    assert names.count("Conv2d") == 2 * 52
+
+
+def test_hooks_keep_the_memory_format(model: MobileNetV2, x: Tensor) -> None:
+    """A hook or a feature extractor that calls `.view` on a contiguous network's tensors goes on working."""
+    outputs: list[Tensor] = []
+    model.features[4].register_forward_hook(lambda module, args, y: outputs.append(y))
+    model(x)
+    model(x.contiguous(memory_format=torch.channels_last))
+    assert outputs[0].is_contiguous()
+    assert outputs[1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_replaced_modules_decline(model: MobileNetV2, x: Tensor) -> None:
+    changed(model, x, lambda: model.features.__setitem__(3, nn.Identity()), served=False)
+    model = MobileNetV2(**SMALL, norm_layer=lambda c: nn.GroupNorm(1, c)).eval()
+    check(model, x, served=False)
+    assert "GroupNorm" in str(model.why_not(x))
+
+
+def test_added_and_removed_modules(model: MobileNetV2, x: Tensor) -> None:
+    before = check(model, x)
+    model.features.append(nn.Softmax(1))
+    assert not torch.equal(check(model, x, served=False), before)
+    del model.features[-1]
+    assert torch.equal(check(model, x), before)
+
+
+def test_forward_replaced(model: MobileNetV2, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = check(model, x)
+    conv = model.features[0][0]
+    conv.forward = lambda x: 2 * nn.Conv2d.forward(conv, x)
+    assert not torch.equal(check(model, x, served=False), before)
+    del conv.forward
+    assert torch.equal(check(model, x), before)
+
+    class Halved(MobileNetV2):
+        def _forward_impl(self, x: Tensor) -> Tensor:
+            return super()._forward_impl(x) / 2
+
+    check(Halved(**SMALL).eval(), x, served=False)
+
+
+def test_partly_in_train_mode(model: MobileNetV2, x: Tensor) -> None:
+    check(model, x)
+    model.features[3].conv[0][1].train()
+    assert "train mode" in str(model.why_not(x))
+    model(x)
+    model.eval()
+    check(model, x)
+
+
+def test_pruned_weights(model: MobileNetV2, x: Tensor) -> None:
+    conv = model.features[3].conv[0][0]
+    changed(model, x, lambda: prune.l1_unstructured(conv, "weight", 0.5), served=False)
+    y = model(x)
+    y.sum().backward()
+    assert conv.weight_orig.grad is not None
+    prune.remove(conv, "weight")
+    torch.testing.assert_close(check(model, x), y.detach(), **TOLERANCE)
+
+
+def test_parametrized_weights(model: MobileNetV2, x: Tensor) -> None:
+    conv = model.features[3].conv[0][0]
+    check(model, x)
+    parametrizations.weight_norm(conv)
+    check(model, x, served=False)
+    with torch.no_grad():
+        conv.parametrizations.weight.original0.mul_(2)
+    check(model, x, served=False)
+    nn.utils.parametrize.remove_parametrizations(conv, "weight")
+    check(model, x)
+
+
+def test_subclassed_tensors(model: MobileNetV2, x: Tensor) -> None:
+    class Tagged(Tensor):
+        pass
+
+    check(model, x)
+    assert "Tagged" in str(model.why_not(x.as_subclass(Tagged)))
+    assert isinstance(model(x.as_subclass(Tagged)), Tagged)
+    model.classifier[1].weight = nn.Parameter(model.classifier[1].weight.detach().as_subclass(Tagged))
+    model(x)
+
+
+def test_functorch(model: MobileNetV2, x: Tensor) -> None:
+    weights = dict(model.named_parameters())
+    weights.update(model.named_buffers())
+
+    def loss(weights: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (image[None],)).sum()
+
+    each = torch.func.vmap(torch.func.grad(loss, argnums=1), (None, 0))(weights, x)
+    images = x.clone().requires_grad_()
+    eager(model, images).sum().backward()
+    torch.testing.assert_close(each, images.grad, rtol=1e-3, atol=1e-4)
+    tangent = torch.func.jvp(model, (x,), (x,))[1]
+    assert tangent.shape == (2, 7)
+
+
+def test_forward_mode(model: MobileNetV2, x: Tensor) -> None:
+    with torch.autograd.forward_ad.dual_level():
+        y = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
+
+
+def test_modes_see_every_call(model: MobileNetV2, x: Tensor) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    check(model, x)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert counter.get_total_flops() > 1e6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(model: MobileNetV2, x: Tensor, dtype: torch.dtype) -> None:
+    with torch.autocast("cpu", dtype):
+        assert "autocast" in str(model.why_not(x))
+        assert model(x).dtype == dtype
+    check(model, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(model: MobileNetV2, x: Tensor, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    x = x.to(dtype)
+    assert model.why_not(x) is not None
+    y = model(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, eager(model, x))
+
+
+def test_strict(model: MobileNetV2, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MNV2_STRICT", "1")
+    model(x)
+    model.features[3].register_forward_hook(lambda *_: None)
+    with pytest.raises(
+        ValueError, match=r"MNV2_STRICT=1 and no kernel serves MobileNetV2: features\.3 has a hook"
+    ):
+        model(x)
+    model.backend = "eager"  # asked for, and so no failure of the fast path
+    model(x)
+    model.backend = "auto"
+    model.train()(x)
+
+
+def test_decline_is_logged(model: MobileNetV2, x: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "mnv2_fast"):
+        model(x)
+        assert not caplog.records
+        model.features[2].conv[1][0].dilation = (2, 2)
+        model(x)
+    assert "features.2.conv.1.0" in caplog.text
+    assert "dilation=(2, 2)" in caplog.text
+
+
+def test_backends(model: MobileNetV2, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MNV2_BACKEND", "eager")
+    assert "eager backend" in str(model.why_not(x))
+    model.backend = "cpu"
+    assert model.why_not(x) is None
+    monkeypatch.setenv("MNV2_BACKEND", "fast")
+    model.backend = "auto"
+    with pytest.raises(ValueError, match="auto, eager, cpu, triton"):
+        model(x)
+    with pytest.raises(ValueError, match="auto, eager, cpu, triton"):
+        MobileNetV2(backend="gpu")
+
+
+def test_pack_dies_with_its_model(x: Tensor) -> None:
+    import gc
+    import weakref
+
+    model = MobileNetV2(**SMALL).eval()
+    model(x)
+    pack = weakref.ref(model._plan(x).pack)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert pack() is None  # without the help of the cycle collector
+    finally:
+        gc.enable()
+
+
+def test_checks_cost_at_most_150_us() -> None:
+    """All checks of one call of the full network, on an otherwise idle core."""
+    model, x = MobileNetV2().eval(), torch.randn(1, 3, 32, 32)
+    best = float("inf")
+    with torch.no_grad():
+        deadline = time.perf_counter() + 20
+        while best > 150e-6 and time.perf_counter() < deadline:
+            begin = time.perf_counter()
+            for _ in range(10):
+                model._plan(x)
+            best = min(best, (time.perf_counter() - begin) / 10)
+    assert best <= 150e-6, f"{best * 1e6:.0f} us"
+
+
+def test_block_alone_is_never_stale() -> None:
+    block = ConvBNReLU6(8, 16, kernel_size=1).eval()
+    x = torch.randn(1, 8, 5, 5)
+    with torch.no_grad():
+        assert block.why_not(x) is None
+        y = block(x)
+        block[0].weight.mul_(2)
+        assert not torch.equal(block(x), y)
