@@ -64,7 +64,11 @@ def _line(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mnv2", description="MobileNetV2 on fast kernels of its own.")
+    parser = _Parser(
+        prog="mnv2",
+        description="MobileNetV2 on fast kernels of its own.",
+        epilog="Exit codes: 0 done; 1 photos that could not be used, or answers that differ; 2 a mistake.",
+    )
     parser.add_argument("--version", action="version", version=f"mnv2-fast {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
 

@@ -23,7 +23,18 @@ from torch import Tensor
 from .errors import UserError
 from .weights import Preprocessing
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# Pillow's name -> suffixes. No other format is opened: some start a program (EPS runs Ghostscript).
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm"),
+    "AVIF": (".avif",),
+}
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 _INTERPOLATION = {
     "nearest": Image.Resampling.NEAREST,
@@ -49,7 +60,7 @@ def read_image(source: Any) -> Image.Image:
 
     Args:
         source: a path, the bytes of an image file, an open binary file, a PIL image (left as it is), or a
-            uint8 array or tensor [H, W, 3], [H, W, 4] (RGBA) or [H, W].
+            uint8 array or tensor [H, W, 3], [H, W, 4] (RGBA) or [H, W]. Files are of one of `FORMATS`.
 
     Raises:
         ImageError: missing, empty, truncated, no image, of a mode without a known range (float or 32-bit
@@ -65,7 +76,9 @@ def read_image(source: Any) -> Image.Image:
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name} is no image that Pillow can read: give a JPEG, PNG or WebP") from None
+        raise ImageError(
+            f"{name} is no image of a format read here: give one of {', '.join(FORMATS)}"
+        ) from None
     except Image.DecompressionBombError:
         raise ImageError(_too_large(name)) from None
     except PermissionError:
@@ -98,11 +111,13 @@ def _resolve(source: Any) -> tuple[str, Path | BinaryIO | Image.Image]:
 
 
 def _open(file: Path | BinaryIO) -> Image.Image:
+    Image.init()  # returns at once after the first time
+    formats = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow has no AVIF
     # Pillow warns of a size that `_rgb` refuses, which would say it twice. Warning filters are the process's:
     # two threads changing them at once would leave them changed.
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file)
+        return Image.open(file, formats=formats)
 
 
 def _too_large(name: str) -> str:

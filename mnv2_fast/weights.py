@@ -8,6 +8,7 @@ so.
 from __future__ import annotations
 
 import functools
+import http.client
 import importlib.resources
 import json
 import pickle
@@ -219,7 +220,7 @@ def _download(weights: Weights, progress: bool) -> Path:
             pass
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(weights.url, str(target), weights.hash_prefix, progress)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         here = [other.name for other in WEIGHTS if other is not weights and find_local(other)]
         instead = f", or ask for {' or '.join(here)}, found here" if here else ""
         reason = getattr(error, "reason", None) or error

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from mnv2_fast import UserError, data
 from mnv2_fast.weights import Preprocessing
@@ -53,19 +53,36 @@ def test_truncated(tmp_path: Path, suffix: str) -> None:
     _ramp().save(path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    _refused(path, "fetch it again|no image that Pillow can read")
+    _refused(path, "fetch it again|no image of a format read here")
 
 
 def test_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.touch()
-    _refused(path, "no image that Pillow can read")
+    _refused(path, "no image of a format read here")
 
 
 def test_text_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_text("this is no photo\n")
-    _refused(path, "no image that Pillow can read")
+    _refused(path, "no image of a format read here")
+
+
+def test_a_format_whose_decoder_runs_a_program_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    _ramp().save(path, "EPS")
+    assert Image.open(path).format == "EPS"
+    _refused(path, "no image of a format read here: give one of JPEG, PNG")
+
+
+@pytest.mark.parametrize("name", data.FORMATS)
+def test_every_format_is_read(tmp_path: Path, name: str) -> None:
+    if name == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    for suffix in data.FORMATS[name]:
+        path = tmp_path / f"a{suffix}"
+        _ramp().save(path, name)
+        assert _read(path).shape == (48, 64, 3)
 
 
 @pytest.mark.filterwarnings("ignore:Metadata Warning")
@@ -210,7 +227,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "a.png"
     _ramp().save(path)
 
-    def denied(*_: object) -> None:
+    def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Image, "open", denied)  # the superuser may read a file of any mode

@@ -120,6 +120,15 @@ def test_engine_its_file_and_a_weights_file_answer_as_the_model(
         _same(Predictor(tmp_path / name, labels=LABELS, preprocessing=SMALL)(path), expected)
 
 
+def test_torchvisions_model_is_taken_too(folder: Path) -> None:
+    theirs = torchvision().models.mobilenet_v2(num_classes=5, width_mult=0.35).eval()
+    torch.nn.init.normal_(theirs.classifier[1].weight)
+    ours = _model()
+    ours.load_state_dict(theirs.state_dict())
+    keywords = {"labels": LABELS, "preprocessing": SMALL}
+    _same(Predictor(theirs, **keywords)(folder / "00.png"), _expected(ours, folder / "00.png"))
+
+
 def test_a_plain_file_without_labels_numbers_its_classes(tmp_path: Path, folder: Path) -> None:
     save_file(_model().state_dict(), tmp_path / "m.safetensors")
     predictor = Predictor(tmp_path / "m.safetensors", preprocessing=SMALL)
