@@ -1,4 +1,4 @@
-"""`model.eval()(x)` is fast by itself, never stale, and exactly as differentiable and observable as torch's."""
+"""`model.eval()(x)` is fast by itself, never stale, and as differentiable and observable as torch's."""
 
 from __future__ import annotations
 
