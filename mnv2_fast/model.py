@@ -23,7 +23,6 @@ from .nn import (
     log,
     read_linear,
 )
-from .packs import Holder
 from .weights import (
     HEAD,
     Preprocessing,
@@ -77,6 +76,8 @@ class MobileNetV2(Automatic):
         ValueError: a setting is empty or no row of four; the backend is none.
     """
 
+    __jit_unused_properties__ = ["labels"]  # noqa: RUF012 (TorchScript's way to skip a property)
+
     def __init__(  # noqa: PLR0917 (torchvision's signature)
         self,
         num_classes: int = 1000,
@@ -112,7 +113,6 @@ class MobileNetV2(Automatic):
         self.classifier = nn.Sequential(nn.Dropout(p=dropout), nn.Linear(self.last_channel, num_classes))
         self.preprocessing = Preprocessing()
         self._labels: list[str] | None = None
-        self._holder = Holder()
         _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:

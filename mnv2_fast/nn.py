@@ -245,7 +245,10 @@ class Automatic(nn.Module):
 
     backend = "auto"
     watched: tuple[str, ...] = ()  # attributes, besides children, that its answer depends on
-    _holder: Holder
+
+    def __init__(self, *children: nn.Module) -> None:
+        super().__init__(*children)
+        self._holder = Holder()
 
     def read(self, prefix: str = "") -> Reading:
         """The chain that this module is. Its layers are named as in the `state_dict`, after `prefix`.
@@ -408,7 +411,6 @@ class ConvBNReLU6(Automatic, nn.Sequential):
             layers.append(activation_layer(**({} if inplace is None else {"inplace": inplace})))
         super().__init__(*layers)
         self.out_channels = out_channels
-        self._holder = Holder()
 
     def read(self, prefix: str = "") -> Reading:
         children = list(self)
@@ -481,7 +483,6 @@ class InvertedResidual(Automatic):
         self.conv = nn.Sequential(*layers)
         self.out_channels = oup
         self._is_cn = stride > 1
-        self._holder = Holder()
 
     def read(self, prefix: str = "") -> Reading:
         prefix = f"{prefix}conv"

@@ -47,7 +47,9 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor, shape: Sequence[i
         f"mnv2::{name}: weight {list(weight.shape)} does not fit x {list(x.shape)}: expected {list(shape)}",
     )
     _need(bias.shape == weight.shape[:1], f"mnv2::{name}: bias {list(bias.shape)}, not [{weight.shape[0]}]")
-    _need(min(x.shape[2:]) > 0, f"mnv2::{name}: H and W must be at least 1, x is {list(x.shape)}")
+    _need(
+        x.shape[2] > 0 and x.shape[3] > 0, f"mnv2::{name}: H and W must be at least 1, x is {list(x.shape)}"
+    )
     _need(
         x.dtype == weight.dtype == bias.dtype,
         f"mnv2::{name}: x, weight and bias are {x.dtype}, {weight.dtype} and {bias.dtype}, not one dtype",
@@ -106,7 +108,9 @@ def _network_shape(x: Tensor, tensors: Sequence[Tensor], spec: str) -> Shape:
         x.shape[1] == chain.links[0].spec.cin,
         f"mnv2::network: expected {chain.links[0].spec.cin} channels, but got {x.shape[1]} channels instead",
     )
-    _need(min(x.shape[2:]) > 0, f"mnv2::network: H and W must be at least 1, x is {list(x.shape)}")
+    _need(
+        x.shape[2] > 0 and x.shape[3] > 0, f"mnv2::network: H and W must be at least 1, x is {list(x.shape)}"
+    )
     return chain.output_shape(x.shape)
 
 

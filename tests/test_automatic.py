@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from helpers import calibrate
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -36,19 +37,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def model() -> MobileNetV2:
     """A small eval-mode model whose batch norms carry the signal through and are away from the identity."""
-    model = MobileNetV2(**SMALL)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, 0, 0.3)
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model(torch.randn(4, 3, 48, 40))
-    for norm in norms:
-        norm.momentum = 0.1
-        norm.running_var.clamp_(min=1e-3)
+    model = calibrate(MobileNetV2(**SMALL), (48, 40))
     nn.init.normal_(model.classifier[1].weight, 0, 0.1)
-    return model.eval()
+    return model
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""MobileNetV2 against torchvision's: structure, weights, answers, errors; models taken over from elsewhere."""
+"""MobileNetV2 against torchvision's: structure, weights, answers, errors; other models taken over."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import calibrate
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -47,21 +48,6 @@ def tv() -> Any:
     if not mnv2_fast._torchvision.installed():
         pytest.skip("torchvision is not installed: pip install torchvision")
     return torchvision().models
-
-
-def calibrate(model: nn.Module) -> nn.Module:
-    """Batch norms that carry the signal through, as in a trained network."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, 0, 0.3)
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(4, 3, 64, 64))
-    for norm in norms:
-        norm.momentum = 0.1
-        norm.running_var.clamp_(min=1e-2)
-    return model.eval()
 
 
 @torch.no_grad()
