@@ -18,6 +18,7 @@ from .nn import (
     Declined,
     InvertedResidual,
     Part,
+    Plan,
     Reading,
     check_module,
     log,
@@ -173,6 +174,11 @@ class MobileNetV2(Automatic):
         y = torch.ops.mnv2.network(x, tensors, spec)
         return y if keys[-1].startswith(HEAD) else self.classifier(y)
 
+    def _plan(self, x: Any) -> Plan:
+        if "_forward_impl" in self.__dict__:
+            raise Declined("the model has a _forward_impl of its own")
+        return super()._plan(x)
+
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self.features(x)
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
@@ -188,7 +194,7 @@ class MobileNetV2(Automatic):
         check_input(x, next(self.parameters(), None))
 
     def read(self, prefix: str = "") -> Reading:
-        if type(self)._forward_impl is not MobileNetV2._forward_impl or "_forward_impl" in self.__dict__:
+        if type(self)._forward_impl is not MobileNetV2._forward_impl:
             raise Declined(f"{type(self).__name__} has a _forward_impl of its own")
         check_module(self.features, "features", nn.Sequential)
         parts: list[Part] = []
@@ -261,8 +267,8 @@ def check_input(x: Any, weight: Tensor | None) -> None:
         InputError: wrong rank, channels, size, dtype or device.
         TypeError: no tensor.
     """
-    if isinstance(x, torch.fx.Proxy):
-        return
+    if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
+        return  # a size is no number there
     if not isinstance(x, Tensor):
         raise TypeError(
             f"expected a tensor [N, 3, H, W], got a {type(x).__name__}: convert with torch.as_tensor"

