@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,16 +145,18 @@ def export_onnx(folder: str) -> None:
     import torch
 
     batch = torch.export.Dim("batch")
-    torch.onnx.export(
-        torchvision_model(),
-        (images(Case(2, 1)),),
-        Path(folder) / ONNX_FILE,
-        dynamo=True,
-        external_data=False,
-        input_names=[ONNX_INPUT],
-        dynamic_shapes={"x": {0: batch}},
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of its own use of torch
+        torch.onnx.export(
+            torchvision_model(),
+            (images(Case(2, 1)),),
+            Path(folder) / ONNX_FILE,
+            dynamo=True,
+            external_data=False,
+            input_names=[ONNX_INPUT],
+            dynamic_shapes={"x": {0: batch}},
+            verbose=False,
+        )
 
 
 def _onnxruntime(case: Case) -> Call:
