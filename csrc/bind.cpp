@@ -32,7 +32,8 @@ Kind kind(const std::string &name) {
     throw std::invalid_argument("no layer kind '" + name + "': stem, depthwise, pointwise or linear");
 }
 
-std::unique_ptr<Network> make_network(const std::vector<Desc> &layers, bool pool, Address table, const std::string &isa) {
+std::unique_ptr<Network> make_network(const std::vector<Desc> &layers, bool pool, Address table,
+                                      const std::string &isa) {
     std::vector<LayerDesc> descs;
     for (const auto &[name, cin, cout, stride, relu6, residual, weight, bias] : layers)
         descs.push_back({kind(name), cin, cout, stride, relu6, residual, at<float>(weight), at<float>(bias)});
@@ -41,7 +42,7 @@ std::unique_ptr<Network> make_network(const std::vector<Desc> &layers, bool pool
 
 void run(const Network &network, Address x, bool bytes, const std::array<std::ptrdiff_t, 4> &strides,
          const std::array<int, 3> &size, Address residual, Address y, int threads) {
-    const Call call{at<void>(x), bytes,   strides[0], strides[1],           strides[2],  strides[3],
+    const Call call{at<void>(x), bytes,   strides[0], strides[1],          strides[2],  strides[3],
                     size[0],     size[1], size[2],    at<float>(residual), at<float>(y)};
     const py::gil_scoped_release release;
     network.run(call, threads);

@@ -40,7 +40,8 @@ std::size_t packed_depthwise_size(const KernelTable &table, int channels);
 // packed_gemm_size floats at `out`.
 Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, float *out);
 
-// weight [channels, 9] -> blocks [channels / lanes][9 taps + bias][lanes]. Writes packed_depthwise_size floats at `out`.
+// weight [channels, 9] -> blocks [channels / lanes][9 taps + bias][lanes]. Writes packed_depthwise_size floats at
+// `out`.
 Packed pack_depthwise(const KernelTable &table, const float *weight, const float *bias, int channels, float *out);
 
 } // namespace mnv2

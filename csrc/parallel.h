@@ -44,8 +44,7 @@ void run_team(int threads, void (*body)(Team &, void *), void *context);
 
 // Calls f(Team &) in `threads` threads, this one among them. f must not throw.
 template <class F> void parallel(int threads, F &&f) {
-    run_team(
-        threads, [](Team &team, void *context) { (*static_cast<F *>(context))(team); }, &f);
+    run_team(threads, [](Team &team, void *context) { (*static_cast<F *>(context))(team); }, &f);
 }
 
 } // namespace mnv2

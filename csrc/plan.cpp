@@ -58,7 +58,8 @@ std::vector<Step> make_steps(const std::vector<Layer> &layers, bool pool) {
         const bool produces = is(layers, i, Kind::stem) || is(layers, i, Kind::pointwise);
         const std::size_t dw = i + (produces ? 1 : 0);
         if (is(layers, dw, Kind::depthwise) && is(layers, dw + 1, Kind::pointwise)) {
-            s = {Step::Form::block, produces ? static_cast<int>(i) : -1, static_cast<int>(dw), static_cast<int>(dw) + 1};
+            s = {Step::Form::block, produces ? static_cast<int>(i) : -1, static_cast<int>(dw),
+                 static_cast<int>(dw) + 1};
             if (residual_fits(layers, s)) {
                 steps.push_back(s);
                 i = dw + 2;

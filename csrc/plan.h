@@ -1,4 +1,5 @@
-// What runs in which order, in which form and in which memory: the steps of a network and their plan for one image size.
+// What runs in which order, in which form and in which memory: the steps of a network and their plan for one image
+// size.
 #pragma once
 
 #include <cstddef>
@@ -21,11 +22,11 @@ struct Step {
 };
 
 struct StepPlan {
-    int h, w;             // of the step's input
+    int h, w;               // of the step's input
     int hidden_h, hidden_w; // of the depthwise layer's input
-    int ho, wo;           // of its output
-    int rows;             // output rows a thread makes at a time; ring is sized for them
-    int ring;             // hidden rows kept
+    int ho, wo;             // of its output
+    int rows;               // output rows a thread makes at a time; ring is sized for them
+    int ring;               // hidden rows kept
 };
 
 // Sizes are floats. One arena: two activations, the tensors between the layers of a step that threads share, the
@@ -40,7 +41,9 @@ struct Plan {
     std::size_t group_input = 0;
     std::size_t scratch = 0;
 
-    std::size_t arena(int threads) const { return 2 * activation + hidden + filtered + group_input + threads * scratch; }
+    std::size_t arena(int threads) const {
+        return 2 * activation + hidden + filtered + group_input + threads * scratch;
+    }
 };
 
 constexpr int kGroup = 4;

@@ -55,9 +55,7 @@ void Runner::images(Team &team, const Arena &arena, int first, int count, float 
     }
 }
 
-bool Runner::last(int step) const {
-    return step + 1 == static_cast<int>(steps_.size());
-}
+bool Runner::last(int step) const { return step + 1 == static_cast<int>(steps_.size()); }
 
 // Steps [from, to) for `count` images. `x` is null where the first one reads the call, `y` where the last one writes an
 // activation, the features or the call's own output.
@@ -140,8 +138,8 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
     const bool stem = s.produce >= 0 && layers_[s.produce].desc.kind == Kind::stem;
     const std::size_t hidden_row = static_cast<std::size_t>(p.hidden_w) * ld;
     float *const stem_memory = arena.scratch;
-    float *const ring = arena.scratch +
-                        (layers_.front().desc.kind == Kind::stem ? (kStemRing + 1) * stem_row(plan_.w) : 0);
+    float *const ring =
+        arena.scratch + (layers_.front().desc.kind == Kind::stem ? (kStemRing + 1) * stem_row(plan_.w) : 0);
     float *const filtered = ring + p.ring * hidden_row;
     const std::ptrdiff_t source_ld = s.produce >= 0 ? ld : t.x_ld;
 
@@ -154,8 +152,8 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
         const int needed = s.produce >= 0 ? std::min(p.hidden_h, (o + rows - 1) * stride + 2) : made;
         if (stem)
             for (; made < needed; ++made)
-                stem_rows(layers_[s.produce], t.image, made, made + 1, p.hidden_w, ring + made % p.ring * hidden_row, ld,
-                          stem_memory, loaded);
+                stem_rows(layers_[s.produce], t.image, made, made + 1, p.hidden_w, ring + made % p.ring * hidden_row,
+                          ld, stem_memory, loaded);
         // A panel of channels is expanded and filtered before the next one: its rows are still in L1 then.
         for (int panel = 0; panel < panels(depthwise); ++panel) {
             for (int row = made; row < needed;) {
@@ -178,15 +176,15 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
                     else
                         in[kh] = t.x + static_cast<std::ptrdiff_t>(row) * p.hidden_w * t.x_ld;
                 }
-                depthwise_row(depthwise, in, source_ld, p.hidden_w, filtered + static_cast<std::ptrdiff_t>(r) * p.wo * ld,
-                              ld, block, std::min(block + per_panel, blocks));
+                depthwise_row(depthwise, in, source_ld, p.hidden_w,
+                              filtered + static_cast<std::ptrdiff_t>(r) * p.wo * ld, ld, block,
+                              std::min(block + per_panel, blocks));
             }
         }
         made = needed;
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(o) * p.wo;
-        pointwise(project, {filtered, ld, t.y + at * t.y_ld, t.y_ld, 0}, 0,
-                  static_cast<std::ptrdiff_t>(rows) * p.wo, project.desc.residual ? t.x + at * t.x_ld : nullptr, t.x_ld, 0,
-                  panels(project));
+        pointwise(project, {filtered, ld, t.y + at * t.y_ld, t.y_ld, 0}, 0, static_cast<std::ptrdiff_t>(rows) * p.wo,
+                  project.desc.residual ? t.x + at * t.x_ld : nullptr, t.x_ld, 0, panels(project));
     }
 }
 
@@ -215,8 +213,8 @@ void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Ten
             const long h = o * stride + kh - 1;
             in[kh] = h < 0 || h >= p.hidden_h ? nullptr : arena.hidden + (image * in_pixels + h * p.hidden_w) * ld;
         }
-        depthwise_row(depthwise, in, ld, p.hidden_w, arena.filtered + row * p.wo * ld, ld, static_cast<int>(block_begin),
-                      static_cast<int>(block_end));
+        depthwise_row(depthwise, in, ld, p.hidden_w, arena.filtered + row * p.wo * ld, ld,
+                      static_cast<int>(block_begin), static_cast<int>(block_end));
     }
     team.sync();
 
@@ -238,8 +236,8 @@ void Runner::single(Team &team, const Arena &arena, int step, const Tensors &t) 
     team.share(p.ho, 1, begin, end);
     if (d.kind == Kind::stem) {
         int loaded = -1;
-        stem_rows(layer, t.image, static_cast<int>(begin), static_cast<int>(end), p.wo, t.y + begin * p.wo * t.y_ld, t.y_ld,
-                  arena.scratch, loaded);
+        stem_rows(layer, t.image, static_cast<int>(begin), static_cast<int>(end), p.wo, t.y + begin * p.wo * t.y_ld,
+                  t.y_ld, arena.scratch, loaded);
         return;
     }
     for (long o = begin; o < end; ++o) {
@@ -268,9 +266,8 @@ void Runner::head(Team &team, const Arena &arena, int step, const Tensors &t, in
             for (std::ptrdiff_t at = 0; at < pixels; at += kPoolChunk) {
                 const std::ptrdiff_t chunk = std::min<std::ptrdiff_t>(kPoolChunk, pixels - at);
                 kernels_.pointwise({x + at * t.x_ld, t.x_ld,
-                                    layer.packed.weight + static_cast<std::ptrdiff_t>(n) * d.cin,
-                                    layer.packed.bias + n, nullptr, 0, arena.scratch, kernels_.panel, chunk, d.cin,
-                                    channels, 0, 1, d.relu6});
+                                    layer.packed.weight + static_cast<std::ptrdiff_t>(n) * d.cin, layer.packed.bias + n,
+                                    nullptr, 0, arena.scratch, kernels_.panel, chunk, d.cin, channels, 0, 1, d.relu6});
                 kernels_.pool({arena.scratch, kernels_.panel, sum, chunk, channels, at > 0});
             }
             for (int c = 0; c < channels; ++c)
@@ -287,12 +284,13 @@ void Runner::linear(Team &team, int step, const float *x, int images) const {
 }
 
 // Pixels [from, to) and panels [panel_begin, panel_end) of a pointwise layer.
-void Runner::pointwise(const Layer &layer, const Tensors &t, std::ptrdiff_t from, std::ptrdiff_t to, const float *residual,
-                       std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const {
+void Runner::pointwise(const Layer &layer, const Tensors &t, std::ptrdiff_t from, std::ptrdiff_t to,
+                       const float *residual, std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const {
     if (from < to && panel_begin < panel_end)
         kernels_.pointwise({t.x + from * t.x_ld, t.x_ld, layer.packed.weight, layer.packed.bias,
-                            residual ? residual + from * residual_ld : nullptr, residual_ld, t.y + from * t.y_ld, t.y_ld,
-                            to - from, layer.desc.cin, layer.desc.cout, panel_begin, panel_end, layer.desc.relu6});
+                            residual ? residual + from * residual_ld : nullptr, residual_ld, t.y + from * t.y_ld,
+                            t.y_ld, to - from, layer.desc.cin, layer.desc.cout, panel_begin, panel_end,
+                            layer.desc.relu6});
 }
 
 // All of a pointwise layer, shared by a team.
@@ -339,8 +337,8 @@ void Runner::stem_rows(const Layer &layer, int image, int begin, int end, int wi
     for (int o = begin; o < end; ++o, y += width * y_ld) {
         for (; loaded < std::min(plan_.h - 1, 2 * o + 1); ++loaded)
             load_row(image, loaded + 1, rows + (loaded + 1) % kStemRing * size);
-        StemArgs args{{}, planar() ? 2 : 6, layer.packed.weight, layer.packed.bias, y, y_ld, width,
-                      layer.desc.cout, layer.desc.relu6};
+        StemArgs args{{},    planar() ? 2 : 6, layer.packed.weight, layer.packed.bias, y, y_ld,
+                      width, layer.desc.cout,  layer.desc.relu6};
         for (int k = 0; k < kStemTaps; ++k) {
             const int c = k / 9, kh = k / 3 % 3, kw = k % 3, h = 2 * o + kh - 1;
             const float *row = h < 0 || h >= plan_.h ? zeros : rows + h % kStemRing * size;
@@ -350,8 +348,8 @@ void Runner::stem_rows(const Layer &layer, int image, int begin, int end, int wi
     }
 }
 
-// One input row behind its left pixel of padding: colour after colour, or interleaved where the image is. The rows after
-// the next one are prefetched, which no hardware prefetcher does across their gaps (25 of the stem's 145 us).
+// One input row behind its left pixel of padding: colour after colour, or interleaved where the image is. The rows
+// after the next one are prefetched, which no hardware prefetcher does across their gaps (25 of the stem's 145 us).
 void Runner::load_row(int image, int row, float *out) const {
     const std::ptrdiff_t at = image * call_.stride_n + row * call_.stride_h;
     const int width = plan_.w;

@@ -6,19 +6,20 @@
 
 namespace mnv2 {
 
-// Where a step reads and writes. `x_ld` and `y_ld` are floats between pixels; `x` is null where the step reads the call.
+// Where a step reads and writes. `x_ld` and `y_ld` are floats between pixels; `x` is null where the step reads the
+// call.
 struct Tensors {
     const float *x;
     std::ptrdiff_t x_ld;
     float *y;
     std::ptrdiff_t y_ld;
-    int image;      // index of the first image in the call
+    int image; // index of the first image in the call
 };
 
 class Runner {
   public:
-    Runner(const KernelTable &kernels, const std::vector<Layer> &layers, const std::vector<Step> &steps, const Plan &plan,
-           const Call &call, const float *table)
+    Runner(const KernelTable &kernels, const std::vector<Layer> &layers, const std::vector<Step> &steps,
+           const Plan &plan, const Call &call, const float *table)
         : kernels_(kernels), layers_(layers), steps_(steps), plan_(plan), call_(call), table_(table) {}
 
     // Every image, by one member of a team that all call this with the same memory. Returns when this member is done.

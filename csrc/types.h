@@ -20,8 +20,8 @@ constexpr int kDepthwiseBlock = 10; // vectors per packed block of channels: 9 t
 struct PointwiseArgs {
     const float *x;
     std::ptrdiff_t x_ld;
-    const float *weight; // panels [cout / panel][cin][panel], see pack.h
-    const float *bias;   // padded to the panels
+    const float *weight;   // panels [cout / panel][cin][panel], see pack.h
+    const float *bias;     // padded to the panels
     const float *residual; // or null
     std::ptrdiff_t residual_ld;
     float *y;
@@ -56,7 +56,7 @@ struct DepthwiseArgs {
     std::ptrdiff_t y_ld;
     int width; // of the input; the output's is (width - 1) / stride + 1
     int stride;
-    int channels; // of the tensor, for the last block's tail
+    int channels;    // of the tensor, for the last block's tail
     int block_begin; // the blocks of `lanes` channels to compute
     int block_end;
     bool relu6;
@@ -74,9 +74,9 @@ struct PoolArgs {
 
 struct KernelTable {
     const char *isa;
-    int lanes;      // floats in a vector
-    int panel;      // output channels of a full panel of packed weights
-    int tile_rows;  // pixels a full register tile computes at once
+    int lanes;     // floats in a vector
+    int panel;     // output channels of a full panel of packed weights
+    int tile_rows; // pixels a full register tile computes at once
 #define KERNEL(name, Args) void (*name)(const Args &);
 #include "kernels.def"
 #undef KERNEL

@@ -11,17 +11,25 @@ struct PixelRows {
 };
 
 void pointwise(const PointwiseArgs &a) {
+    const int chunks = (a.cin + kChunk - 1) / kChunk;
     // Panels outside, pixels inside: a panel of weights comes from memory once, the pixels are in L1 or L2.
     for (int panel = a.panel_begin; panel < a.panel_end; ++panel) {
-        const int n = panel * kPanel;
+        const int n = panel * kPanel, width = a.cout - n > kLanes ? kPanel : kLanes;
         const float *w = a.weight + static_cast<std::ptrdiff_t>(n) * a.cin;
-        Epilogue e{a.residual ? a.residual + n : nullptr, a.residual_ld, a.y + n, a.y_ld, a.cout - n, a.relu6};
         for (std::ptrdiff_t p = 0; p < a.pixels; p += kTileRows) {
-            const int rows = min(a.pixels - p, kTileRows);
-            gemm_tile(rows, PixelRows{a.x + p * a.x_ld, a.x_ld}, w, a.bias + n, a.cin, e);
-            e.y += rows * a.y_ld;
-            if (e.residual)
-                e.residual += rows * a.residual_ld;
+            for (int chunk = 0; chunk < chunks; ++chunk) {
+                const int begin = a.cin * chunk / chunks, end = a.cin * (chunk + 1) / chunks;
+                const bool last = chunk + 1 == chunks;
+                const Epilogue e{last && a.residual ? a.residual + p * a.residual_ld + n : nullptr,
+                                 a.residual_ld,
+                                 a.y + p * a.y_ld + n,
+                                 a.y_ld,
+                                 a.cout - n,
+                                 last && a.relu6,
+                                 chunk > 0};
+                gemm_tile(min(a.pixels - p, kTileRows), PixelRows{a.x + p * a.x_ld + begin, a.x_ld},
+                          w + static_cast<std::ptrdiff_t>(begin) * width, a.bias + n, end - begin, e);
+            }
         }
     }
 }

@@ -15,7 +15,7 @@ void stem(const StemArgs &a) {
     for (int n = 0; n < a.cout; n += kPanel) {
         const float *w = a.weight + static_cast<std::ptrdiff_t>(n) * kStemTaps;
         for (std::ptrdiff_t p = 0; p < a.pixels; p += kTileRows) {
-            const Epilogue e{nullptr, 0, a.y + p * a.y_ld + n, a.y_ld, a.cout - n, a.relu6};
+            const Epilogue e{nullptr, 0, a.y + p * a.y_ld + n, a.y_ld, a.cout - n, a.relu6, false};
             gemm_tile(min(a.pixels - p, kTileRows), Taps{a.taps, p * a.step, a.step}, w, a.bias + n, kStemTaps, e);
         }
     }

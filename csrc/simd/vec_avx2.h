@@ -36,13 +36,12 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 
 // Two half vectors in one: the lower half of `low` and the upper half of `high`, and their way from and to memory.
 inline Vec join(Vec low, Vec high) { return {_mm256_blend_ps(low.v, high.v, 0xf0)}; }
+inline Vec upper(Vec a) { return {_mm256_permute2f128_ps(a.v, a.v, 1)}; } // in the lower half
 inline Vec load_halves(const float *low, const float *high) { return {_mm256_loadu2_m128(high, low)}; }
 inline void store_halves(float *low, float *high, Vec a) { _mm256_storeu2_m128(high, low, a.v); }
 
 // min(max(a, 0), 6). The instructions return their second operand when either is NaN, so a NaN stays.
-inline Vec relu6(Vec a) {
-    return {_mm256_min_ps(_mm256_set1_ps(6.0f), _mm256_max_ps(_mm256_setzero_ps(), a.v))};
-}
+inline Vec relu6(Vec a) { return {_mm256_min_ps(_mm256_set1_ps(6.0f), _mm256_max_ps(_mm256_setzero_ps(), a.v))}; }
 
 } // namespace
 } // namespace mnv2::avx2

@@ -34,6 +34,9 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
 // Two half vectors in one: the lower half of `low` and the upper half of `high`, and their way from and to memory.
 inline Vec join(Vec low, Vec high) { return {_mm512_mask_mov_ps(low.v, 0xff00, high.v)}; }
+inline Vec upper(Vec a) {
+    return {_mm512_castpd_ps(_mm512_shuffle_f64x2(_mm512_castps_pd(a.v), _mm512_castps_pd(a.v), 0x4e))};
+} // in the lower half
 inline Vec load_halves(const float *low, const float *high) {
     const __m512d a = _mm512_castpd256_pd512(_mm256_castps_pd(_mm256_loadu_ps(low)));
     return {_mm512_castpd_ps(_mm512_insertf64x4(a, _mm256_castps_pd(_mm256_loadu_ps(high)), 1))};
@@ -44,9 +47,7 @@ inline void store_halves(float *low, float *high, Vec a) {
 }
 
 // min(max(a, 0), 6). The instructions return their second operand when either is NaN, so a NaN stays.
-inline Vec relu6(Vec a) {
-    return {_mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_max_ps(_mm512_setzero_ps(), a.v))};
-}
+inline Vec relu6(Vec a) { return {_mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_max_ps(_mm512_setzero_ps(), a.v))}; }
 
 } // namespace
 } // namespace mnv2::avx512

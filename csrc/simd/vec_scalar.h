@@ -49,6 +49,9 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 inline Vec join(Vec low, Vec high) {
     return each([&](int i) { return i < kLanes / 2 ? low.v[i] : high.v[i]; });
 }
+inline Vec upper(Vec a) { // in the lower half
+    return each([&](int i) { return a.v[(i + kLanes / 2) % kLanes]; });
+}
 inline Vec load_halves(const float *low, const float *high) {
     return each([&](int i) { return i < kLanes / 2 ? low[i] : high[i - kLanes / 2]; });
 }
