@@ -56,6 +56,11 @@ class Worker:
             self.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def begin(self, calls: int, key: str = "") -> None:
         """Start a turn; `finish` waits for it. Two workers begun together run together."""
         assert self._process.stdin is not None
