@@ -37,6 +37,7 @@ test-all: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(PY) -m bench.kernels
+	$(PY) -m bench.roofline
 	$(PY) -m bench.model
 	$(PY) -m bench.plot --readme
 
