@@ -1,6 +1,7 @@
 """MobileNetV2, as torchvision defines it, on kernels of our own.
 
-`from mnv2_fast import MobileNetV2` is a drop-in for torchvision's class; `compile` freezes a model into an Engine.
+`from mnv2_fast import MobileNetV2` is a drop-in for torchvision's class; `compile` freezes a model into an
+Engine.
 """
 
 from __future__ import annotations

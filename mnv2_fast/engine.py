@@ -1,7 +1,7 @@
 """The frozen network: batch norm folded, weights packed once, one call for everything.
 
-`compile` makes an Engine of a model, `Engine.save` and `load` keep it in one safetensors file with its labels and its
-preprocessing. An Engine is immutable and may be called from several threads at once.
+`compile` makes an Engine of a model, `Engine.save` and `load` keep it in one safetensors file with its labels
+and its preprocessing. An Engine is immutable and may be called from several threads at once.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class _EagerNetwork:
 class Engine:
     """A frozen MobileNetV2: float32 logits from images.
 
-    `compile` and `load` make one. Calls take float32 [N, 3, H, W] of any strides, normalized as `preprocessing` says,
-    or uint8 [N, H, W, 3] RGB, normalized inside; any N >= 0, H and W >= 1.
+    `compile` and `load` make one. Calls take float32 [N, 3, H, W] of any strides, normalized as `preprocessing`
+    says, or uint8 [N, H, W, 3] RGB, normalized inside; any N >= 0, H and W >= 1.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Engine:
         return self._network.workspace_bytes(n, h, w, self.threads or torch.get_num_threads())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights, architecture, labels and preprocessing into one safetensors file, whole or not at all.
+        """Write weights, architecture, labels and preprocessing into one safetensors file, or nothing.
 
         Raises:
             OSError: the file cannot be written.
@@ -170,7 +170,7 @@ class Engine:
         return f"Engine({self.num_classes} classes, {self.dtype}, {where}, threads={self.threads or 'auto'})"
 
 
-def compile(  # noqa: A001 (torch's name for it)
+def compile(
     model: nn.Module, dtype: str = "fp32", threads: int | None = None, calibration: object = None
 ) -> Engine:
     """Freeze a model into an Engine; the model itself is untouched and later changes to it are not seen.
@@ -182,8 +182,8 @@ def compile(  # noqa: A001 (torch's name for it)
         calibration: images for dtypes that need them; none does yet.
 
     Raises:
-        UserError: the model is not a plain MobileNetV2 (the message says where), is on another device, or an argument
-            makes no sense.
+        UserError: the model is not a plain MobileNetV2 (the message says where), is on another device, or an
+            argument makes no sense.
         TypeError: model is no module.
     """
     check_dtype(dtype)
@@ -224,7 +224,8 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
     """The Engine that `Engine.save` wrote.
 
     Raises:
-        UserError: no such file, truncated, no engine, of another version, or its tensors do not fit its architecture.
+        UserError: no such file, truncated, no engine, of another version, or its tensors do not fit its
+            architecture.
     """
     state, metadata = weights.load_state_dict(Path(path))
     if metadata.get("format") != FORMAT:
@@ -233,7 +234,8 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
         )
     if metadata.get("version") != VERSION:
         raise UserError(
-            f"{path} is an engine of version {metadata.get('version')!r}, this package reads {VERSION}: save it again"
+            f"{path} is an engine of version {metadata.get('version')!r}, this package reads {VERSION}: "
+            "save it again"
         )
     layers = _architecture(metadata.get("architecture", ""), path)
     expected = {}
@@ -312,7 +314,7 @@ def check_images(x: Any) -> None:
 
 
 def byte_table(preprocessing: Preprocessing) -> Tensor:
-    """[3, 256]: what ToTensor and Normalize make of each uint8 in R, G and B, in their operations and order."""
+    """[3, 256]: what ToTensor and Normalize make of each uint8 in R, G and B, by their own operations."""
     values = torch.arange(256, dtype=torch.uint8).to(torch.float32).div(255)
     mean = torch.tensor(preprocessing.mean, dtype=torch.float32)[:, None]
     std = torch.tensor(preprocessing.std, dtype=torch.float32)[:, None]

@@ -39,12 +39,14 @@ def folded(layers: list[LayerSpec], seed: int = 0) -> list[tuple[Tensor, Tensor]
     return tensors
 
 
-def twin(layers: list[LayerSpec], tensors: list[tuple[Tensor, Tensor]], x: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
+def twin(
+    layers: list[LayerSpec], tensors: list[tuple[Tensor, Tensor]], x: Tensor, pool: bool
+) -> tuple[Tensor, Tensor]:
     """The network in float64, and for each output the bound on the rounding error of its last layer."""
     inputs, bound = [], torch.zeros(())
     x = x.double()
-    for spec, (w, b) in zip(layers, tensors, strict=True):
-        w, b = w.double(), b.double()
+    for spec, pair in zip(layers, tensors, strict=True):
+        w, b = (t.double() for t in pair)
         inputs.append(x)
         if spec.kind == "linear":
             x = x if x.dim() == 2 else x.mean((2, 3))
@@ -106,7 +108,9 @@ def _atol(bound: Tensor, spec: LayerSpec) -> float:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("cin", "hidden", "cout"), [(1, 6, 3), (8, 48, 8), (24, 144, 24), (33, 65, 17), (16, 96, 24)])
+@pytest.mark.parametrize(
+    ("cin", "hidden", "cout"), [(1, 6, 3), (8, 48, 8), (24, 144, 24), (33, 65, 17), (16, 96, 24)]
+)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_blocks(isa: str, cin: int, hidden: int, cout: int, stride: int) -> None:
     layers = block(cin, hidden, cout, stride, stride == 1 and cin == cout)
@@ -132,7 +136,12 @@ def test_residual_of_a_pointwise_layer(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_whole_network_at_odd_sizes(isa: str) -> None:
-    for width, shape in [(1.0, (1, 3, 96, 96)), (0.35, (3, 3, 65, 33)), (1.4, (2, 3, 1, 1)), (0.5, (5, 3, 2, 130))]:
+    for width, shape in [
+        (1.0, (1, 3, 96, 96)),
+        (0.35, (3, 3, 65, 33)),
+        (1.4, (2, 3, 1, 1)),
+        (0.5, (5, 3, 2, 130)),
+    ]:
         layers = list(arch.network(num_classes=7, width_mult=width))
         tensors = folded(layers)
         network = cpu.Network(layers, tensors, isa=isa)
@@ -149,7 +158,9 @@ def test_channels_that_are_no_multiple_of_eight() -> None:
     for isa in ISAS:
         network = cpu.Network(layers, tensors, isa=isa)
         x = torch.randn(3, 3, 21, 18)
-        torch.testing.assert_close(network.run(x).double(), twin(layers, tensors, x, True)[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            network.run(x).double(), twin(layers, tensors, x, True)[0], rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +169,20 @@ def small() -> tuple[list[LayerSpec], cpu.Network]:
     return layers, cpu.Network(layers, folded(layers))
 
 
-def test_answer_does_not_depend_on_batch_threads_or_strides(small: tuple[list[LayerSpec], cpu.Network]) -> None:
+def test_answer_does_not_depend_on_batch_threads_or_strides(
+    small: tuple[list[LayerSpec], cpu.Network],
+) -> None:
     _, network = small
     x = torch.randn(9, 3, 70, 50)
     alone = torch.cat([network.run(image[None], 1) for image in x])
     wide = torch.randn(9, 3, 70, 100)
     wide[..., ::2] = x
-    layouts = [x, x.contiguous(memory_format=torch.channels_last), wide[..., ::2], x.transpose(2, 3).contiguous().mT]
+    layouts = [
+        x,
+        x.contiguous(memory_format=torch.channels_last),
+        wide[..., ::2],
+        x.transpose(2, 3).contiguous().mT,
+    ]
     for threads in (1, 2, 3, 5):
         for layout in layouts:
             assert torch.equal(network.run(layout, threads), alone)
@@ -209,7 +227,8 @@ def guarded(t):
     base = ctypes.addressof(ctypes.c_char.from_buffer(area))
     assert libc.mprotect(base + (pages - 1) * page, page, 0) == 0
     flat = torch.frombuffer(area, dtype=torch.float32, count=t.numel(), offset=(pages - 1) * page - size)
-    return flat.copy_(t.permute(0, 2, 3, 1).flatten()).view(*(t.shape[i] for i in (0, 2, 3, 1))).permute(0, 3, 1, 2)
+    nhwc = t.permute(0, 2, 3, 1)
+    return flat.copy_(nhwc.flatten()).view(nhwc.shape).permute(0, 3, 1, 2)
 
 empty = torch.empty
 def guarded_empty(*args, **kwargs):
@@ -228,7 +247,9 @@ for isa in cpu.isas():
                 assert torch.equal(network.run(guarded(x), 1), network.run(x, 1))
 print("done")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
     assert done.stdout.strip() == "done"
 
@@ -274,7 +295,9 @@ assert torch.equal(network.run(x, 2), before)
 sys.exit(status)
 """
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert time.monotonic() - begin < 60
 
@@ -283,14 +306,18 @@ sys.exit(status)
 def test_isa_can_be_forced(isa: str) -> None:
     script = "from mnv2_fast.backends import cpu; print(cpu.isa())"
     env = {**os.environ, "MNV2_FORCE_ISA": isa.upper()}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=60, check=False
+    )
     assert done.stdout.strip() == isa, done.stderr
 
 
 def test_unknown_isa_lists_the_ones_that_run() -> None:
     script = "from mnv2_fast.backends import cpu; cpu.isa()"
     env = {**os.environ, "MNV2_FORCE_ISA": "neon"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=60, check=False
+    )
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert "MNV2_FORCE_ISA='neon'" in last
@@ -301,7 +328,10 @@ def test_unknown_isa_lists_the_ones_that_run() -> None:
     ("layers", "message"),
     [
         ([], "at least one layer"),
-        ([LayerSpec("pointwise", "a", "", 4, 8), LayerSpec("pointwise", "b", "", 9, 8)], "takes 9 channels but gets 8"),
+        (
+            [LayerSpec("pointwise", "a", "", 4, 8), LayerSpec("pointwise", "b", "", 9, 8)],
+            "takes 9 channels but gets 8",
+        ),
         ([LayerSpec("depthwise", "a", "", 4, 8)], "keeps its channels"),
         ([LayerSpec("stem", "a", "", 4, 8, 2)], "3 channels and stride 2"),
         ([LayerSpec("pointwise", "a", "", 4, 8, 2)], "stride 1 only"),

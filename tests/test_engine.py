@@ -113,7 +113,9 @@ def test_save_and_load(engine: Engine, tmp_path: Path) -> None:
     assert json.loads(metadata["architecture"])[0]["kind"] == "stem"
 
 
-def test_failed_save_leaves_the_old_file(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_leaves_the_old_file(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(b"old")
 
@@ -139,7 +141,9 @@ def test_threads_share_an_engine(engine: Engine) -> None:
     wrong: list[int] = []
 
     def work(i: int) -> None:
-        wrong.extend(j for _ in range(20) for j, x in enumerate(inputs) if not torch.equal(engine(x), expected[j]))
+        wrong.extend(
+            j for _ in range(20) for j, x in enumerate(inputs) if not torch.equal(engine(x), expected[j])
+        )
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     for thread in threads:
@@ -150,7 +154,9 @@ def test_threads_share_an_engine(engine: Engine) -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_eager_engine_is_the_twin(model: MobileNetV2, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eager_engine_is_the_twin(
+    model: MobileNetV2, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MNV2_BACKEND", "eager")
     slow = mnv2_fast.compile(model)
     assert slow.backend == "eager"
@@ -161,13 +167,15 @@ def test_eager_engine_is_the_twin(model: MobileNetV2, engine: Engine, monkeypatc
 
 
 def test_golden_logits() -> None:
-    """Weights from a formula, logits written down: an answer that moves between versions or machines is noticed."""
+    """Weights from a formula, logits written down: an answer that moves with a version is noticed."""
     model = MobileNetV2(num_classes=4, width_mult=0.35).eval()
     with torch.no_grad():
         for i, tensor in enumerate(model.state_dict().values()):
             if not tensor.is_floating_point():
                 continue
-            wave = torch.sin(torch.arange(tensor.numel(), dtype=torch.float64) * 0.7 + i).reshape(tensor.shape)
+            wave = torch.sin(torch.arange(tensor.numel(), dtype=torch.float64) * 0.7 + i).reshape(
+                tensor.shape
+            )
             if tensor.dim() > 1:
                 wave *= 1.7 / tensor[0].numel() ** 0.5
             elif i % 6 in (1, 4):  # norm weights and variances
@@ -286,9 +294,7 @@ def test_files_that_are_no_engine(engine: Engine, tmp_path: Path, model: MobileN
     refused("int3")
 
 
-def test_strict_makes_plain_torch_an_error(
-    model: MobileNetV2, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strict_makes_plain_torch_an_error(model: MobileNetV2, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MNV2_STRICT", "1")
     assert mnv2_fast.compile(model).backend == "cpu"
     monkeypatch.setattr("mnv2_fast.backends.cpu._load", lambda: (None, "no extension here"))
@@ -298,7 +304,7 @@ def test_strict_makes_plain_torch_an_error(
     assert mnv2_fast.compile(model).backend == "eager"
 
 
-def test_extension_of_another_python_falls_back_to_eager(run_python, tmp_path: Path) -> None:  # noqa: ANN001
+def test_extension_of_another_python_falls_back_to_eager(run_python, tmp_path: Path) -> None:
     """A `_C` that cannot be imported: plain torch serves and the reason is told."""
     script = """
 import importlib.abc, importlib.util, sys

@@ -31,7 +31,10 @@ def _load() -> tuple[types.ModuleType | None, str]:
         # After torch: whichever OpenMP runtime torch brought is the one the extension then finds.
         module = importlib.import_module("mnv2_fast._C")
     except ImportError as error:
-        return None, f"the extension mnv2_fast._C cannot be loaded ({error}): reinstall mnv2-fast for this Python"
+        return (
+            None,
+            f"the extension mnv2_fast._C cannot be loaded ({error}): reinstall mnv2-fast for this Python",
+        )
     isa = env.force_isa()
     if isa is not None:
         try:
@@ -79,7 +82,7 @@ def build_info() -> dict[str, str]:
 
 
 def openmp() -> dict[str, object]:
-    """OpenMP runtimes loaded in this process (by file name), the version of the extension's and its threads."""
+    """OpenMP runtimes loaded in this process, by file, and the extension's version of OpenMP and threads."""
     runtimes: list[str] = []
     if os.path.exists("/proc/self/maps"):
         with open("/proc/self/maps") as maps:
@@ -96,17 +99,18 @@ def declines(op: str, *args: object) -> str | None:
         return f"the CPU kernels have no operator {op}"
     if not available():
         return unavailable_reason()
-    for value in args:
-        if not isinstance(value, Tensor):
-            continue
-        if value.device.type != "cpu":
-            return f"a tensor is on {value.device}, the CPU kernels' are on cpu"
-        if value.dtype != torch.float32:
-            return f"a tensor is {value.dtype}, the CPU kernels' are torch.float32"
-        if value.layout != torch.strided:
-            return f"a tensor's layout is {value.layout}, the CPU kernels' is torch.strided"
-        if max(value.shape, default=0) > _MAX_SIZE:
-            return "a dimension is larger than 2**31 - 1"
+    reasons = (_declines_tensor(value) for value in args if isinstance(value, Tensor))
+    return next((reason for reason in reasons if reason), None)
+
+
+def _declines_tensor(tensor: Tensor) -> str | None:
+    have = {"device": tensor.device.type, "dtype": tensor.dtype, "layout": tensor.layout}
+    want = {"device": "cpu", "dtype": torch.float32, "layout": torch.strided}
+    for name, value in want.items():
+        if have[name] != value:
+            return f"a tensor's {name} is {have[name]}, the CPU kernels' is {value}"
+    if max(tensor.shape, default=0) > _MAX_SIZE:
+        return f"a tensor of {tuple(tensor.shape)} has a size over 2**31 - 1"
     return None
 
 
@@ -114,8 +118,8 @@ class Network:
     """A frozen network of folded layers on the CPU. Immutable; may be run from several threads at once.
 
     Args:
-        layers: first to last, as `arch.network` makes them. One `pointwise` layer alone may have residual -1: its
-            residual is then passed to `run`.
+        layers: first to last, as `arch.network` makes them. One `pointwise` layer alone may have residual -1:
+            its residual is then passed to `run`.
         tensors: for each layer (weight, bias), float32, batch norm folded in; copied.
         pool: average the last pointwise layer over H and W, as is always done before a linear layer.
         table: [3, 256] float32, the value of each uint8 for R, G and B; needed for uint8 images only.
@@ -180,8 +184,8 @@ class Network:
             residual: float32 [N, Cout, H, W], for the one pointwise layer that asked for it.
 
         Returns:
-            float32 [N, classes], or [N, C] pooled features, or [N, C, Ho, Wo] in channels_last where the network ends
-            in a convolution.
+            float32 [N, classes], or [N, C] pooled features, or [N, C, Ho, Wo] in channels_last where the
+            network ends in a convolution.
         """
         if threads is None:
             threads = torch.get_num_threads()
@@ -192,7 +196,7 @@ class Network:
             if self._first.kind != "stem":
                 x = _nhwc(x)
             n, _, h, w = x.shape
-            strides = x.stride()
+            strides = (x.stride(0), x.stride(1), x.stride(2), x.stride(3))
         if self._pool or self._last.kind == "linear":
             y = torch.empty((n, self._last.cout))
         else:
@@ -218,7 +222,7 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _nhwc(x: Tensor) -> Tensor:
-    """`x` with channels dense, then W, H, N, whatever the sizes (a size of 1 leaves torch's strides undefined)."""
+    """`x` with channels dense, then W, H, N, whatever the sizes: torch leaves the strides of a size 1 open."""
     n, c, h, w = x.shape
     if x.stride() == (h * w * c, 1, w * c, c):
         return x
@@ -242,7 +246,14 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int, relu6: bool)
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu6: bool) -> Tensor:
     """1x1 convolution: [N, Cin, H, W] -> [N, Cout, H, W], the residual added after ReLU6."""
     spec = LayerSpec(
-        "pointwise", "pointwise", "", weight.shape[1], weight.shape[0], 1, relu6, 0 if residual is None else -1
+        "pointwise",
+        "pointwise",
+        "",
+        weight.shape[1],
+        weight.shape[0],
+        1,
+        relu6,
+        0 if residual is None else -1,
     )
     return Network([spec], [(weight, bias)], pool=False).run(x, residual=residual)
 
