@@ -227,7 +227,7 @@ def _download(weights: Weights, progress: bool) -> Path:
         raise MissingWeightsError(
             f"{weights.name} is not here and cannot be downloaded from {weights.url} ({_line(reason)}): "
             f"put {weights.file} in a folder and set {env.WEIGHTS.name} to it{instead}"
-        ) from error
+        ) from None
     return target
 
 

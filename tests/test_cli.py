@@ -173,6 +173,7 @@ def test_a_backend_asked_for_is_used(
     assert cli.main(asked) == 0
     fast = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert cli.main([*asked, "--backend", "eager"]) == 0
+    assert env.backend() == "eager"
     slow = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for ours, theirs in zip(fast, slow, strict=True):
         for a, b in zip(ours["predictions"], theirs["predictions"], strict=True):
@@ -307,8 +308,9 @@ def test_bench_times_both_on_seeded_weights(capsys: pytest.CaptureFixture[str]) 
     assert demo.ENGINE in out
     assert demo.TORCHVISION in out
     assert torch.get_num_threads() == before
-    assert cli.main(["bench", "--size", "32", "--json"]) == 0
+    assert cli.main(["bench", "--size", "32", "--json", "--backend", "eager"]) == 0
     facts = json.loads(capsys.readouterr().out)
+    assert "eager" in facts["engine"]
     assert set(facts["milliseconds"]) == {demo.ENGINE, demo.TORCHVISION}
     assert all(len(times) == 3 for times in facts["milliseconds"].values())
 

@@ -20,9 +20,15 @@ LABELS = ["ant", "bee", "cat", "dog", "eel"]
 
 
 def _model(num_classes: int = 5) -> MobileNetV2:
-    model = MobileNetV2(num_classes, width_mult=0.35).eval()
-    torch.nn.init.normal_(model.classifier[1].weight)  # so that photos differ in their best class
-    return model
+    """A network whose answers differ from photo to photo, as a fresh one's hardly do."""
+    model = MobileNetV2(num_classes, width_mult=0.35).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # take the statistics of the batch below
+    with torch.no_grad():
+        model(torch.randn(16, 3, 32, 32))
+        model.classifier[1].weight.normal_(std=0.1)
+    return model.eval()
 
 
 @pytest.fixture
@@ -62,7 +68,7 @@ def _same(got: list[dict[str, object]], expected: list[dict[str, object]]) -> No
     assert [row["label"] for row in got] == [row["label"] for row in expected]
     for ours, theirs in zip(got, expected, strict=True):
         assert set(ours) == {"label", "score"}
-        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
 
 
 def test_one_photo_in_every_form(model: MobileNetV2, folder: Path) -> None:
@@ -89,6 +95,7 @@ def test_lists_folders_patterns_and_batches_give_lists_of_lists(model: MobileNet
     paths = data.expand_inputs([folder])
     assert len(paths) == 11
     expected = [_expected(model, path) for path in paths]
+    assert len({answer[0]["label"] for answer in expected}) > 1
     for batch_size in (1, 3, 11, 64):
         predictor = Predictor(model, batch_size=batch_size)
         for source in (folder, paths, tuple(map(str, paths)), str(folder / "**" / "*.[jp][pn]g")):
@@ -149,23 +156,25 @@ def test_another_mean_than_the_engine_has_folded_in(model: MobileNetV2, folder: 
     expected = Predictor(model)(folder / "01.png")
     model.preprocessing = SMALL
     _same(Predictor(model, preprocessing=other)(folder / "01.png"), expected)
-    assert expected != Predictor(model)(folder / "01.png")
+    scores = {row["label"]: row["score"] for row in Predictor(model)(folder / "01.png")}
+    assert max(abs(scores[row["label"]] - row["score"]) for row in expected) > 0.01
 
 
 def test_a_bad_photo_raises_in_a_call_and_is_passed_by_a_stream(model: MobileNetV2, folder: Path) -> None:
     bad = folder / "notes.txt"
     sources = [folder / "00.png", bad, folder / "missing.png", folder / "01.png"]
-    predictor = Predictor(model, batch_size=2)
+    predictor = Predictor(model)
     with pytest.raises(data.ImageError, match=r"notes\.txt"):
         predictor(sources)
     with pytest.raises(data.ImageError, match=r"notes\.txt"):
         predictor(bad)
-    pairs = list(predictor.stream(sources))
-    assert [source for source, _ in pairs] == sources
-    _same(pairs[0][1], _expected(model, sources[0]))
-    assert "notes.txt is no image" in str(pairs[1][1])
-    assert isinstance(pairs[2][1], FileNotFoundError)
-    _same(pairs[3][1], _expected(model, sources[3]))
+    for batch_size in (1, 2, 3, 8):
+        pairs = list(Predictor(model, batch_size=batch_size).stream(sources))
+        assert [source for source, _ in pairs] == sources
+        _same(pairs[0][1], _expected(model, sources[0]))
+        assert "notes.txt is no image" in str(pairs[1][1])
+        assert isinstance(pairs[2][1], FileNotFoundError)
+        _same(pairs[3][1], _expected(model, sources[3]))
 
 
 def test_a_stream_reads_only_a_few_batches_ahead(model: MobileNetV2, folder: Path) -> None:
@@ -173,7 +182,7 @@ def test_a_stream_reads_only_a_few_batches_ahead(model: MobileNetV2, folder: Pat
 
     def sources() -> Iterator[Path]:
         nonlocal taken
-        while True:
+        for _ in range(200):
             taken += 1
             yield folder / "00.png"
 
