@@ -15,7 +15,9 @@ from torch import nn
 
 from .errors import UserError
 from .model import MobileNetV2
-from .nn import HOOKS, ConvBNReLU6, InvertedResidual, conv_kind
+from .nn import ConvBNReLU6, InvertedResidual
+from .packs import HOOKS
+from .reading import conv_kind
 
 _TORCHVISION_CONV = ("Conv2dNormActivation", "ConvBNReLU6")
 

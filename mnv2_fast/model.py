@@ -12,18 +12,8 @@ from torch import Tensor, nn
 from . import env
 from .arch import LAST_CHANNELS, SETTING, STEM_CHANNELS, make_divisible
 from .errors import UserError
-from .nn import (
-    Automatic,
-    ConvBNReLU6,
-    Declined,
-    InvertedResidual,
-    Part,
-    Plan,
-    Reading,
-    check_module,
-    log,
-    read_linear,
-)
+from .nn import Automatic, ConvBNReLU6, InvertedResidual, Plan, log
+from .reading import Declined, Part, Reading, check_module, read_linear
 from .weights import (
     HEAD,
     Preprocessing,

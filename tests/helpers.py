@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from mnv2_fast import MobileNetV2
 
 Net = TypeVar("Net", bound=nn.Module)
+
+SMALL = {"num_classes": 7, "width_mult": 0.35}
+TOLERANCE = {"rtol": 1e-4, "atol": 5e-4}
 
 
 @torch.no_grad()
@@ -23,3 +30,36 @@ def calibrate(model: Net, size: tuple[int, int] = (64, 64)) -> Net:
         norm.momentum = 0.1
         norm.running_var.clamp_(min=1e-3)
     return model.eval()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """These tests are many small calls: a second thread would only wait for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def eager(model: MobileNetV2, x: Tensor) -> Tensor:
+    """The answer of plain torch with the model as it is now."""
+    backend, model.backend = model.backend, "eager"
+    try:
+        return model(x)
+    finally:
+        model.backend = backend
+
+
+def check(model: MobileNetV2, x: Tensor, served: bool = True) -> Tensor:
+    """The model's answer, once it is plain torch's and came, or came not, from the kernels."""
+    assert (model.why_not(x) is None) == served, model.why_not(x)
+    y = model(x)
+    torch.testing.assert_close(y, eager(model, x), **TOLERANCE)
+    return y.detach().clone()
+
+
+def changed(model: MobileNetV2, x: Tensor, change: Callable[[], object], served: bool = True) -> None:
+    """`change` moves the answer, and the fast answer moves with it."""
+    before = check(model, x)
+    change()
+    assert (check(model, x, served) - before).abs().max() > 1e-2

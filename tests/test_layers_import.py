@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adopt",),
     ("model",),
     ("nn",),
-    ("autograd",),
+    ("autograd", "reading"),
     ("ops",),
     ("packs",),
     ("backends.cpu", "backends.triton", "backends.eager"),

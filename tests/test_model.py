@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import calibrate
+from helpers import calibrate, one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -17,7 +16,7 @@ import mnv2_fast
 from mnv2_fast import MobileNetV2, accelerate, arch, mobilenet_v2
 from mnv2_fast._torchvision import torchvision
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 WIDTHS = [0.35, 0.5, 0.75, 1.0, 1.4]
 SIZES = [
@@ -31,15 +30,6 @@ SIZES = [
     (224, 160),
     (97, 131),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tests are many small calls: a second thread would only wait for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

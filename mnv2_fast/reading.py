@@ -1,0 +1,187 @@
+"""What a module says of itself to the kernels: the chain that it is, or why they cannot serve it exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from .arch import LayerSpec
+from .chain import Chain, Link
+from .packs import HOOKS
+
+
+class Declined(Exception):  # noqa: N818 (a reason, not an error: the eager path serves the call)
+    """The kernels do not serve a call; the message says why."""
+
+
+def decline_call(x: Any) -> None:
+    """Look at the input and at what surrounds the call.
+
+    Raises:
+        Declined: the kernels cannot serve it.
+    """
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        raise Declined(f"the input is a {type(x).__name__}, not a plain tensor")
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        raise Declined("a torch mode watches the calls")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise Declined("a functorch transform is active")
+    if torch._C._get_tracing_state() is not None:
+        raise Declined("the call is traced")
+    if forward_ad._current_level >= 0:
+        raise Declined("forward-mode differentiation is active")
+    if _has_any_global_hook():
+        raise Declined("a global module hook is registered")
+    if x.device.type != "cpu":
+        raise Declined(f"the input is on {x.device}, the kernels for a whole network are on cpu")
+    if torch.is_autocast_enabled("cpu"):
+        raise Declined("autocast is on")
+    if x.dtype is not torch.float32 or x.layout is not torch.strided or x.is_neg():
+        raise Declined(f"the input is {x.dtype}, {x.layout}: the kernels take plain torch.float32")
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise Declined(f"the input has the shape {tuple(x.shape)}, the kernels take [N, C, H, W]")
+
+
+def check_module(module: nn.Module, name: str, kind: type[nn.Module], any_mode: bool = False) -> None:
+    """Look whether a module within a chain is the one the chain stands for, in eval mode or in `any_mode`.
+
+    Raises:
+        Declined: it is of another class, has hooks, is in train mode or has a forward of its own.
+    """
+    if type(module) is not kind:
+        raise Declined(f"{name} is a {type(module).__name__}, not a {kind.__name__}")
+    state = module.__dict__
+    if module.training and not any_mode:
+        raise Declined(f"{name} is in train mode")
+    if any(state[hooks] for hooks in HOOKS):
+        raise Declined(f"{name} has a hook")
+    if "forward" in state or "_call_impl" in state:
+        raise Declined(f"{name} has a forward of its own")
+
+
+def _check_tensors(name: str, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    found = [t for t in tensors if t is not None]
+    for t in found:
+        if type(t) is not Tensor and type(t) is not nn.Parameter:
+            raise Declined(f"{name} holds a {type(t).__name__}, not a plain tensor")
+        if t.dtype is not torch.float32 or t.device.type != "cpu" or t.layout is not torch.strided:
+            raise Declined(f"{name} holds {t.dtype} on {t.device}, the kernels take torch.float32 on cpu")
+    return found
+
+
+def _slot(module: nn.Module, name: str, where: str, slots: str = "_parameters") -> Tensor | None:
+    """The tensor in a slot, which parametrization and pruning take away."""
+    try:
+        value: Tensor | None = module.__dict__[slots][name]
+    except KeyError:
+        raise Declined(f"{where}.{name} is no plain {slots[1:-1]}") from None
+    return value
+
+
+def conv_kind(conv: nn.Conv2d) -> str | None:
+    """The kind of layer that a convolution is, one of `arch.KINDS`, or None where no kernel is for it."""
+    geometry = conv.kernel_size, conv.stride, conv.padding
+    plain = conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    if not plain:
+        return None
+    if geometry == ((1, 1), (1, 1), (0, 0)) and conv.groups == 1:
+        return "pointwise"
+    if geometry in (((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1))):
+        if conv.groups == conv.in_channels == conv.out_channels:
+            return "depthwise"
+        if conv.groups == 1 and conv.in_channels == 3 and conv.stride == (2, 2):
+            return "stem"
+    return None
+
+
+Part = tuple[Link, list[Tensor]]
+
+
+def read_conv(conv: nn.Module, norm: nn.Module | None, relu6: bool, where: str, norm_at: str) -> Part:
+    """One link of a chain and its tensors; `where` and `norm_at` are the two modules' names.
+
+    Raises:
+        Declined: the kernels have no such layer, or not exactly this one.
+    """
+    check_module(conv, where, nn.Conv2d)
+    assert isinstance(conv, nn.Conv2d)
+    kind = conv_kind(conv)
+    if kind is None:
+        raise Declined(
+            f"{where}: no kernel for kernel_size={conv.kernel_size}, stride={conv.stride}, "
+            f"padding={conv.padding}, dilation={conv.dilation}, groups={conv.groups}, "
+            f"padding_mode={conv.padding_mode!r}"
+        )
+    weight, bias = _slot(conv, "weight", where), _slot(conv, "bias", where)
+    tensors = [weight, bias]
+    affine, eps = False, 0.0
+    if norm is not None:
+        check_module(norm, norm_at, nn.BatchNorm2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        stats = [_slot(norm, name, norm_at, "_buffers") for name in ("running_mean", "running_var")]
+        if None in stats:
+            raise Declined(f"{norm_at} has no running statistics")
+        scale = [_slot(norm, name, norm_at) for name in ("weight", "bias")]
+        if (scale[0] is None) != (scale[1] is None):
+            raise Declined(f"{norm_at} has a weight or a bias, not both")
+        affine, eps = scale[0] is not None, norm.eps
+        tensors += [*scale, *stats]
+    found = _check_tensors(where, tensors)
+    shape = tuple(weight.shape) if weight is not None else ()
+    spec = LayerSpec(
+        kind,
+        where,
+        norm_at if norm is not None else "",
+        conv.in_channels,
+        conv.out_channels,
+        conv.stride[0],
+        relu6,
+    )
+    if shape != spec.weight_shape or any(t.shape != (spec.cout,) for t in found[1:]):
+        raise Declined(f"{where}: its tensors' shapes are not those of {conv}")
+    return Link(spec, bias is not None, norm is not None, affine, eps), found
+
+
+def read_linear(linear: nn.Module, features: int, where: str) -> Part:
+    """The linear link that ends a chain and its tensors.
+
+    Raises:
+        Declined: it is not a plain `nn.Linear` of `features` inputs.
+    """
+    check_module(linear, where, nn.Linear, any_mode=True)  # a fresh head in an eval model is in train mode
+    tensors = _check_tensors(where, [_slot(linear, name, where) for name in ("weight", "bias")])
+    weight = tensors[0]
+    if (
+        weight.dim() != 2
+        or weight.shape[1] != features
+        or any(t.shape != weight.shape[:1] for t in tensors[1:])
+    ):
+        raise Declined(f"{where}: its tensors' shapes are not those of a linear layer of {features} inputs")
+    spec = LayerSpec("linear", where, "", features, weight.shape[0])
+    return Link(spec, len(tensors) == 2, norm=False, affine=False, eps=0.0), tensors
+
+
+@dataclass
+class Reading:
+    """What a module tells of itself: links with their tensors, and the modules that they stand for."""
+
+    parts: list[Part]
+    modules: list[nn.Module]
+    pool: bool = False
+    rest: nn.Module | None = None
+
+    @property
+    def chain(self) -> Chain:
+        """The links as a chain."""
+        return Chain(tuple(link for link, _ in self.parts), self.pool)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The chain's tensors, in its order."""
+        return [t for _, tensors in self.parts for t in tensors]

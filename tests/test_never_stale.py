@@ -1,0 +1,339 @@
+"""Packed weights are never stale: whatever changes a model, its next answer is of the model as it is."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import SMALL, TOLERANCE, calibrate, changed, check, eager, one_thread  # noqa: F401
+from torch import Tensor, nn
+
+from mnv2_fast import MobileNetV2, packs
+from mnv2_fast.nn import ConvBNReLU6
+
+pytestmark = pytest.mark.usefixtures("native", "one_thread")
+
+
+@pytest.fixture
+def model() -> MobileNetV2:
+    """A small eval-mode model whose batch norms carry the signal through and are away from the identity."""
+    model = calibrate(MobileNetV2(**SMALL), (48, 40))
+    nn.init.normal_(model.classifier[1].weight, 0, 0.1)
+    return model
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Two small images."""
+    return torch.randn(2, 3, 48, 40)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.01),
+    "sgd fused": lambda p: torch.optim.SGD(p, 0.01, fused=True),
+    "sgd momentum fused": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, fused=True),
+    "adam foreach": lambda p: torch.optim.Adam(p, 0.001, foreach=True),
+    "adam fused": lambda p: torch.optim.Adam(p, 0.001, fused=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, 0.001, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_steps_are_seen(model: MobileNetV2, x: Tensor, name: str) -> None:
+    optimizer = OPTIMIZERS[name](model.parameters())
+    before = check(model, x)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), torch.tensor([1, 2])).backward()
+        optimizer.step()
+        after = check(model, x)
+        assert not torch.equal(before, after)
+        before = after
+
+
+def test_fused_step_moves_neither_version_nor_address(model: MobileNetV2, x: Tensor) -> None:
+    """The fact that makes the step counter needed; should torch change it, the counter may go."""
+    weight = model.classifier[1].weight
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    model(x).sum().backward()
+    before = weight._version, weight.data_ptr(), packs._steps
+    optimizer.step()
+    assert (weight._version, weight.data_ptr()) == before[:2]
+    assert packs._steps == before[2] + 1
+
+
+def test_step_under_compile_is_seen(model: MobileNetV2, x: Tensor) -> None:
+    head = model.classifier[1]
+    optimizer = torch.optim.SGD([head.weight], 0.5)
+    head.weight.grad = torch.ones_like(head.weight)
+    step = torch.compile(optimizer.step, backend="eager")
+    changed(model, x, step)
+    changed(model, x, step)
+
+
+def test_train_forward_then_eval(model: MobileNetV2, x: Tensor) -> None:
+    def train() -> None:
+        model.train()
+        with torch.no_grad():
+            model(x)
+        model.eval()
+
+    changed(model, x, train)
+
+
+def test_train_mode_is_torch_exactly(model: MobileNetV2, x: Tensor) -> None:
+    twin = copy.deepcopy(model)
+    twin.backend = "eager"
+    for net in (model, twin):
+        net.train()
+        torch.manual_seed(1)
+        net(x).square().sum().backward()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_load_state_dict(model: MobileNetV2, x: Tensor) -> None:
+    other = {k: v * 1.5 if k.startswith("features.0.0") else v.clone() for k, v in model.state_dict().items()}
+    changed(model, x, lambda: model.load_state_dict(other))
+    other = {k: v * 1.2 if k.startswith("classifier") else v for k, v in other.items()}
+    changed(model, x, lambda: model.load_state_dict(other, assign=True))
+
+
+def test_to_and_back(model: MobileNetV2, x: Tensor) -> None:
+    y = check(model, x)
+    model.double()
+    assert model(x.double()).dtype == torch.float64
+    assert "float64" in str(model.why_not(x))
+    model.float()
+    torch.testing.assert_close(check(model, x), y, **TOLERANCE)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(check(model, x), y, **TOLERANCE)
+    assert model.to("meta")(x.to("meta")).device.type == "meta"
+
+
+def test_new_head(model: MobileNetV2, x: Tensor) -> None:
+    check(model, x)
+    model.classifier[1] = nn.Linear(model.last_channel, 5)
+    assert check(model, x).shape == (2, 5)
+    assert model._plan(x).rest is None  # within the one call, although a fresh Linear is in train mode
+    model.classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.last_channel, 3, bias=False)).eval()
+    assert check(model, x).shape == (2, 3)
+    assert model._plan(x).rest is None
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Linear(1280, 3),
+        nn.Identity(),
+        nn.Sequential(nn.Linear(1280, 8), nn.Hardswish(), nn.Linear(8, 3)),
+        nn.Sequential(nn.Dropout(0.0), nn.Linear(1280, 3)).train(),
+    ],
+    ids=["linear", "identity", "deep", "dropout in train mode"],
+)
+def test_another_classifier_follows_the_pooled_features(
+    model: MobileNetV2, x: Tensor, head: nn.Module
+) -> None:
+    check(model, x)
+    model.classifier = head
+    check(model, x)
+    assert model._plan(x).rest is head
+
+
+BUFFERS = ["running_mean", "running_var"]
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_batch_norm_buffers(model: MobileNetV2, x: Tensor, name: str) -> None:
+    norm = model.features[0][1]
+    changed(model, x, lambda: getattr(norm, name).add_(0.5))
+    changed(model, x, lambda: setattr(norm, name, getattr(norm, name) + 0.5))
+
+
+def test_settings(model: MobileNetV2, x: Tensor) -> None:
+    changed(model, x, lambda: setattr(model.features[0][1], "eps", 1.0))
+    changed(model, x, lambda: setattr(model.features[3], "use_res_connect", False))
+    changed(model, x, lambda: setattr(model.features[2].conv[1][0], "stride", (1, 1)))
+    changed(model, x, lambda: setattr(model.features[0][2], "max_val", 0.5), served=False)
+
+
+def test_functional_call_in_a_loop(model: MobileNetV2, x: Tensor) -> None:
+    """Each round's tensors die and the next ones may lie where they lay."""
+    base = dict(model.named_parameters())
+    for i in range(4):
+        weights = {name: p.detach() * (1 + 0.02 * i) for name, p in base.items()}
+        y = torch.func.functional_call(model, weights, (x,))
+        model.backend = "eager"
+        expected = torch.func.functional_call(model, weights, (x,))
+        model.backend = "auto"
+        torch.testing.assert_close(y, expected, **TOLERANCE)
+        del weights
+    check(model, x)
+
+
+def test_functional_call_has_gradients(model: MobileNetV2, x: Tensor) -> None:
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, weights, (x,)).sum().backward()
+    model.zero_grad()
+    eager(model, x).sum().backward()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, weights[name].grad), name
+
+
+def test_data_swapped_and_swapped_back(model: MobileNetV2, x: Tensor) -> None:
+    weight = model.features[0][0].weight
+    mine, other = weight.data, weight.data * 2
+    y = check(model, x)
+    for data, same in ((other, False), (mine, True), (other, False)):
+        weight.data = data
+        assert torch.equal(check(model, x), y) == same
+
+
+def test_data_with_another_geometry(model: MobileNetV2, x: Tensor) -> None:
+    """The object, the address, the version and the sampled values stay; the strides or the shape do not."""
+    model.classifier[1] = nn.Linear(1280, 1280).eval()
+    weight = model.classifier[1].weight
+    with torch.no_grad():
+        weight[0, 0] = weight[-1, -1] = weight[640, 0] = weight[0, 640] = 0.5
+    changed(model, x, lambda: setattr(weight, "data", weight.data.t()))
+    bias = model.classifier[1].bias
+    check(model, x)
+    weight.data, bias.data = weight.data.t()[:4], bias.data[:4]
+    assert model(x).shape == (2, 4)
+
+
+def test_data_writes(model: MobileNetV2, x: Tensor) -> None:
+    changed(model, x, lambda: model.features[0][0].weight.data.mul_(1.5))
+    changed(model, x, lambda: model.classifier[1].weight.detach().numpy().__imul__(1.5))
+
+
+def test_refresh_is_the_cure_for_a_write_that_misses_every_sample(model: MobileNetV2, x: Tensor) -> None:
+    before = check(model, x)
+    model.classifier[1].weight.data[0, 1:9] += 5
+    assert torch.equal(model(x), before)
+    model.refresh()
+    assert not torch.equal(check(model, x), before)
+
+
+def test_inference_mode_parameters(model: MobileNetV2, x: Tensor) -> None:
+    state = model.state_dict()
+    with torch.inference_mode():
+        model = MobileNetV2(**SMALL).eval()
+        model.load_state_dict(state)
+        assert model.features[0][0].weight.is_inference()
+        changed(model, x, lambda: model.classifier[1].weight.mul_(2))
+        changed(model, x, lambda: model.features[0][1].running_mean.add_(1))
+        model.train()
+        model(x)
+        model.eval()
+        check(model, x)
+    with torch.no_grad():
+        check(model, x)
+
+
+def test_two_threads_repack(model: MobileNetV2, x: Tensor) -> None:
+    """While one writes, each answer is that of some state of the weights, and the last one of the last."""
+    head, stop, failures = model.classifier[1], threading.Event(), []
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+
+    def run() -> None:
+        try:
+            while not stop.is_set():
+                with torch.no_grad():
+                    y = model(x)
+                if not torch.equal(y, y[:1, :1].expand_as(y)):
+                    failures.append(y)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(1, 12):
+        with torch.no_grad():
+            head.bias.fill_(float(i))
+        time.sleep(0.03)
+    stop.set()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not failures
+    with torch.no_grad():
+        assert torch.equal(model(x), torch.full((2, 7), 11.0))
+
+
+def test_deepcopy_and_pickle_drop_the_pack(model: MobileNetV2, x: Tensor) -> None:
+    y = check(model, x)
+    before = len(pickle.dumps(MobileNetV2(**SMALL)))
+    assert abs(len(pickle.dumps(model)) - before) < 1000
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+    ):
+        assert twin._holder.value is None
+        assert twin._holder is not model._holder
+        assert torch.equal(check(twin, x), y)
+        with torch.no_grad():
+            twin.classifier[1].bias += 1
+        check(twin, x)
+    assert torch.equal(check(model, x), y)
+
+
+def test_shallow_copy_has_its_own_mode(model: MobileNetV2, x: Tensor) -> None:
+    check(model, x)
+    twin = copy.copy(model)
+    twin.training = True
+    assert "train mode" in str(twin.why_not(x))
+    check(model, x)
+
+
+def test_pack_dies_with_its_model(x: Tensor) -> None:
+    model = MobileNetV2(**SMALL).eval()
+    model(x)
+    pack = weakref.ref(model._plan(x).pack)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert pack() is None  # without the help of the cycle collector
+    finally:
+        gc.enable()
+
+
+def test_checks_cost_at_most_150_us() -> None:
+    """All checks of one call of the full network, on an otherwise idle core."""
+    model, x = MobileNetV2().eval(), torch.randn(1, 3, 32, 32)
+    best = float("inf")
+    with torch.no_grad():
+        deadline = time.perf_counter() + 20
+        while best > 150e-6 and time.perf_counter() < deadline:
+            begin = time.perf_counter()
+            for _ in range(10):
+                model._plan(x)
+            best = min(best, (time.perf_counter() - begin) / 10)
+    assert best <= 150e-6, f"{best * 1e6:.0f} us"
+
+
+def test_block_alone_is_never_stale() -> None:
+    block = ConvBNReLU6(8, 16, kernel_size=1).eval()
+    x = torch.randn(1, 8, 5, 5)
+    with torch.no_grad():
+        assert block.why_not(x) is None
+        y = block(x)
+        block[0].weight.mul_(2)
+        assert not torch.equal(block(x), y)
