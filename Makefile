@@ -1,14 +1,15 @@
 # Everything from a fresh clone: needs python3 (3.11 or newer) with venv and headers, a C++17 compiler, and make.
 #   make demo    set up, build, classify a photo and time it       make test       set up and run the tests
 #   make bench   measure against other engines                     make test-all   the wider sweep too
-#   make lint    formatters, linters, type checker                 make wheel      dist/*.whl
+#   make lint    formatters, linters, type checker                 make wheel      dist/
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# cmake and ninja are the environment's own.
-EDITABLE := PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) install --no-build-isolation -c constraints.txt -e
+# Builds find the environment's own cmake and ninja first.
+WITH_TOOLS := PATH="$(abspath $(VENV))/bin:$$PATH"
+EDITABLE := $(WITH_TOOLS) $(PIP) install --no-build-isolation -c constraints.txt -e
 PYTEST_ARGS ?=
 
 # The package reads no folder that was not named to it: here one is, where it exists.
@@ -53,7 +54,7 @@ format: $(VENV)/.dev
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
 wheel: $(VENV)/.dev
-	$(PY) -m build --wheel --no-isolation
+	$(WITH_TOOLS) $(PY) -m build --no-isolation
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mnv2_fast/_C.*.so

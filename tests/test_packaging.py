@@ -25,6 +25,9 @@ MAKE_FILES = ["Makefile", "constraints.txt"]
 FOLDERS = ["csrc", "kernels", "mnv2_fast"]
 ARTEFACTS = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
 
+# Builds find this environment's own cmake and ninja, as under make.
+WITH_TOOLS = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+
 OPENMP = ("libgomp", "libomp", "libiomp")
 
 # All that the extension may ask the system for: no torch, no Python library.
@@ -46,7 +49,7 @@ def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy2(ROOT / name, tree / name)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, tree / name, ignore=ARTEFACTS)
-    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", tree)
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", tree, env=WITH_TOOLS)
     (archive,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as packed:
         packed.extractall(tree / "unpacked", filter="data")
@@ -57,7 +60,7 @@ def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source_tree: Path) -> Path:
     """The wheel made from the source distribution, as `python -m build` makes it."""
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", source_tree)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", source_tree, env=WITH_TOOLS)
     (built,) = (source_tree / "dist").glob("*.whl")
     return built
 
