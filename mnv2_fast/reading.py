@@ -15,6 +15,11 @@ from .arch import LayerSpec
 from .chain import Chain, Link
 from .packs import HOOKS
 
+# As torch defines them; one put in their place changes the answer of every module of the class.
+_FORWARDS: dict[type[nn.Module], object] = {
+    kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU6, nn.Linear, nn.Dropout, nn.Sequential)
+}
+
 
 class Declined(Exception):  # noqa: N818 (a reason, not an error: the eager path serves the call)
     """The kernels do not serve a call; the message says why."""
@@ -61,7 +66,7 @@ def check_module(module: nn.Module, name: str, kind: type[nn.Module], any_mode: 
         raise Declined(f"{name} is in train mode")
     if any(state[hooks] for hooks in HOOKS):
         raise Declined(f"{name} has a hook")
-    if "forward" in state or "_call_impl" in state:
+    if "forward" in state or "_call_impl" in state or kind.forward is not _FORWARDS.get(kind, kind.forward):
         raise Declined(f"{name} has a forward of its own")
 
 

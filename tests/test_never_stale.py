@@ -17,7 +17,7 @@ from helpers import SMALL, TOLERANCE, calibrate, changed, check, eager, one_thre
 from torch import Tensor, nn
 
 from mnv2_fast import MobileNetV2, packs
-from mnv2_fast.nn import ConvBNReLU6
+from mnv2_fast.nn import ConvBNReLU6, InvertedResidual
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
@@ -68,6 +68,26 @@ def test_fused_step_moves_neither_version_nor_address(model: MobileNetV2, x: Ten
     optimizer.step()
     assert (weight._version, weight.data_ptr()) == before[:2]
     assert packs._steps == before[2] + 1
+
+
+def test_few_elements_are_enough(model: MobileNetV2, x: Tensor) -> None:
+    """An in-place write, and a fused step, of weights that are not among the sampled ones."""
+    weight = model.classifier[1].weight
+
+    def write() -> None:
+        with torch.no_grad():
+            weight[0, 1:9] += 5
+
+    def step() -> None:
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[0, 1:9] = 5
+        optimizer.step()
+
+    optimizer = torch.optim.SGD([weight], 1.0, fused=True)
+    with torch.no_grad():
+        model.classifier[1].weight.abs_()
+    changed(model, x, write)
+    changed(model, x, step)
 
 
 def test_step_under_compile_is_seen(model: MobileNetV2, x: Tensor) -> None:
@@ -165,6 +185,32 @@ def test_settings(model: MobileNetV2, x: Tensor) -> None:
     changed(model, x, lambda: setattr(model.features[3], "use_res_connect", False))
     changed(model, x, lambda: setattr(model.features[2].conv[1][0], "stride", (1, 1)))
     changed(model, x, lambda: setattr(model.features[0][2], "max_val", 0.5), served=False)
+
+
+def test_setting_of_a_block_alone() -> None:
+    block = calibrate(nn.Sequential(InvertedResidual(3, 3, 1, 4)))[0]
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        y = block(x)
+        block.use_res_connect = False
+        torch.testing.assert_close(block(x), y - x, rtol=1e-4, atol=1e-4)
+
+
+def test_classes(model: MobileNetV2, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    changed(model, x, lambda: setattr(model.features[0][0], "__class__", Doubled), served=False)
+    model.features[0][0].__class__ = nn.Conv2d
+    check(model, x)
+    monkeypatch.setattr(nn.ReLU6, "forward", lambda self, x: x.clamp(0, 1))
+    check(model, x, served=False)
+
+
+def test_modules_put_at_the_end(model: MobileNetV2, x: Tensor) -> None:
+    changed(model, x, lambda: model.classifier.append(nn.Softmax(1)))
+    assert model._plan(x).rest is model.classifier
 
 
 def test_functional_call_in_a_loop(model: MobileNetV2, x: Tensor) -> None:
