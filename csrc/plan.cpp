@@ -42,8 +42,7 @@ void check_chain(const std::vector<Layer> &layers) {
 // A block of which only the project layer may add its own input, which is the hidden tensor's source.
 bool residual_fits(const std::vector<Layer> &layers, const Step &s) {
     const int residual = layers[s.project].desc.residual;
-    const int first = s.produce >= 0 ? s.produce : s.depthwise;
-    return residual == 0 || (residual == s.project - first && layers[first].desc.kind != Kind::stem);
+    return residual == 0 || (residual == s.project - s.first() && layers[s.first()].desc.kind != Kind::stem);
 }
 
 } // namespace
@@ -96,8 +95,7 @@ Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps,
         if (!late && i > 0 && static_cast<long>(h) * w <= kGroupPixels) {
             late = true;
             plan.group_from = static_cast<int>(i);
-            const int first = s.produce >= 0 ? s.produce : s.depthwise >= 0 ? s.depthwise : s.project;
-            plan.group_input = static_cast<std::size_t>(kGroup) * h * w * padded(layers[first].desc.cin);
+            plan.group_input = static_cast<std::size_t>(kGroup) * h * w * padded(layers[s.first()].desc.cin);
         }
         const std::size_t images = late ? kGroup : 1;
         if (s.form == Step::Form::block) {

@@ -19,6 +19,8 @@ struct Step {
     int produce = -1; // the layer that makes the hidden tensor: a pointwise one or the stem
     int depthwise = -1;
     int project = -1; // of a block; the only layer of the other forms
+
+    int first() const { return produce >= 0 ? produce : depthwise >= 0 ? depthwise : project; }
 };
 
 struct StepPlan {

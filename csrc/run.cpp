@@ -55,72 +55,74 @@ void Runner::images(Team &team, const Arena &arena, int first, int count, float 
     }
 }
 
-bool Runner::last(int step) const { return step + 1 == static_cast<int>(steps_.size()); }
-
-// Steps [from, to) for `count` images. `x` is null where the first one reads the call, `y` where the last one writes an
-// activation, the features or the call's own output.
+// Steps [from, to) for `count` images. `x` is null where the first one reads the call; the last one writes `y`, where
+// that is not null.
 void Runner::steps(Team &team, const Arena &arena, int from, int to, const float *x, float *y, int image, int count,
                    float *features) const {
     for (int i = from; i < to; ++i) {
-        const Step &s = steps_[i];
-        const StepPlan &p = plan_.steps[i];
-        const LayerDesc &d = layers_[s.project].desc;
-        const int first = s.produce >= 0 ? s.produce : s.depthwise >= 0 ? s.depthwise : s.project;
-        Tensors t{x, padded(layers_[first].desc.cin), nullptr, padded(d.cout), image};
-        if (s.form == Step::Form::head) {
-            t.y = features + static_cast<std::ptrdiff_t>(image) * d.cout;
-        } else if (last(i)) {
-            t.y = call_.y + static_cast<std::ptrdiff_t>(image) * p.ho * p.wo * d.cout;
-            t.y_ld = d.cout;
-        } else {
-            t.y = i + 1 == to && y ? y : arena.activation[i % 2];
-        }
-        if (!x && layers_[first].desc.kind != Kind::stem) {
-            t.x = static_cast<const float *>(call_.x) + image * call_.stride_n;
-            t.x_ld = call_.stride_w;
-        }
-        switch (s.form) {
-        case Step::Form::block:
-            // Layer by layer shares every row once and needs two more waits; row by row keeps the hidden rows in L2
-            // and makes a few of them twice. Large maps want the second, small ones and groups of images the first.
-            if (s.produce >= 0 && x && (count > 1 || (team.size() > 1 && p.rows >= p.ho / team.size())))
-                block_by_layers(team, arena, i, t, count);
-            else
-                for (int image_in_group = 0; image_in_group < count; ++image_in_group) {
-                    block_by_rows(team, arena, i, t);
-                    t.x += static_cast<std::ptrdiff_t>(p.h) * p.w * t.x_ld;
-                    t.y += static_cast<std::ptrdiff_t>(p.ho) * p.wo * t.y_ld;
-                }
-            break;
-        case Step::Form::single:
-            for (int image_in_group = 0; image_in_group < count; ++image_in_group) {
-                single(team, arena, i, t);
-                t.x += static_cast<std::ptrdiff_t>(p.h) * p.w * t.x_ld;
-                t.y += static_cast<std::ptrdiff_t>(p.ho) * p.wo * t.y_ld;
-            }
-            break;
-        case Step::Form::head:
-            head(team, arena, i, t, count);
-            break;
-        case Step::Form::linear:
-            break;
-        }
+        const Tensors t = place(i, x, i + 1 == to && y ? y : arena.activation[i % 2], image, features);
+        run_step(team, arena, i, t, count);
         team.sync();
         x = t.y;
-        if (s.form == Step::Form::block || s.form == Step::Form::single)
-            x = last(i) ? nullptr : (i + 1 == to && y ? y : arena.activation[i % 2]);
     }
 }
 
-void Runner::depthwise_row(const Layer &layer, const float *const (&rows)[3], std::ptrdiff_t x_ld, int width, float *y,
-                           std::ptrdiff_t y_ld, int block_begin, int block_end) const {
+// Where a step reads and writes: `x` and `y`, but for the ends of the network the caller's tensors and the features.
+Tensors Runner::place(int step, const float *x, float *y, int image, float *features) const {
+    const Step &s = steps_[step];
+    const LayerDesc &first = layers_[s.first()].desc, &d = layers_[s.project].desc;
+    Tensors t{x, padded(first.cin), y, padded(d.cout), image};
+    if (!x && first.kind != Kind::stem) {
+        t.x = static_cast<const float *>(call_.x) + image * call_.stride_n;
+        t.x_ld = call_.stride_w;
+    }
+    if (s.form == Step::Form::head) {
+        t.y = features + static_cast<std::ptrdiff_t>(image) * d.cout;
+    } else if (step + 1 == static_cast<int>(steps_.size())) {
+        const StepPlan &p = plan_.steps[step];
+        t.y = call_.y + static_cast<std::ptrdiff_t>(image) * p.ho * p.wo * d.cout;
+        t.y_ld = d.cout;
+    }
+    return t;
+}
+
+void Runner::run_step(Team &team, const Arena &arena, int step, const Tensors &t, int count) const {
+    const Step &s = steps_[step];
+    const StepPlan &p = plan_.steps[step];
+    const bool block = s.form == Step::Form::block;
+    // Layer by layer shares every row once and needs two more waits; row by row keeps the hidden rows in L2 and makes a
+    // few of them twice. Large maps want the second, small ones and groups of images the first.
+    const bool expands = block && s.produce >= 0 && layers_[s.produce].desc.kind == Kind::pointwise;
+    if (expands && (count > 1 || (team.size() > 1 && p.rows >= p.ho / team.size()))) {
+        block_by_layers(team, arena, step, t, count);
+        return;
+    }
+    if (s.form == Step::Form::head) {
+        head(team, arena, step, t, count);
+        return;
+    }
+    for (int k = 0; k < count; ++k) {
+        const std::ptrdiff_t in = static_cast<std::ptrdiff_t>(k) * p.h * p.w * t.x_ld;
+        const std::ptrdiff_t out = static_cast<std::ptrdiff_t>(k) * p.ho * p.wo * t.y_ld;
+        const Tensors one{t.x ? t.x + in : nullptr, t.x_ld, t.y + out, t.y_ld, t.image + k};
+        if (block)
+            block_by_rows(team, arena, step, one);
+        else
+            single(team, arena, step, one);
+    }
+}
+
+// One output row of a depthwise layer, blocks [block_begin, block_end) of its channels.
+void Runner::depthwise_row(const Layer &layer, const Rows &in, long row, float *y, std::ptrdiff_t y_ld, int block_begin,
+                           int block_end) const {
     const LayerDesc &d = layer.desc;
-    kernels_.depthwise({{rows[0], rows[1], rows[2]},
-                        x_ld,
+    const long h = row * d.stride;
+    kernels_.depthwise({{in.at(h - 1), in.at(h), in.at(h + 1)},
+                        in.ld,
                         layer.packed.weight,
                         y,
                         y_ld,
-                        width,
+                        in.width,
                         d.stride,
                         d.cout,
                         block_begin,
@@ -128,58 +130,50 @@ void Runner::depthwise_row(const Layer &layer, const float *const (&rows)[3], st
                         d.relu6});
 }
 
-// A strip of output rows for each member; `rows` of them at a time, their hidden rows in a ring.
+// One panel of hidden rows [from, to), into the ring.
+void Runner::expand_panel(const Layer &layer, const Tensors &t, const Rows &ring, float *out, int from, int to,
+                          int panel) const {
+    const std::ptrdiff_t width = ring.width;
+    while (from < to) {
+        const int slot = from % ring.ring, rows = std::min(to - from, ring.ring - slot);
+        const Tensors hidden{t.x + from * width * t.x_ld, t.x_ld, out + slot * width * ring.ld, ring.ld, 0};
+        pointwise(layer, hidden, 0, rows * width, nullptr, 0, panel, panel + 1);
+        from += rows;
+    }
+}
+
+// A strip of output rows for each member; p.rows of them at a time, their hidden rows in a ring.
 void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tensors &t) const {
     const Step &s = steps_[step];
     const StepPlan &p = plan_.steps[step];
     const Layer &depthwise = layers_[s.depthwise], &project = layers_[s.project];
-    const int stride = depthwise.desc.stride, channels = depthwise.desc.cin, ld = padded(channels);
-    const int blocks = this->blocks(channels), per_panel = kernels_.panel / kernels_.lanes;
-    const bool stem = s.produce >= 0 && layers_[s.produce].desc.kind == Kind::stem;
-    const std::size_t hidden_row = static_cast<std::size_t>(p.hidden_w) * ld;
-    float *const stem_memory = arena.scratch;
+    const Layer *const produce = s.produce >= 0 ? &layers_[s.produce] : nullptr;
+    const bool stem = produce && produce->desc.kind == Kind::stem;
+    const int stride = depthwise.desc.stride, ld = padded(depthwise.desc.cin);
+    const int blocks = this->blocks(depthwise), per_panel = kernels_.panel / kernels_.lanes;
     float *const ring =
         arena.scratch + (layers_.front().desc.kind == Kind::stem ? (kStemRing + 1) * stem_row(plan_.w) : 0);
-    float *const filtered = ring + p.ring * hidden_row;
-    const std::ptrdiff_t source_ld = s.produce >= 0 ? ld : t.x_ld;
+    float *const filtered = ring + static_cast<std::ptrdiff_t>(p.ring) * p.hidden_w * ld;
+    const Rows hidden = produce ? Rows{ring, ld, p.hidden_h, p.hidden_w, p.ring}
+                                : Rows{t.x, t.x_ld, p.hidden_h, p.hidden_w, p.hidden_h};
 
     long begin, end;
     team.share(p.ho, 1, begin, end);
     int made = std::max(0, static_cast<int>(begin) * stride - 1); // the next hidden row to make
-    int loaded = -1;
+    int loaded = -1;                                              // the last input row of the stem at hand
     for (int o = static_cast<int>(begin); o < end; o += p.rows) {
         const int rows = std::min(p.rows, static_cast<int>(end) - o);
-        const int needed = s.produce >= 0 ? std::min(p.hidden_h, (o + rows - 1) * stride + 2) : made;
-        if (stem)
-            for (; made < needed; ++made)
-                stem_rows(layers_[s.produce], t.image, made, made + 1, p.hidden_w, ring + made % p.ring * hidden_row,
-                          ld, stem_memory, loaded);
+        const int needed = std::min(p.hidden_h, (o + rows - 1) * stride + 2);
+        for (; stem && made < needed; ++made)
+            stem_rows(*produce, t.image, made, made + 1, p.hidden_w,
+                      ring + static_cast<std::ptrdiff_t>(made % p.ring) * p.hidden_w * ld, ld, arena.scratch, loaded);
         // A panel of channels is expanded and filtered before the next one: its rows are still in L1 then.
-        for (int panel = 0; panel < panels(depthwise); ++panel) {
-            for (int row = made; row < needed;) {
-                const int slot = row % p.ring, count = std::min(needed - row, p.ring - slot);
-                const Tensors hidden{t.x + static_cast<std::ptrdiff_t>(row) * p.w * t.x_ld, t.x_ld,
-                                     ring + slot * hidden_row, ld, 0};
-                pointwise(layers_[s.produce], hidden, 0, static_cast<std::ptrdiff_t>(count) * p.w, nullptr, 0, panel,
-                          panel + 1);
-                row += count;
-            }
-            const int block = panel * per_panel;
-            for (int r = 0; r < rows; ++r) {
-                const float *in[3];
-                for (int kh = 0; kh < 3; ++kh) {
-                    const int row = (o + r) * stride + kh - 1;
-                    if (row < 0 || row >= p.hidden_h)
-                        in[kh] = nullptr;
-                    else if (s.produce >= 0)
-                        in[kh] = ring + row % p.ring * hidden_row;
-                    else
-                        in[kh] = t.x + static_cast<std::ptrdiff_t>(row) * p.hidden_w * t.x_ld;
-                }
-                depthwise_row(depthwise, in, source_ld, p.hidden_w,
-                              filtered + static_cast<std::ptrdiff_t>(r) * p.wo * ld, ld, block,
-                              std::min(block + per_panel, blocks));
-            }
+        for (int block = 0; block < blocks; block += per_panel) {
+            if (produce && !stem)
+                expand_panel(*produce, t, hidden, ring, made, needed, block / per_panel);
+            for (int r = 0; r < rows; ++r)
+                depthwise_row(depthwise, hidden, o + r, filtered + static_cast<std::ptrdiff_t>(r) * p.wo * ld, ld,
+                              block, std::min(block + per_panel, blocks));
         }
         made = needed;
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(o) * p.wo;
@@ -193,27 +187,22 @@ void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Ten
     const Step &s = steps_[step];
     const StepPlan &p = plan_.steps[step];
     const Layer &expand = layers_[s.produce], &depthwise = layers_[s.depthwise], &project = layers_[s.project];
-    const int stride = depthwise.desc.stride, channels = depthwise.desc.cin, ld = padded(channels);
+    const int ld = padded(depthwise.desc.cin);
     const std::ptrdiff_t in_pixels = static_cast<std::ptrdiff_t>(p.hidden_h) * p.hidden_w;
     const std::ptrdiff_t out_pixels = static_cast<std::ptrdiff_t>(p.ho) * p.wo;
 
     pointwise(team, expand, {t.x, t.x_ld, arena.hidden, ld, 0}, images * in_pixels, nullptr, 0);
     team.sync();
 
-    const long all_rows = static_cast<long>(images) * p.ho, blocks = this->blocks(channels);
-    long row_begin = 0, row_end = all_rows, block_begin = 0, block_end = blocks;
+    const long all_rows = static_cast<long>(images) * p.ho, all_blocks = blocks(depthwise);
+    long row_begin = 0, row_end = all_rows, block_begin = 0, block_end = all_blocks;
     if (all_rows % team.size() == 0)
         team.share(all_rows, 1, row_begin, row_end);
     else
-        team.share(blocks, 1, block_begin, block_end);
+        team.share(all_blocks, 1, block_begin, block_end);
     for (long row = row_begin; row < row_end; ++row) {
-        const long image = row / p.ho, o = row % p.ho;
-        const float *in[3];
-        for (int kh = 0; kh < 3; ++kh) {
-            const long h = o * stride + kh - 1;
-            in[kh] = h < 0 || h >= p.hidden_h ? nullptr : arena.hidden + (image * in_pixels + h * p.hidden_w) * ld;
-        }
-        depthwise_row(depthwise, in, ld, p.hidden_w, arena.filtered + row * p.wo * ld, ld,
+        const Rows hidden{arena.hidden + row / p.ho * in_pixels * ld, ld, p.hidden_h, p.hidden_w, p.hidden_h};
+        depthwise_row(depthwise, hidden, row % p.ho, arena.filtered + row * p.wo * ld, ld,
                       static_cast<int>(block_begin), static_cast<int>(block_end));
     }
     team.sync();
@@ -240,14 +229,9 @@ void Runner::single(Team &team, const Arena &arena, int step, const Tensors &t) 
                   t.y_ld, arena.scratch, loaded);
         return;
     }
-    for (long o = begin; o < end; ++o) {
-        const float *in[3];
-        for (int kh = 0; kh < 3; ++kh) {
-            const long h = o * d.stride + kh - 1;
-            in[kh] = h < 0 || h >= p.h ? nullptr : t.x + h * p.w * t.x_ld;
-        }
-        depthwise_row(layer, in, t.x_ld, p.w, t.y + o * p.wo * t.y_ld, t.y_ld, 0, blocks(d.cin));
-    }
+    const Rows in{t.x, t.x_ld, p.h, p.w, p.h};
+    for (long o = begin; o < end; ++o)
+        depthwise_row(layer, in, o, t.y + o * p.wo * t.y_ld, t.y_ld, 0, blocks(layer));
 }
 
 // The last 1x1 layer a panel of channels at a time, summed at once: its output tensor never exists.
@@ -257,7 +241,7 @@ void Runner::head(Team &team, const Arena &arena, int step, const Tensors &t, in
     const LayerDesc &d = layer.desc;
     const std::ptrdiff_t pixels = static_cast<std::ptrdiff_t>(p.h) * p.w;
     long begin, end;
-    team.share((d.cout + kernels_.panel - 1) / kernels_.panel, 1, begin, end);
+    team.share(panels(layer), 1, begin, end);
     for (long panel = begin; panel < end; ++panel) {
         const int n = static_cast<int>(panel) * kernels_.panel, channels = std::min(kernels_.panel, d.cout - n);
         for (int image = 0; image < images; ++image) {

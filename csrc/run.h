@@ -16,6 +16,16 @@ struct Tensors {
     int image; // index of the first image in the call
 };
 
+// Rows of an NHWC tensor; the last `ring` of them where it keeps no more. Null above the first and below the last.
+struct Rows {
+    const float *x;
+    std::ptrdiff_t ld;
+    int height, width;
+    int ring;
+
+    const float *at(long row) const { return row < 0 || row >= height ? nullptr : x + row % ring * width * ld; }
+};
+
 class Runner {
   public:
     Runner(const KernelTable &kernels, const std::vector<Layer> &layers, const std::vector<Step> &steps,
@@ -44,6 +54,8 @@ class Runner {
     void steps(Team &team, const Arena &arena, int from, int to, const float *x, float *y, int image, int count,
                float *features) const;
 
+    Tensors place(int step, const float *x, float *y, int image, float *features) const;
+    void run_step(Team &team, const Arena &arena, int step, const Tensors &t, int count) const;
     void block_by_rows(Team &team, const Arena &arena, int step, const Tensors &t) const;
     void block_by_layers(Team &team, const Arena &arena, int step, const Tensors &t, int images) const;
     void single(Team &team, const Arena &arena, int step, const Tensors &t) const;
@@ -54,16 +66,18 @@ class Runner {
                    std::ptrdiff_t residual_ld) const;
     void pointwise(const Layer &layer, const Tensors &t, std::ptrdiff_t from, std::ptrdiff_t to, const float *residual,
                    std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const;
-    int panels(const Layer &layer) const { return (layer.desc.cout + kernels_.panel - 1) / kernels_.panel; }
-    void depthwise_row(const Layer &layer, const float *const (&rows)[3], std::ptrdiff_t x_ld, int width, float *y,
-                       std::ptrdiff_t y_ld, int block_begin, int block_end) const;
+    int panels(const Layer &layer) const { return blocks(layer, kernels_.panel); }
+    void depthwise_row(const Layer &layer, const Rows &in, long row, float *y, std::ptrdiff_t y_ld, int block_begin,
+                       int block_end) const;
+    void expand_panel(const Layer &layer, const Tensors &t, const Rows &ring, float *out, int from, int to,
+                      int panel) const;
     void stem_rows(const Layer &layer, int image, int begin, int end, int width, float *y, std::ptrdiff_t y_ld,
                    float *rows, int &loaded) const;
     void load_row(int image, int row, float *out) const;
 
     bool planar() const { return !call_.bytes && !(call_.stride_c == 1 && call_.stride_w == 3); }
-    int blocks(int channels) const { return (channels + kernels_.lanes - 1) / kernels_.lanes; }
-    bool last(int step) const;
+    int blocks(const Layer &layer) const { return blocks(layer, kernels_.lanes); }
+    static int blocks(const Layer &layer, int size) { return (layer.desc.cout + size - 1) / size; }
 
     const KernelTable &kernels_;
     const std::vector<Layer> &layers_;

@@ -6,6 +6,7 @@ and its preprocessing. An Engine is immutable and may be called from several thr
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -63,8 +64,8 @@ class _EagerNetwork:
 class Engine:
     """A frozen MobileNetV2: float32 logits from images.
 
-    `compile` and `load` make one. Calls take float32 [N, 3, H, W] of any strides, normalized as `preprocessing`
-    says, or uint8 [N, H, W, 3] RGB, normalized inside; any N >= 0, H and W >= 1.
+    `compile` and `load` make one. Calls take float32 [N, 3, H, W] of any strides, normalized as
+    `preprocessing` says, or uint8 [N, H, W, 3] RGB, normalized inside; any N >= 0, H and W >= 1.
     """
 
     def __init__(
@@ -194,6 +195,8 @@ def compile(
         raise TypeError(f"compile takes a model, not {type(model).__name__}: use load for a file")
     if not isinstance(model, MobileNetV2):
         model = accelerate(model)
+    if any(module.training for module in model.modules()):
+        model = copy.deepcopy(model).eval()  # frozen is eval; the model itself stays in train mode
     try:
         reading = model.read()
     except Declined as reason:

@@ -98,6 +98,13 @@ def test_later_changes_to_the_model_are_not_seen(model: MobileNetV2) -> None:
     assert torch.equal(engine(x), before)
 
 
+def test_model_in_train_mode_is_frozen_as_in_eval(model: MobileNetV2, engine: Engine) -> None:
+    training = copy.deepcopy(model).train()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(mnv2_fast.compile(training)(x), engine(x))
+    assert all(module.training for module in training.modules())
+
+
 def test_save_and_load(engine: Engine, tmp_path: Path) -> None:
     path = tmp_path / "flowers.safetensors"
     engine.save(path)

@@ -222,7 +222,7 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _nhwc(x: Tensor) -> Tensor:
-    """`x` with channels dense, then W, H, N, whatever the sizes: torch leaves the strides of a size 1 open."""
+    """`x` with channels dense, then W, H, N: also where a size of 1 lets torch leave a stride open."""
     n, c, h, w = x.shape
     if x.stride() == (h * w * c, 1, w * c, c):
         return x
