@@ -120,9 +120,7 @@ def inverted_residual(prefix: str, cin: int, cout: int, stride: int, expand_rati
     if expand_ratio != 1:
         specs.append(LayerSpec("pointwise", f"{prefix}.0.0", f"{prefix}.0.1", cin, hidden, 1, True))
     at = len(specs)
-    specs.append(
-        LayerSpec("depthwise", f"{prefix}.{at}.0", f"{prefix}.{at}.1", hidden, hidden, stride, True)
-    )
+    specs.append(LayerSpec("depthwise", f"{prefix}.{at}.0", f"{prefix}.{at}.1", hidden, hidden, stride, True))
     residual = at + 1 if stride == 1 and cin == cout else 0
     specs.append(
         LayerSpec("pointwise", f"{prefix}.{at + 1}", f"{prefix}.{at + 2}", hidden, cout, 1, False, residual)

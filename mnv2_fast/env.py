@@ -80,5 +80,7 @@ def weights_folder() -> Path | None:
         return None
     folder = Path(value).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{WEIGHTS.name}={value!r} is no folder: set it to one that holds weights, or unset it")
+        raise UserError(
+            f"{WEIGHTS.name}={value!r} is no folder: set it to one that holds weights, or unset it"
+        )
     return folder
