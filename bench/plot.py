@@ -7,6 +7,7 @@ that no number there is typed by hand.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=model.OUTPUT, help="CSV file of bench.model")
     parser.add_argument("--kernels", type=Path, default=kernels.OUTPUT, help="CSV file of bench.kernels")
     parser.add_argument("--folder", type=Path, default=results.FOLDER, help="where the pictures go")
-    parser.add_argument("--readme", action="store_true", help="write the measured table into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the table and the chart into README.md")
     options = parser.parse_args(arguments)
     drawn = 0
     for path, draw, name in (
@@ -207,8 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"neither {options.model} nor {options.kernels} is there: run bench.model or bench.kernels"
         )
     if options.readme:
+        chart = os.path.relpath(options.folder / "model.png", README.parent)
         try:
-            write_readme(table(results.read_last_run(options.model)), README)
+            text = table(results.read_last_run(options.model))
+            write_readme(f"{text}\n\n![The same as a chart]({chart})", README)
         except (FileNotFoundError, ValueError) as error:
             parser.error(str(error))
         print(f"written: the table of {README}")
