@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from dataclasses import asdict, dataclass
 from .results import ROOT
 
 COPY_MEGABYTES = 256  # far past every cache
+REPEATS = 3  # a limit is the most that was ever seen: whoever else runs here can only lower it
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,21 @@ class Limits:
     gmacs: float
     gbs: float
 
+    def __or__(self, other: Limits) -> Limits:
+        """The larger of each."""
+        return Limits(max(self.gmacs, other.gmacs), max(self.gbs, other.gbs))
+
 
 def measure(threads: int) -> Limits:
-    """The limits of `threads` threads, in a process of its own pinned to as many cores.
+    """The limits of `threads` threads, the best of a few processes pinned to as many cores.
 
     Raises:
         RuntimeError: the extension is not there; the message says why.
     """
+    return functools.reduce(operator.or_, (_measure_once(threads) for _ in range(REPEATS)))
+
+
+def _measure_once(threads: int) -> Limits:
     environment = {name: value for name, value in os.environ.items() if name != "MNV2_FORCE_ISA"}
     done = subprocess.run(
         [sys.executable, "-m", "bench.limits", str(threads)],

@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and add the rows to the CSV file."""
     options = parse(arguments)
     rounds = options.rounds or (1 if options.quick else ROUNDS)
-    shared, rows = results.context(), list[results.Row]()
+    shared, rows, bounds = results.context(), list[results.Row](), dict[int, limits.Limits]()
     chosen = contestants(options)
     weights = peers.weights_source()
     print(
@@ -253,12 +253,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(peer.onnx for peer in chosen):
             peers.export_onnx(folder)
         for setting in settings(options):
-            bounds = limits.measure(setting.cores)
+            seen = limits.measure(setting.cores)
+            bounds[setting.cores] = seen | bounds.get(setting.cores, seen)
             contenders = start(
                 [peer for peer in chosen if setting.batch == 1 or not peer.slow], setting, folder
             )
             try:
-                measured = measure(contenders, rounds, bounds, weights)
+                measured = measure(contenders, rounds, bounds[setting.cores], weights)
             finally:
                 for contender in contenders:
                     contender.close()
