@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ class CMakeBuild(build_ext):
         # Apart for each interpreter, so that building for another one starts clean.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
+        # The environment's own cmake and ninja first, also where it was not activated.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        tools = {**os.environ, "PATH": path}
         subprocess.run(
             [
                 "cmake",
@@ -36,8 +40,9 @@ class CMakeBuild(build_ext):
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             ],
             check=True,
+            env=tools,
         )
-        subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True, env=tools)
 
 
 setup(ext_modules=[Extension("mnv2_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

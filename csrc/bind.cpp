@@ -1,5 +1,4 @@
 // Python's view of the kernels. Tensors come as addresses: no torch header is needed, and torch may change its own.
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +8,7 @@
 #include "dispatch.h"
 #include "network.h"
 #include "parallel.h"
+#include "watch.h"
 
 namespace py = pybind11;
 using namespace mnv2;
@@ -86,17 +86,6 @@ double copy_bandwidth(int megabytes, int threads) {
     return best;
 }
 
-// out[i] = the float at addresses[i]. The caller keeps the memory alive.
-void gather_f32(const py::array_t<std::uint64_t, py::array::c_style> &addresses,
-                py::array_t<float, py::array::c_style> &out) {
-    if (addresses.size() != out.size())
-        throw std::invalid_argument("addresses and out differ in size");
-    const std::uint64_t *in = addresses.data();
-    float *values = out.mutable_data();
-    for (py::ssize_t i = 0; i < out.size(); ++i)
-        std::memcpy(values + i, at<void>(in[i]), sizeof(float));
-}
-
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -116,7 +105,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("compiler", [] { return std::string(__VERSION__); });
     m.def("fma_peak", &fma_peak, py::arg("threads"));
     m.def("copy_bandwidth", &copy_bandwidth, py::arg("megabytes"), py::arg("threads"));
-    m.def("gather_f32", &gather_f32, py::arg("addresses"), py::arg("out").noconvert());
+    py::class_<TensorTable>(m, "TensorTable")
+        .def(py::init<const py::list &, const std::vector<std::uintptr_t> &>(), py::arg("tensors"), py::arg("sampled"))
+        .def("unchanged", &TensorTable::unchanged, py::arg("tensors"));
+    py::class_<Watch>(m, "Watch")
+        .def(py::init<const py::list &, const py::list &, const py::list &>(), py::arg("entries"), py::arg("sizes"),
+             py::arg("classes"))
+        .def("unchanged", &Watch::unchanged);
     py::class_<Network>(m, "Network")
         .def(py::init(&make_network), py::arg("layers"), py::arg("pool") = true, py::arg("table") = 0,
              py::arg("isa") = "")

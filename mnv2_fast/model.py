@@ -229,7 +229,6 @@ def _graph_settings(model: nn.Module) -> list[object]:
     return settings
 
 
-@torch.compiler.assume_constant_result
 def _graph_constants(model: MobileNetV2) -> tuple[str, tuple[str, ...], tuple[object, ...]]:
     """What a compiled graph holds of a model: the chain, its tensors' names, the settings it stands on.
 
@@ -244,6 +243,10 @@ def _graph_constants(model: MobileNetV2) -> tuple[str, tuple[str, ...], tuple[ob
     chain = replace(reading.chain, holder=model._holder.number)
     keys = tuple(key for link in chain.links for key in link.keys)
     return chain.encode(), keys, tuple(_graph_settings(model))
+
+
+# As torch.compiler.assume_constant_result marks it, without the second that importing torch._dynamo takes.
+_graph_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_input(x: Any, weight: Tensor | None) -> None:

@@ -13,17 +13,17 @@ module is the cure.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import itertools
 import operator
 import threading
+import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -57,17 +57,23 @@ def _kind(cls: type) -> _Kind:
     return _KINDS.get(cls) or _Kind(("_modules",), getattr(cls, "watched", ()))
 
 
-_version = operator.attrgetter("_version")
-_geometry = operator.attrgetter("dtype", "shape", "layout")
+def _c() -> types.ModuleType:
+    """The extension: there is no pack without it."""
+    return importlib.import_module("mnv2_fast._C")
+
+
 _forward = operator.attrgetter("forward")
 
 _steps = 0  # of every optimizer in this process
 
 
-@torch.compiler.disable(recursive=False)
 def _count_step(*_: object) -> None:
     global _steps
     _steps += 1
+
+
+# As torch.compiler.disable would mark it, without the second that importing torch._dynamo takes.
+_count_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 register_optimizer_step_post_hook(_count_step)
@@ -87,19 +93,12 @@ def _sample_addresses(tensors: Iterable[Tensor]) -> list[int]:
     return addresses
 
 
-def _geometry_guard(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
-    """torch.compile's own check of dtypes, shapes and strides: a fifth of the time, but no public interface.
-
-    It says no to more than what matters here (`requires_grad`, inference mode), so that only its yes counts.
-    """
-    try:
-        from torch._C._dynamo.guards import TensorGuards
-
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        check: Callable[..., bool] = guards.check
-        return check if check(*tensors) else None
-    except (ImportError, TypeError, RuntimeError):
-        return None
+def _describe(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """What the extension's `TensorTable` compares, in Python: ten times slower, and for any tensor."""
+    return [
+        (t.data_ptr(), t.dtype, t.layout, t.shape, t.stride(), None if t.is_inference() else t._version)
+        for t in tensors
+    ]
 
 
 class TensorWatch:
@@ -108,51 +107,30 @@ class TensorWatch:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._steps = _steps
         self.aliases = [t.detach() for t in tensors]
-        self._versioned = [not t.is_inference() for t in tensors]
-        self._versions = self._read_versions(tensors)
-        self._addresses = list(map(Tensor.data_ptr, tensors))
-        self._meta = list(map(_geometry, tensors))
-        self._strides = list(map(Tensor.stride, tensors))
-        self._guard = _geometry_guard(tensors)
-        self._sampled_at = np.array(_sample_addresses(self.aliases), dtype=np.uint64)
-        self._gather = importlib.import_module("mnv2_fast._C").gather_f32
+        self._described = _describe(tensors)
+        self._sampled_at = _sample_addresses(self.aliases)
         self._values = self._read_values()
-
-    def _read_values(self) -> bytes:
-        out = np.empty(self._sampled_at.size, dtype=np.float32)
-        self._gather(self._sampled_at, out)
-        return out.tobytes()
-
-    def _same_geometry(self, tensors: Sequence[Tensor]) -> bool:
-        if self._guard is not None and self._guard(*tensors):
-            return True
-        if list(map(_geometry, tensors)) != self._meta or list(map(Tensor.stride, tensors)) != self._strides:
-            return False
-        self._guard = _geometry_guard(tensors)  # another mode than the last call's
-        return True
-
-    def _read_versions(self, tensors: Sequence[Tensor]) -> list[int] | None:
         try:
-            return list(map(_version, itertools.compress(tensors, self._versioned)))
-        except RuntimeError:  # one has become an inference tensor, which has no version
-            return None
+            self._table = _c().TensorTable(list(tensors), self._sampled_at)
+        except (RuntimeError, ValueError):  # this torch hides them, or a tensor has many dimensions
+            self._table = None
 
-    def changed(self, tensors: Sequence[Tensor]) -> str | None:
+    def _read_values(self) -> list[bytes]:
+        return [ctypes.string_at(address, 4) for address in self._sampled_at]
+
+    def changed(self, tensors: list[Tensor]) -> str | None:
         """What changed, or None: `tensors` are those the watch was made of or stand for them, one by one.
 
         The tensors' classes are the caller's to check.
         """
         if self._steps != _steps:
             return "an optimizer stepped"
-        if list(map(Tensor.data_ptr, tensors)) != self._addresses:
-            return "a tensor's memory is another"
-        if self._read_versions(tensors) != self._versions:
-            return "a tensor was written"
-        if not self._same_geometry(tensors):
-            return "a tensor's dtype, shape or strides are others"
-        if self._read_values() != self._values:
-            return "a tensor's values are others"
-        return None
+        if self._table is not None and self._table.unchanged(tensors):
+            return None
+        # Other objects may stand for the same memory, as `torch.compile` hands them over.
+        if _describe(tensors) != self._described:
+            return "a tensor was written, or its memory, dtype, shape or strides are others"
+        return None if self._read_values() == self._values else "a tensor's values are others"
 
 
 class ModuleWatch:
@@ -164,48 +142,38 @@ class ModuleWatch:
     """
 
     def __init__(self, root: nn.Module, modules: Sequence[nn.Module]) -> None:
-        self._read_root = operator.itemgetter("training", "_modules", *_kind(type(root)).settings)
-        self._root = self._read_root(root.__dict__)[2:]
-        self._modules = list(modules)
-        self._dicts = [module.__dict__ for module in self._modules]
-        self._types = list(map(type, self._modules))
-        self._sizes = list(map(len, self._dicts))
-        # By class, so that what is read of its modules is read without Python in between.
-        groups = [
-            (cls, [d for d, kind in zip(self._dicts, self._types, strict=True) if kind is cls])
-            for cls in dict.fromkeys(self._types)
-        ]
-        self._slots = [
-            (operator.itemgetter(slot), dicts) for cls, dicts in groups for slot in _kind(cls).slots
-        ]
-        self._readers = [
-            (operator.itemgetter(*HOOKS, "training", *_kind(cls).settings), dicts) for cls, dicts in groups
-        ]
-        self._facts = self._read_facts()
-        self._hooks = [hooks for facts in self._facts for hooks in facts[: len(HOOKS)]]
-        self._forwards = [(cls, _forward(cls)) for cls in set(self._types)]
-        self._contents = self._read_contents(root._modules)
-        self.tensors = [value for value in self._contents if isinstance(value, Tensor)]
+        self._read_root = operator.itemgetter("training", *_kind(type(root)).settings)
+        self._root = self._read_root(root.__dict__)
+        self._children = root._modules
+        self._entries: list[tuple[dict[str, Any], str, Any]] = []  # keep what the extension only points to
+        self._sizes: list[tuple[dict[str, Any], int]] = []
+        self._classes = [(module, type(module)) for module in modules]
+        self.tensors: list[Tensor] = []
+        self._look_into(self._children)
+        for module in modules:
+            values, kind = module.__dict__, _kind(type(module))
+            self._sizes.append((values, len(values)))
+            self._sizes += [(values[name], 0) for name in HOOKS]
+            for name in (*HOOKS, "training", *kind.settings, *kind.slots):
+                self._entries.append((values, name, values[name]))
+            for slot in kind.slots:
+                self._look_into(values[slot])
+        self._watch = _c().Watch(self._entries, self._sizes, self._classes)
+        self._forwards = [(cls, _forward(cls)) for cls in {type(module) for module in modules}]
 
-    def _read_facts(self) -> list[tuple[Any, ...]]:
-        return list(itertools.chain.from_iterable(map(read, dicts) for read, dicts in self._readers))
-
-    def _read_contents(self, children: dict[str, nn.Module | None]) -> list[Any]:
-        slots = itertools.chain.from_iterable(map(read, dicts) for read, dicts in self._slots)
-        return [*children.values(), *itertools.chain.from_iterable(map(dict.values, slots))]
+    def _look_into(self, slot: dict[str, Any]) -> None:
+        self._sizes.append((slot, len(slot)))
+        for name, value in slot.items():
+            self._entries.append((slot, name, value))
+            if isinstance(value, Tensor):
+                self.tensors.append(value)
 
     def changed(self, root: nn.Module) -> str | None:
         """What changed, or None."""
-        training, children, *settings = self._read_root(root.__dict__)
-        if training or tuple(settings) != self._root:
+        if self._read_root(root.__dict__) != self._root:
             return "the module's mode or a setting is another"
-        contents = self._read_contents(children)
-        if len(contents) != len(self._contents) or not all(map(operator.is_, contents, self._contents)):
-            return "a module or a tensor was replaced"
-        if any(self._hooks) or self._read_facts() != self._facts:
-            return "a hook, a mode or a setting is another"
-        if list(map(type, self._modules)) != self._types or list(map(len, self._dicts)) != self._sizes:
-            return "a module's class or attributes are others"
+        if root._modules is not self._children or not self._watch.unchanged():
+            return "a module or a tensor was replaced, or a hook, a mode or a setting is another"
         if any(_forward(cls) is not forward for cls, forward in self._forwards):
             return "a class's forward was replaced"
         return None
@@ -260,7 +228,7 @@ def lookup(spec: str, tensors: Sequence[Tensor]) -> Pack:
     if holder is None:
         return Pack(chain, tensors)
     kept = holder.compiled
-    if kept is None or kept[0] != spec or kept[1].changed(tensors) is not None:
+    if kept is None or kept[0] != spec or kept[1].changed(list(tensors)) is not None:
         watch = TensorWatch(tensors)
         kept = holder.compiled = spec, watch, Pack(chain, tensors)
     return kept[2]
