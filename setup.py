@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                # Said anew each time: an isolated build's ninja is gone by the next one.
+                f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=path)}",
             ],
             check=True,
             env=tools,

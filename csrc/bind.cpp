@@ -2,8 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <chrono>
 #include <cstring>
+#include <memory>
+#include <tuple>
 
 #include "dispatch.h"
 #include "network.h"
@@ -99,7 +104,6 @@ PYBIND11_MODULE(_C, m) {
             features[py::str(name)] = present;
         return features;
     });
-    m.def("lanes", [] { return kernels().lanes; });
     m.def("default_threads", &default_threads);
     m.def("openmp_version", &openmp_version);
     m.def("compiler", [] { return std::string(__VERSION__); });
@@ -118,7 +122,5 @@ PYBIND11_MODULE(_C, m) {
         .def("run", &run, py::arg("x"), py::arg("bytes"), py::arg("strides"), py::arg("size"), py::arg("residual"),
              py::arg("y"), py::arg("threads"))
         .def("workspace_bytes", &Network::workspace_bytes, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads"))
-        .def_property_readonly("weight_bytes", &Network::weight_bytes)
-        .def_property_readonly("outputs", &Network::outputs)
         .def_property_readonly("isa", [](const Network &n) { return std::string(n.isa()); });
 }

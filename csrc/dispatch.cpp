@@ -13,7 +13,7 @@ namespace mnv2 {
     namespace name {                                                                                                   \
     extern const KernelTable table;                                                                                    \
     }
-#include "isa.def"
+#include "isa_built.def"
 #undef ISA
 
 namespace {
@@ -71,7 +71,7 @@ struct Row {
 
 const Row kRows[] = {
 #define ISA(name, flags, features) {&name::table, features},
-#include "isa.def"
+#include "isa_built.def"
 #undef ISA
 };
 
@@ -81,7 +81,7 @@ const KernelTable *best() {
     for (const Row &row : kRows)
         if (runs(row))
             return row.table;
-    throw std::runtime_error("isa.def has no row without requirements");
+    throw std::runtime_error("the build has no row without requirements");
 }
 
 std::atomic<const KernelTable *> chosen{nullptr};

@@ -8,6 +8,7 @@
 
 #include "kernels/depthwise.h"
 #include "kernels/head.h"
+#include "kernels/peak.h"
 #include "kernels/pointwise.h"
 #include "kernels/stem.h"
 

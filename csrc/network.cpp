@@ -10,7 +10,9 @@
 namespace mnv2 {
 namespace {
 
-constexpr std::size_t kPlans = 8; // image sizes remembered
+constexpr std::size_t kPlans = 8;              // image sizes remembered
+constexpr std::size_t kWorkspaces = 16;        // kept for later calls
+constexpr std::size_t kKeptFloats = 64u << 20; // of a workspace that is kept: a larger one goes back to the system
 
 int depth(const LayerDesc &d) { return d.kind == Kind::stem ? kStemTaps : d.cin; }
 
@@ -31,10 +33,12 @@ Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layer
     for (const LayerDesc &d : layers)
         layers_.push_back({d, {}});
     steps_ = make_steps(layers_, pool);
+    free_.reserve(kWorkspaces); // so that giving memory back after the work cannot fail
+    std::size_t floats = 0;
     for (const Layer &layer : layers_)
-        weight_floats_ += packed_size(kernels, layer.desc);
+        floats += packed_size(kernels, layer.desc);
     // One block in the order of use: a kernel that prefetches past its own weights reaches the next layer's.
-    weights_ = allocate(weight_floats_);
+    weights_ = allocate(floats);
     float *out = weights_.get();
     for (Layer &layer : layers_) {
         layer.packed = pack(kernels, layer.desc, out);
@@ -45,45 +49,53 @@ Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layer
         table_.assign(table, table + 3 * 256);
 }
 
-std::shared_ptr<const Plan> Network::plan(int h, int w) const {
+std::shared_ptr<const Plan> Network::plan(int h, int w, int threads) const {
+    if (forked_child()) // the mutex may be locked for ever
+        return std::make_shared<const Plan>(make_plan(layers_, steps_, h, w, threads));
     const std::lock_guard<std::mutex> lock(mutex_);
     for (std::size_t i = 0; i < plans_.size(); ++i)
-        if (plans_[i]->h == h && plans_[i]->w == w) {
+        if (plans_[i]->h == h && plans_[i]->w == w && plans_[i]->threads == threads) {
             std::rotate(plans_.begin(), plans_.begin() + i, plans_.begin() + i + 1); // most recent first
             return plans_.front();
         }
+    auto made = std::make_shared<const Plan>(make_plan(layers_, steps_, h, w, threads));
     if (plans_.size() == kPlans)
         plans_.pop_back();
-    plans_.insert(plans_.begin(), std::make_shared<const Plan>(make_plan(layers_, steps_, h, w)));
+    plans_.insert(plans_.begin(), std::move(made));
     return plans_.front();
 }
 
 Floats Network::take_workspace(std::size_t floats, std::size_t &capacity) const {
-    {
+    Memory found{0, nullptr};
+    if (!forked_child()) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        while (!free_.empty()) {
-            Memory memory = std::move(free_.back());
+        if (!free_.empty()) {
+            found = std::move(free_.back());
             free_.pop_back();
-            if (memory.capacity >= floats) {
-                capacity = memory.capacity;
-                return std::move(memory.floats);
-            }
         }
     }
+    if (found.capacity >= floats && found.floats) {
+        capacity = found.capacity;
+        return std::move(found.floats);
+    }
+    found.floats.reset(); // too small: freed before the larger one is asked for
     capacity = floats;
     return allocate(floats);
 }
 
 void Network::give_workspace(Floats memory, std::size_t capacity) const {
+    if (forked_child() || capacity > kKeptFloats)
+        return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back({capacity, std::move(memory)});
+    if (free_.size() < kWorkspaces)
+        free_.push_back({capacity, std::move(memory)});
 }
 
 std::size_t Network::workspace_bytes(int n, int h, int w, int threads) const {
     if (n < 1 || h < 1 || w < 1)
         return 0;
     const std::size_t features = static_cast<std::size_t>(n) * layers_.back().desc.cin;
-    return sizeof(float) * (Runner::memory(*plan(h, w), threads) + features);
+    return sizeof(float) * (Runner::memory(*plan(h, w, usable_threads(threads)), n) + features);
 }
 
 void Network::run(const Call &call, int threads) const {
@@ -93,13 +105,17 @@ void Network::run(const Call &call, int threads) const {
         throw std::invalid_argument("H and W must be 1 or more");
     if (call.bytes && table_.empty())
         throw std::invalid_argument("uint8 images need the network's normalization");
+    if (steps_.front().form == Step::Form::linear && (call.h != 1 || call.w != 1))
+        throw std::invalid_argument("a linear layer alone takes pooled features, H = W = 1");
+    if (call.bytes && layers_.front().desc.kind != Kind::stem)
+        throw std::invalid_argument("uint8 images need a network that begins with a stem");
     if (call.n == 0)
         return;
     threads = usable_threads(threads);
-    const std::shared_ptr<const Plan> plan = this->plan(call.h, call.w);
+    const std::shared_ptr<const Plan> plan = this->plan(call.h, call.w, threads);
     const bool classifies = steps_.back().form == Step::Form::linear && steps_.size() > 1;
     const std::size_t features = classifies ? static_cast<std::size_t>(call.n) * layers_.back().desc.cin : 0;
-    const std::size_t floats = Runner::memory(*plan, threads);
+    const std::size_t floats = Runner::memory(*plan, call.n);
     std::size_t capacity = 0;
     Floats memory = take_workspace(floats + features, capacity);
     const Runner runner(kernels_, layers_, steps_, *plan, call, table_.empty() ? nullptr : table_.data());

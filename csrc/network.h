@@ -3,31 +3,14 @@
 
 #include <memory>
 #include <mutex>
-#include <string>
 #include <vector>
 
+#include "layer.h"
 #include "pack.h"
 #include "plan.h"
 #include "types.h"
 
 namespace mnv2 {
-
-struct LayerDesc {
-    Kind kind;
-    int cin;
-    int cout;
-    int stride;
-    bool relu6;
-    int residual;        // layers back to the one whose input is added; kGiven: the caller passes it; 0: none
-    const float *weight; // folded, in torch's order; read at construction only
-    const float *bias;
-};
-constexpr int kGiven = -1;
-
-struct Layer {
-    LayerDesc desc;
-    Packed packed;
-};
 
 // The caller's tensors. Strides are in elements; `bytes` images are uint8 and looked up in the network's table.
 struct Call {
@@ -49,12 +32,10 @@ class Network {
     void run(const Call &call, int threads) const;
 
     std::size_t workspace_bytes(int n, int h, int w, int threads) const;
-    std::size_t weight_bytes() const { return weight_floats_ * sizeof(float); }
-    int outputs() const { return layers_.back().desc.cout; }
     const char *isa() const { return kernels_.isa; }
 
   private:
-    std::shared_ptr<const Plan> plan(int h, int w) const;
+    std::shared_ptr<const Plan> plan(int h, int w, int threads) const;
     Floats take_workspace(std::size_t floats, std::size_t &capacity) const;
     void give_workspace(Floats memory, std::size_t capacity) const;
 
@@ -62,7 +43,6 @@ class Network {
     std::vector<Layer> layers_;
     std::vector<Step> steps_;
     Floats weights_;
-    std::size_t weight_floats_ = 0;
     std::vector<float> table_;
 
     struct Memory {

@@ -1,6 +1,7 @@
 // Weights in the order the kernels read them, and memory on cache lines.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -19,6 +20,8 @@ using Floats = std::unique_ptr<float[], FreeDeleter>;
 
 // `count` floats on a cache line, not initialised. Throws std::bad_alloc.
 inline Floats allocate(std::size_t count) {
+    if (count > SIZE_MAX / (2 * sizeof(float)))
+        throw std::bad_alloc();
     const std::size_t bytes = (count * sizeof(float) + kCacheLine - 1) / kCacheLine * kCacheLine;
     void *p = std::aligned_alloc(kCacheLine, bytes ? bytes : kCacheLine);
     if (!p)

@@ -33,7 +33,11 @@ class Team {
     int expected_ = 0;
 };
 
-// Threads that a region asked for `requested` will get. A child of fork gets one: OpenMP's pool did not survive.
+// Whether this process is a child of fork: OpenMP's pool and any lock held by another thread did not survive.
+bool forked_child();
+
+// Threads that a region asked for `requested` will get: 1 to kMaxThreads, and 1 in a child of fork.
+constexpr int kMaxThreads = 1024; // OpenMP's runtime keeps a team on the stack: 100,000 end the process
 int usable_threads(int requested);
 
 // Threads OpenMP would use by default, and the version of its specification.

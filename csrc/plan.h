@@ -3,13 +3,12 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
-#include "types.h"
+#include "layer.h"
 
 namespace mnv2 {
-
-enum class Kind { stem, depthwise, pointwise, linear };
 
 // One to three layers that run together. Missing parts are -1.
 //   block: [expand | stem] -> depthwise -> project, row by row or layer by layer
@@ -18,9 +17,9 @@ struct Step {
     enum class Form { block, single, head, linear } form;
     int produce = -1; // the layer that makes the hidden tensor: a pointwise one or the stem
     int depthwise = -1;
-    int project = -1; // of a block; the only layer of the other forms
+    int last = -1; // a block's project layer, or the only one
 
-    int first() const { return produce >= 0 ? produce : depthwise >= 0 ? depthwise : project; }
+    int first() const { return produce >= 0 ? produce : depthwise >= 0 ? depthwise : last; }
 };
 
 struct StepPlan {
@@ -34,7 +33,7 @@ struct StepPlan {
 // Sizes are floats. One arena: two activations, the tensors between the layers of a step that threads share, the
 // group's input, and `scratch` for each thread.
 struct Plan {
-    int h, w;
+    int h, w, threads;
     std::vector<StepPlan> steps;
     int group_from = 0; // steps from here on run for `kGroup` images at once, so that their weights are read once
     std::size_t activation = 0;
@@ -49,20 +48,26 @@ struct Plan {
 };
 
 constexpr int kGroup = 4;
-constexpr int kPoolChunk = 196; // pixels of a head's tile of channels that are summed at a time
+constexpr int kPoolChunk = 56; // pixels of a head's tile of channels that are summed in float32 at a time
 
-struct Layer;
+// Whether a block runs layer by layer, which shares every row once among `threads` and needs two more waits, or row by
+// row, which keeps the hidden rows in L2 and makes a few of them twice. Large maps want the second, small ones and
+// groups of images the first. More threads, or a group, never turn a yes into a no.
+bool by_layers(const std::vector<Layer> &layers, const Step &s, const StepPlan &p, int images, int threads);
 
 // Groups layers into steps. Throws std::invalid_argument where they do not chain.
 std::vector<Step> make_steps(const std::vector<Layer> &layers, bool pool);
 
-Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps, int h, int w);
+// `threads`: the most that will share an image. Throws std::length_error where the image is too large to plan for.
+Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps, int h, int w, int threads);
 
 // Floats from one pixel to the next in internal tensors.
 constexpr int padded(int channels) { return (channels + kChannelPad - 1) / kChannelPad * kChannelPad; }
 
 // Floats of a padded row of stem input: 3 colours, one pixel of zeros at each side.
-constexpr int stem_row(int width) { return padded(3 * (width + 2)); }
+constexpr std::ptrdiff_t stem_row(int width) {
+    return (3 * (static_cast<std::ptrdiff_t>(width) + 2) + kChannelPad - 1) / kChannelPad * kChannelPad;
+}
 constexpr int kStemRing = 4; // input rows kept, and one of zeros after them
 
 } // namespace mnv2

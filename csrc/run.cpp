@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace mnv2 {
+
+constexpr int kMaxPanel = 2 * kChannelPad; // channels, of any instruction set
 
 Runner::Arena Runner::arena(float *memory, const Team &team) const {
     Arena a;
@@ -23,7 +26,7 @@ Runner::Arena Runner::arena(float *memory, const Team &team) const {
 
 void Runner::run(Team &team, float *memory, float *features) const {
     // Whole images to every thread, which then never waits; what is left over is shared image by image.
-    const int each = call_.n / team.size();
+    const int each = call_.n >= plan_.threads ? call_.n / team.size() : 0; // as memory() was told
     if (each > 0) {
         Team alone = Team::solo();
         images(alone, arena(memory + team.rank() * plan_.arena(1), alone), team.rank() * each, each, features);
@@ -70,7 +73,7 @@ void Runner::steps(Team &team, const Arena &arena, int from, int to, const float
 // Where a step reads and writes: `x` and `y`, but for the ends of the network the caller's tensors and the features.
 Tensors Runner::place(int step, const float *x, float *y, int image, float *features) const {
     const Step &s = steps_[step];
-    const LayerDesc &first = layers_[s.first()].desc, &d = layers_[s.project].desc;
+    const LayerDesc &first = layers_[s.first()].desc, &d = layers_[s.last].desc;
     Tensors t{x, padded(first.cin), y, padded(d.cout), image};
     if (!x && first.kind != Kind::stem) {
         t.x = static_cast<const float *>(call_.x) + image * call_.stride_n;
@@ -90,10 +93,7 @@ void Runner::run_step(Team &team, const Arena &arena, int step, const Tensors &t
     const Step &s = steps_[step];
     const StepPlan &p = plan_.steps[step];
     const bool block = s.form == Step::Form::block;
-    // Layer by layer shares every row once and needs two more waits; row by row keeps the hidden rows in L2 and makes a
-    // few of them twice. Large maps want the second, small ones and groups of images the first.
-    const bool expands = block && s.produce >= 0 && layers_[s.produce].desc.kind == Kind::pointwise;
-    if (expands && (count > 1 || (team.size() > 1 && p.rows >= p.ho / team.size()))) {
+    if (by_layers(layers_, s, p, count, team.size())) {
         block_by_layers(team, arena, step, t, count);
         return;
     }
@@ -146,7 +146,7 @@ void Runner::expand_panel(const Layer &layer, const Tensors &t, const Rows &ring
 void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tensors &t) const {
     const Step &s = steps_[step];
     const StepPlan &p = plan_.steps[step];
-    const Layer &depthwise = layers_[s.depthwise], &project = layers_[s.project];
+    const Layer &depthwise = layers_[s.depthwise], &project = layers_[s.last];
     const Layer *const produce = s.produce >= 0 ? &layers_[s.produce] : nullptr;
     const bool stem = produce && produce->desc.kind == Kind::stem;
     const int stride = depthwise.desc.stride, ld = padded(depthwise.desc.cin);
@@ -186,7 +186,7 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
 void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Tensors &t, int images) const {
     const Step &s = steps_[step];
     const StepPlan &p = plan_.steps[step];
-    const Layer &expand = layers_[s.produce], &depthwise = layers_[s.depthwise], &project = layers_[s.project];
+    const Layer &expand = layers_[s.produce], &depthwise = layers_[s.depthwise], &project = layers_[s.last];
     const int ld = padded(depthwise.desc.cin);
     const std::ptrdiff_t in_pixels = static_cast<std::ptrdiff_t>(p.hidden_h) * p.hidden_w;
     const std::ptrdiff_t out_pixels = static_cast<std::ptrdiff_t>(p.ho) * p.wo;
@@ -213,7 +213,7 @@ void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Ten
 
 void Runner::single(Team &team, const Arena &arena, int step, const Tensors &t) const {
     const StepPlan &p = plan_.steps[step];
-    const Layer &layer = layers_[steps_[step].project];
+    const Layer &layer = layers_[steps_[step].last];
     const LayerDesc &d = layer.desc;
     if (d.kind == Kind::pointwise) {
         const std::ptrdiff_t pixels = static_cast<std::ptrdiff_t>(p.h) * p.w;
@@ -237,7 +237,7 @@ void Runner::single(Team &team, const Arena &arena, int step, const Tensors &t) 
 // The last 1x1 layer a panel of channels at a time, summed at once: its output tensor never exists.
 void Runner::head(Team &team, const Arena &arena, int step, const Tensors &t, int images) const {
     const StepPlan &p = plan_.steps[step];
-    const Layer &layer = layers_[steps_[step].project];
+    const Layer &layer = layers_[steps_[step].last];
     const LayerDesc &d = layer.desc;
     const std::ptrdiff_t pixels = static_cast<std::ptrdiff_t>(p.h) * p.w;
     long begin, end;
@@ -247,21 +247,24 @@ void Runner::head(Team &team, const Arena &arena, int step, const Tensors &t, in
         for (int image = 0; image < images; ++image) {
             const float *x = t.x + image * pixels * t.x_ld;
             float *sum = t.y + static_cast<std::ptrdiff_t>(image) * d.cout + n;
+            double total[kMaxPanel] = {}; // of the chunks: one long float32 sum would lose digits on a large map
             for (std::ptrdiff_t at = 0; at < pixels; at += kPoolChunk) {
                 const std::ptrdiff_t chunk = std::min<std::ptrdiff_t>(kPoolChunk, pixels - at);
                 kernels_.pointwise({x + at * t.x_ld, t.x_ld,
                                     layer.packed.weight + static_cast<std::ptrdiff_t>(n) * d.cin, layer.packed.bias + n,
                                     nullptr, 0, arena.scratch, kernels_.panel, chunk, d.cin, channels, 0, 1, d.relu6});
-                kernels_.pool({arena.scratch, kernels_.panel, sum, chunk, channels, at > 0});
+                kernels_.pool({arena.scratch, kernels_.panel, sum, chunk, channels});
+                for (int c = 0; c < channels; ++c)
+                    total[c] += sum[c];
             }
             for (int c = 0; c < channels; ++c)
-                sum[c] /= static_cast<float>(pixels);
+                sum[c] = static_cast<float>(total[c] / static_cast<double>(pixels));
         }
     }
 }
 
 void Runner::linear(Team &team, int step, const float *x, int images) const {
-    const Layer &layer = layers_[steps_[step].project];
+    const Layer &layer = layers_[steps_[step].last];
     const LayerDesc &d = layer.desc;
     const float *in = x ? x : static_cast<const float *>(call_.x);
     pointwise(team, layer, {in, d.cin, call_.y, d.cout, 0}, images, nullptr, 0);
@@ -312,7 +315,7 @@ void Runner::pointwise(Team &team, const Layer &layer, const Tensors &t, std::pt
 // zeros; `loaded` is the last input row in it.
 void Runner::stem_rows(const Layer &layer, int image, int begin, int end, int width, float *y, std::ptrdiff_t y_ld,
                        float *rows, int &loaded) const {
-    const int size = stem_row(plan_.w);
+    const std::ptrdiff_t size = stem_row(plan_.w);
     float *const zeros = rows + kStemRing * size;
     if (loaded < 0) {
         std::memset(rows, 0, sizeof(float) * (kStemRing + 1) * size); // the padding is zeros and stays so
@@ -336,15 +339,15 @@ void Runner::stem_rows(const Layer &layer, int image, int begin, int end, int wi
 // after the next one are prefetched, which no hardware prefetcher does across their gaps (25 of the stem's 145 us).
 void Runner::load_row(int image, int row, float *out) const {
     const std::ptrdiff_t at = image * call_.stride_n + row * call_.stride_h;
-    const int width = plan_.w;
-    const auto copy = [this](float *to, const float *from, int count) {
+    const std::ptrdiff_t width = plan_.w;
+    const auto copy = [this](float *to, const float *from, std::ptrdiff_t count) {
         std::memcpy(to, from, sizeof(float) * count);
-        for (int i = 0; i < count; i += kChannelPad)
+        for (std::ptrdiff_t i = 0; i < count; i += kChannelPad)
             __builtin_prefetch(from + 2 * call_.stride_h + i);
     };
     if (call_.bytes) {
         const std::uint8_t *in = static_cast<const std::uint8_t *>(call_.x) + at;
-        for (int w = 0; w < width; ++w)
+        for (std::ptrdiff_t w = 0; w < width; ++w)
             for (int c = 0; c < 3; ++c)
                 out[3 * (w + 1) + c] = table_[256 * c + in[w * call_.stride_w + c * call_.stride_c]];
         return;
@@ -360,7 +363,7 @@ void Runner::load_row(int image, int row, float *out) const {
         if (call_.stride_w == 1)
             copy(line, from, width);
         else
-            for (int w = 0; w < width; ++w)
+            for (std::ptrdiff_t w = 0; w < width; ++w)
                 line[w] = from[w * call_.stride_w];
     }
 }

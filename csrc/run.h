@@ -35,8 +35,10 @@ class Runner {
     // Every image, by one member of a team that all call this with the same memory. Returns when this member is done.
     void run(Team &team, float *memory, float *features) const;
 
-    static std::size_t memory(const Plan &plan, int threads) {
-        const std::size_t alone = threads * plan.arena(1), together = plan.arena(threads);
+    // Floats of memory for n images: an arena a thread where each has images of its own, or one for all.
+    static std::size_t memory(const Plan &plan, int n) {
+        const std::size_t alone = n >= plan.threads ? plan.threads * plan.arena(1) : 0;
+        const std::size_t together = plan.arena(plan.threads);
         return alone > together ? alone : together;
     }
 

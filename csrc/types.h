@@ -62,14 +62,13 @@ struct DepthwiseArgs {
     bool relu6;
 };
 
-// sum[c] (+)= sum over pixels of x[p, c]
+// sum[c] = sum over pixels of x[p, c]
 struct PoolArgs {
     const float *x;
     std::ptrdiff_t x_ld;
     float *sum;
     std::ptrdiff_t pixels;
     int channels;
-    bool accumulate;
 };
 
 struct KernelTable {

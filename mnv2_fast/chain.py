@@ -57,7 +57,7 @@ class Link:
     def fold(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The float32 weight and bias of the layer with batch norm folded in, rounded once from float64."""
         weight, bias = tensors["weight"].double(), tensors.get("bias")
-        shift = torch.zeros(weight.shape[0], dtype=torch.float64) if bias is None else bias.double()
+        shift = weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
         if self.norm:
             scale = torch.rsqrt(tensors["running_var"].double() + self.eps)
             if self.affine:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import operator
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from . import env, weights
-from .arch import LayerSpec
+from .arch import KINDS, LayerSpec
 from .backends import cpu, eager
 from .chain import Chain, Link
 from .errors import UserError
@@ -31,6 +32,8 @@ from .weights import Preprocessing
 log = logging.getLogger("mnv2_fast")
 
 DTYPES = ("fp32",)
+
+MAX_THREADS = 1024  # as csrc/parallel.h says
 
 FORMAT = "mnv2_fast.engine"
 VERSION = "1"
@@ -127,7 +130,7 @@ class Engine:
             TypeError: x is no tensor.
         """
         check_images(x)
-        return self._network.run(x.detach(), self.threads)
+        return self._network.run(x.detach().resolve_neg(), self.threads)
 
     def workspace_bytes(self, n: int = 1, h: int = 224, w: int = 224) -> int:
         """Bytes of activations that a call on [n, 3, h, w] takes; 0 where torch allocates them."""
@@ -137,7 +140,8 @@ class Engine:
         """Write weights, architecture, labels and preprocessing into one safetensors file, or nothing.
 
         Raises:
-            OSError: the file cannot be written.
+            UserError: the folder is not there.
+        OSError: the file cannot be written.
         """
         from safetensors.torch import save_file
 
@@ -154,6 +158,8 @@ class Engine:
         for spec, (weight, bias) in zip(self.layers, self._tensors, strict=True):
             tensors[f"{spec.conv}.weight"], tensors[f"{spec.conv}.bias"] = weight, bias
         target = Path(path)
+        if not target.parent.is_dir():
+            raise UserError(f"there is no folder {target.parent} to save {target.name} in: make it first")
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             beside = Path(folder) / target.name
             save_file(tensors, beside, metadata)
@@ -250,14 +256,17 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
             raise UserError(
                 f"{path}: {key} is {tensor.dtype}, an engine's tensors are torch.float32: save it again"
             )
-    return Engine(
-        layers,
-        [(state[f"{spec.conv}.weight"], state[f"{spec.conv}.bias"]) for spec in layers],
-        dtype=metadata.get("dtype", "fp32"),
-        threads=threads,
-        labels=weights.labels_of(metadata, layers[-1].cout),
-        preprocessing=weights.preprocessing_of(metadata),
-    )
+    try:
+        return Engine(
+            layers,
+            [(state[f"{spec.conv}.weight"], state[f"{spec.conv}.bias"]) for spec in layers],
+            dtype=metadata.get("dtype", "fp32"),
+            threads=threads,
+            labels=weights.labels_of(metadata, layers[-1].cout),
+            preprocessing=weights.preprocessing_of(metadata),
+        )
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def check_dtype(dtype: str) -> str:
@@ -279,9 +288,17 @@ def check_threads(threads: int | None) -> int | None:
     Raises:
         UserError: it is neither.
     """
-    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
-        raise UserError(f"threads={threads!r}: give a whole number of at least 1, or None for torch's number")
-    return threads
+    if threads is None:
+        return None
+    try:
+        number = -1 if isinstance(threads, bool) else operator.index(threads)
+    except TypeError:
+        number = -1
+    if not 1 <= number <= MAX_THREADS:
+        raise UserError(
+            f"threads={threads!r}: give a whole number from 1 to {MAX_THREADS}, or None for torch's number"
+        )
+    return number
 
 
 def check_images(x: Any) -> None:
@@ -318,9 +335,9 @@ def check_images(x: Any) -> None:
 
 def byte_table(preprocessing: Preprocessing) -> Tensor:
     """[3, 256]: what ToTensor and Normalize make of each uint8 in R, G and B, by their own operations."""
-    values = torch.arange(256, dtype=torch.uint8).to(torch.float32).div(255)
-    mean = torch.tensor(preprocessing.mean, dtype=torch.float32)[:, None]
-    std = torch.tensor(preprocessing.std, dtype=torch.float32)[:, None]
+    values = torch.arange(256, dtype=torch.uint8, device="cpu").to(torch.float32).div(255)
+    mean = torch.tensor(preprocessing.mean, dtype=torch.float32, device="cpu")[:, None]
+    std = torch.tensor(preprocessing.std, dtype=torch.float32, device="cpu")[:, None]
     return values.expand(3, 256).sub(mean).div(std)
 
 
@@ -335,11 +352,18 @@ def _why_eager(backend: str) -> str:
 
 
 def _architecture(text: str, path: object) -> list[LayerSpec]:
+    """The layers that a file's metadata lists, each field of its own type."""
     try:
         layers = [LayerSpec(**fields) for fields in json.loads(text)]
-        if not layers or any(spec.kind == "linear" for spec in layers[:-1]) or layers[-1].kind != "linear":
+        kinds = get_type_hints(LayerSpec)
+        typed = all(type(getattr(spec, name)) is kind for spec in layers for name, kind in kinds.items())
+        if not typed or not layers or any(spec.kind not in KINDS for spec in layers):
             raise ValueError
-        [spec.weight_shape for spec in layers]
-    except (ValueError, TypeError, KeyError):
+        small = all(
+            abs(value) < 2**20 for spec in layers for value in vars(spec).values() if type(value) is int
+        )
+        if not small or (layers[0].kind, layers[0].cin, layers[-1].kind) != ("stem", 3, "linear"):
+            raise ValueError
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: its architecture cannot be read: save the engine again") from None
     return layers

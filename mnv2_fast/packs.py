@@ -107,6 +107,7 @@ class TensorWatch:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._steps = _steps
         self.aliases = [t.detach() for t in tensors]
+        self._originals = list(tensors)  # the table reads them: they must live
         self._described = _describe(tensors)
         self._sampled_at = _sample_addresses(self.aliases)
         self._values = self._read_values()

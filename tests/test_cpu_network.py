@@ -279,7 +279,7 @@ def test_several_python_threads_share_a_network(small: tuple[list[LayerSpec], cp
 def test_child_of_fork_runs() -> None:
     """libgomp would wait for ever in a child for threads that only its parent has."""
     script = """
-import os, sys, torch
+import os, signal, sys, torch
 from mnv2_fast import arch
 from mnv2_fast.backends import cpu
 layers = list(arch.network(4, 0.35))
@@ -289,6 +289,7 @@ x = torch.randn(5, 3, 64, 64)
 before = network.run(x, 2)
 child = os.fork()
 if child == 0:
+    signal.alarm(30)  # a child that waits for ever ends and is seen
     os._exit(0 if torch.equal(network.run(x, 2), before) else 1)
 status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 assert torch.equal(network.run(x, 2), before)
@@ -338,12 +339,86 @@ def test_unknown_isa_lists_the_ones_that_run() -> None:
         ([LayerSpec("pointwise", "a", "", 4, 8, 1, False, 1)], "no block to come from"),
         ([LayerSpec("linear", "a", "", 4, 8), LayerSpec("pointwise", "b", "", 8, 8)], "is the last one"),
         ([LayerSpec("depthwise", "a", "", 4, 4, 3)], "stride 1 or 2"),
+        ([LayerSpec("depthwise", "a", "", 4, 4)], "only a pointwise layer can be pooled"),
+        (block(4, 8, 5, 1, True), "no block to come from"),
+        (block(4, 8, 4, 2, True), "no block to come from"),
     ],
 )
 def test_layers_that_do_not_chain_are_refused(layers: list[LayerSpec], message: str) -> None:
     tensors = [(torch.zeros(spec.weight_shape), torch.zeros(spec.cout)) for spec in layers]
-    with pytest.raises((ValueError, IndexError), match=message):
+    with pytest.raises(ValueError, match=message):
         cpu.Network(layers, tensors)
+
+
+def test_a_block_may_be_pooled() -> None:
+    layers = block(4, 8, 5, 1, False)[1:]
+    tensors = folded(layers)
+    x = torch.randn(2, 8, 9, 7)
+    torch.testing.assert_close(
+        cpu.Network(layers, tensors).run(x).double(), twin(layers, tensors, x, True)[0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_input_that_does_not_fit_is_refused(small: tuple[list[LayerSpec], cpu.Network]) -> None:
+    pointwise = [LayerSpec("pointwise", "a", "", 3, 8)]
+    linear = [LayerSpec("linear", "a", "", 3, 8)]
+    added = [LayerSpec("pointwise", "a", "", 3, 8, 1, False, -1)]
+    x, images = torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    for layers, pool, args, message in [
+        (pointwise, False, (torch.randn(1, 4, 4, 4),), "takes 3 channels"),
+        (pointwise, False, (images,), "begins with a stem|normalization"),
+        (pointwise, False, (x, 1, torch.randn(1, 8, 4, 4)), "residual of shape None"),
+        (added, False, (x,), "got None"),
+        (added, False, (x, 1, torch.randn(1, 8, 4, 5)), "residual of shape"),
+        (linear, True, (x,), "H = W = 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            cpu.Network(layers, folded(layers), pool=pool).run(*args)
+    with pytest.raises(ValueError, match="normalization"):
+        small[1].run(images)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("h", "w"), [(1, 1), (7, 7), (14, 14), (64, 64), (250, 250)])
+def test_pool_keeps_its_digits_on_large_maps(isa: str, h: int, w: int) -> None:
+    layers = [LayerSpec("pointwise", "head", "", 2, 5, 1, True)]
+    tensors = [(torch.ones(5, 2, 1, 1), torch.zeros(5))]
+    network = cpu.Network(layers, tensors, isa=isa)
+    for x in (torch.full((1, 2, h, w), 0.55), torch.rand(1, 2, h, w)):
+        expected = twin(layers, tensors, x, True)[0]
+        # Twice torch's 2.4e-7 and 4 eps, of values near 1.1.
+        torch.testing.assert_close(network.run(x).double(), expected, rtol=9e-7, atol=0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bytes_on_every_isa(isa: str) -> None:
+    layers = list(arch.network(5, 0.35))
+    tensors, table = folded(layers), torch.randn(3, 256)
+    network = cpu.Network(layers, tensors, table=table, isa=isa)
+    images = torch.randint(0, 256, (3, 33, 20, 3), dtype=torch.uint8)
+    floats = torch.stack([table[c][images[..., c].long()] for c in range(3)], 1)
+    assert torch.equal(network.run(images, 2), network.run(floats, 1))
+
+
+def test_fewer_openmp_threads_than_asked() -> None:
+    script = """
+import torch
+from mnv2_fast import arch
+from mnv2_fast.backends import cpu
+layers = list(arch.network(4, 0.35))
+network = cpu.Network(layers, [(torch.randn(s.weight_shape) * 0.05, torch.zeros(s.cout)) for s in layers])
+for n in (1, 2, 3, 5, 9):
+    x = torch.randn(n, 3, 50, 40)
+    one = network.run(x, 1)
+    assert all(torch.equal(network.run(x, threads), one) for threads in (2, 4, 7))
+print("done")
+"""
+    for limit in ("1", "2", "3"):
+        env = {**os.environ, "OMP_THREAD_LIMIT": limit}
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=120, check=False
+        )
+        assert done.stdout.strip() == "done", done.stderr[-2000:]
 
 
 def test_weights_of_the_wrong_shape_are_refused() -> None:

@@ -136,6 +136,57 @@ def test_failed_save_leaves_the_old_file(
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_save_into_no_folder(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no folder .*none to save m\.safetensors in"):
+        engine.save(tmp_path / "none" / "m.safetensors")
+
+
+def test_torchs_defaults_do_not_matter(model: MobileNetV2, engine: Engine) -> None:
+    x, images = torch.randn(2, 3, 40, 40), torch.randint(0, 256, (2, 40, 40, 3), dtype=torch.uint8)
+    expected, of_bytes = engine(x), engine(images)
+    contiguous = model.features[1](torch.randn(1, 16, 9, 9))
+    assert contiguous.dtype == torch.float32
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(engine(x), expected)
+            assert torch.equal(mnv2_fast.compile(model)(images), of_bytes)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(engine(x), expected)
+        assert torch.equal(mnv2_fast.compile(model)(images), of_bytes)
+
+
+def test_negative_views(engine: Engine) -> None:
+    x = torch.randn(1, 3, 32, 32, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    assert torch.equal(engine(x), engine(x.clone().resolve_neg()))
+
+
+def test_numbers_of_threads_from_numpy(model: MobileNetV2) -> None:
+    import numpy as np
+
+    assert mnv2_fast.compile(model, threads=np.int64(2)).threads == 2  # type: ignore[arg-type]
+
+
+def test_sizes_that_cannot_be(engine: Engine) -> None:
+    with pytest.raises(UserError, match=r"over 2\*\*31 - 1"):
+        engine(torch.zeros(1).expand(1, 3, 2**31, 1))
+    with pytest.raises(UserError, match=r"2\*\*36 pixels"):
+        engine(torch.zeros(1).expand(1, 3, 2**20, 2**20))
+    with pytest.raises(MemoryError, match="use smaller batches or images"):
+        engine(torch.zeros(1).expand(1, 3, 2**18, 2**17))
+
+
+def test_workspace_follows_the_call(engine: Engine) -> None:
+    assert 0 < engine.workspace_bytes(1, 96, 96) <= engine.workspace_bytes(16, 96, 96)
+    alone = mnv2_fast.compile(MobileNetV2().eval(), threads=1).workspace_bytes(1, 224, 224)
+    many = mnv2_fast.compile(MobileNetV2().eval(), threads=64).workspace_bytes(1, 224, 224)
+    assert alone < 8e6
+    assert many < 64e6
+
+
 def test_pickle_and_deepcopy(engine: Engine) -> None:
     x = torch.randn(1, 3, 32, 32)
     for other in (pickle.loads(pickle.dumps(engine)), copy.deepcopy(engine)):
@@ -239,9 +290,12 @@ def test_values_that_are_not_finite(model: MobileNetV2, engine: Engine, value: f
     [
         ({"dtype": "fp8"}, "use one of fp32"),
         ({"dtype": "fp16"}, "no arithmetic on a CPU"),
-        ({"threads": 0}, "at least 1"),
-        ({"threads": -1}, "at least 1"),
+        ({"threads": 0}, "from 1 to 1024"),
+        ({"threads": -1}, "from 1 to 1024"),
         ({"threads": 1.5}, "whole number"),
+        ({"threads": True}, "whole number"),
+        ({"threads": 100_000}, "from 1 to 1024"),
+        ({"threads": 2**40}, "from 1 to 1024"),
         ({"calibration": [1]}, "leave it out"),
     ],
 )
@@ -287,8 +341,24 @@ def test_files_that_are_no_engine(engine: Engine, tmp_path: Path, model: MobileN
     refused("holds weights, not an engine")
     save_file(tensors, bad, {**metadata, "version": "9"})
     refused("version '9'")
-    save_file(tensors, bad, {**metadata, "architecture": "[{}]"})
-    refused("architecture cannot be read")
+    layers = json.loads(metadata["architecture"])
+    for field, value in [
+        ("cout", 16.0),
+        ("relu6", "yes"),
+        ("residual", 2**40),
+        ("kind", "pointwise"),
+        ("cin", 4),
+    ]:
+        damaged = [{**layers[0], field: value}, *layers[1:]]
+        save_file(tensors, bad, {**metadata, "architecture": json.dumps(damaged)})
+        refused("architecture cannot be read")
+    for text in ("", "[{}]", "[]", "{", "[" * 100_000):
+        save_file(tensors, bad, {**metadata, "architecture": text})
+        refused("architecture cannot be read")
+    for at, field, value in [(1, "stride", 3), (2, "residual", 1), (1, "kind", "linear")]:
+        damaged = [*layers[:at], {**layers[at], field: value}, *layers[at + 1 :]]
+        save_file(tensors, bad, {**metadata, "architecture": json.dumps(damaged)})
+        refused("bad.safetensors")
     save_file({**tensors, "classifier.1.weight": torch.zeros(5, 7)}, bad, metadata)
     refused(r"classifier\.1\.weight")
     save_file({k: v for k, v in tensors.items() if k != "features.0.0.bias"}, bad, metadata)

@@ -47,7 +47,7 @@ template <int R, int V> inline void finish(Vec (&acc)[R][V], const Epilogue &e) 
     for (int v = 0; v < V; ++v) {
         const int left = e.channels - v * kLanes;
         float *const y = e.y + v * kLanes;
-        const float *const residual = e.residual + v * kLanes;
+        const float *const residual = e.residual ? e.residual + v * kLanes : nullptr;
         if (left >= kLanes) {
             if (e.residual != nullptr) {
 #pragma GCC unroll 16

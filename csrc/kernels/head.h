@@ -1,4 +1,4 @@
-// Sums over pixels for the global average pool, and the multiply-add loop that measures the machine's peak.
+// Sums over pixels for the global average pool.
 #pragma once
 
 namespace mnv2::MNV2_ISA {
@@ -8,7 +8,7 @@ void pool(const PoolArgs &a) {
     for (int c = 0; c < a.channels; c += kLanes) {
         const int left = a.channels - c;
         const bool whole = left >= kLanes;
-        Vec sum = !a.accumulate ? zero() : whole ? load(a.sum + c) : load_first(a.sum + c, left);
+        Vec sum = zero();
         const float *x = a.x + c;
         for (std::ptrdiff_t p = 0; p < a.pixels; ++p, x += a.x_ld)
             sum = add(sum, whole ? load(x) : load_first(x, left));
@@ -17,25 +17,6 @@ void pool(const PoolArgs &a) {
         else
             store_first(a.sum + c, sum, left);
     }
-}
-
-double fma_peak(std::int64_t iterations) {
-    constexpr int kChains = 12; // 2 pipes x 5 cycles of latency, and some to spare; 16 registers hold them
-    const float factor = 0.999f, term = 1e-3f;
-    const Vec f = broadcast(&factor), t = broadcast(&term);
-    Vec acc[kChains];
-    for (Vec &a : acc)
-        a = t;
-    for (std::int64_t i = 0; i < iterations; ++i)
-        for (Vec &a : acc)
-            a = fma(a, f, t);
-    float out[kLanes];
-    volatile float sink = 0.0f; // keeps the loop
-    for (Vec &a : acc) {
-        store(out, a);
-        sink = sink + out[0];
-    }
-    return static_cast<double>(iterations) * kChains * kLanes;
 }
 
 } // namespace

@@ -18,7 +18,8 @@ void pointwise(const PointwiseArgs &a) {
         const float *w = a.weight + static_cast<std::ptrdiff_t>(n) * a.cin;
         for (std::ptrdiff_t p = 0; p < a.pixels; p += kTileRows) {
             for (int chunk = 0; chunk < chunks; ++chunk) {
-                const int begin = a.cin * chunk / chunks, end = a.cin * (chunk + 1) / chunks;
+                const int begin = static_cast<int>(static_cast<std::int64_t>(a.cin) * chunk / chunks);
+                const int end = static_cast<int>(static_cast<std::int64_t>(a.cin) * (chunk + 1) / chunks);
                 const bool last = chunk + 1 == chunks;
                 const Epilogue e{last && a.residual ? a.residual + p * a.residual_ld + n : nullptr,
                                  a.residual_ld,

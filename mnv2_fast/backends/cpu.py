@@ -166,11 +166,6 @@ class Network:
         """The instruction set whose kernels this network runs."""
         return str(self._network.isa)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of packed weights."""
-        return int(self._network.weight_bytes)
-
     def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
         """Bytes of activations that a run on [n, 3, h, w] takes."""
         return int(self._network.workspace_bytes(n, h, w, threads))
@@ -189,6 +184,7 @@ class Network:
         """
         if threads is None:
             threads = torch.get_num_threads()
+        self._check(x, residual)
         if x.dtype == torch.uint8:
             n, h, w, _ = x.shape
             strides = (x.stride(0), x.stride(3), x.stride(1), x.stride(2))
@@ -197,24 +193,48 @@ class Network:
                 x = _nhwc(x)
             n, _, h, w = x.shape
             strides = (x.stride(0), x.stride(1), x.stride(2), x.stride(3))
-        if self._pool or self._last.kind == "linear":
-            y = torch.empty((n, self._last.cout))
-        else:
-            ho, wo = h, w
-            for stride in self._strides:
-                ho, wo = (ho - 1) // stride + 1, (wo - 1) // stride + 1
-            y = torch.empty((n, self._last.cout, ho, wo), memory_format=torch.channels_last)
         given = None if residual is None else _nhwc(residual)
-        self._network.run(
-            x.data_ptr(),
-            x.dtype == torch.uint8,
-            strides,
-            (n, h, w),
-            0 if given is None else given.data_ptr(),
-            y.data_ptr(),
-            threads,
-        )
+        y = self._output(n, h, w)
+        try:
+            self._network.run(
+                x.data_ptr(),
+                x.dtype == torch.uint8,
+                strides,
+                (n, h, w),
+                0 if given is None else given.data_ptr(),
+                y.data_ptr(),
+                threads,
+            )
+        except MemoryError:
+            need = self.workspace_bytes(n, h, w, threads) / 1e9
+            raise MemoryError(
+                f"no memory for {n} images of {h} x {w}, {need:.1f} GB of activations: "
+                "use smaller batches or images"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
         return y
+
+    def _check(self, x: Tensor, residual: Tensor | None) -> None:
+        """Refuse what the extension would read past, since it sees addresses only."""
+        channels = 0 if x.dim() != 4 else x.shape[3] if x.dtype == torch.uint8 else x.shape[1]
+        if channels != self._first.cin:
+            raise UserError(f"the network takes {self._first.cin} channels, got the shape {tuple(x.shape)}")
+        if max(x.shape) > _MAX_SIZE:
+            raise UserError(f"a size is over 2**31 - 1 in {tuple(x.shape)}: use smaller images or batches")
+        wanted = (x.shape[0], self._last.cout, *x.shape[2:]) if self._last.residual == -1 else None
+        got = None if residual is None else tuple(residual.shape)
+        if wanted != got:
+            raise UserError(f"a residual of shape {wanted} is wanted, got {got}")
+
+    def _output(self, n: int, h: int, w: int) -> Tensor:
+        # Named type and device: torch's defaults may be others.
+        if self._pool or self._last.kind == "linear":
+            return torch.empty((n, self._last.cout), dtype=torch.float32, device="cpu")
+        for stride in self._strides:
+            h, w = (h - 1) // stride + 1, (w - 1) // stride + 1
+        shape = (n, self._last.cout, h, w)
+        return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -226,7 +246,7 @@ def _nhwc(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     if x.stride() == (h * w * c, 1, w * c, c):
         return x
-    dense = torch.empty((n, h, w, c), dtype=x.dtype).permute(0, 3, 1, 2)
+    dense = torch.empty((n, h, w, c), dtype=x.dtype, device="cpu").permute(0, 3, 1, 2)
     return dense.copy_(x)
 
 

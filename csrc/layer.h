@@ -1,0 +1,27 @@
+// One layer of a network: what the caller says of it, and its weights as the kernels read them.
+#pragma once
+
+#include "pack.h"
+
+namespace mnv2 {
+
+enum class Kind { stem, depthwise, pointwise, linear };
+
+struct LayerDesc {
+    Kind kind;
+    int cin;
+    int cout;
+    int stride;
+    bool relu6;
+    int residual;        // layers back to the one whose input is added; kGiven: the caller passes it; 0: none
+    const float *weight; // folded, in torch's order; read at construction only
+    const float *bias;
+};
+constexpr int kGiven = -1;
+
+struct Layer {
+    LayerDesc desc;
+    Packed packed;
+};
+
+} // namespace mnv2
