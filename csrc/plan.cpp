@@ -16,9 +16,6 @@ constexpr std::size_t kFusedFloats = 48 * 1024;
 // More is no image: planning for it would wrap around.
 constexpr std::int64_t kMaxPixels = std::int64_t{1} << 36;
 
-// Steps whose input has at most this many pixels are bound by reading weights, and run for a group of images.
-constexpr int kGroupPixels = 14 * 14;
-
 bool is(const std::vector<Layer> &layers, std::size_t i, Kind kind) {
     return i < layers.size() && layers[i].desc.kind == kind;
 }
@@ -92,10 +89,10 @@ std::vector<Step> make_steps(const std::vector<Layer> &layers, bool pool) {
     return steps;
 }
 
-bool by_layers(const std::vector<Layer> &layers, const Step &s, const StepPlan &p, int images, int threads) {
+bool by_layers(const std::vector<Layer> &layers, const Step &s, const StepPlan &p, int threads) {
     const bool expands =
         s.form == Step::Form::block && s.produce >= 0 && layers[s.produce].desc.kind == Kind::pointwise;
-    return expands && (images > 1 || (threads > 1 && p.rows >= p.ho / threads));
+    return expands && threads > 1 && p.rows >= p.ho / threads;
 }
 
 Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps, int h, int w, int threads) {
@@ -106,17 +103,9 @@ Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps,
     plan.w = w;
     plan.threads = threads;
     const auto out_size = [](int size, int stride) { return (size - 1) / stride + 1; };
-    bool late = false;
-    for (std::size_t i = 0; i < steps.size(); ++i) {
-        const Step &s = steps[i];
+    for (const Step &s : steps) {
         const LayerDesc &last = layers[s.last].desc;
         StepPlan p{h, w, h, w, h, w, 0, 0};
-        if (!late && i > 0 && static_cast<long>(h) * w <= kGroupPixels) {
-            late = true;
-            plan.group_from = static_cast<int>(i);
-            plan.group_input = static_cast<std::size_t>(kGroup) * h * w * padded(layers[s.first()].desc.cin);
-        }
-        const std::size_t images = late ? kGroup : 1;
         if (s.form == Step::Form::block) {
             const LayerDesc &dw = layers[s.depthwise].desc;
             if (s.produce >= 0) {
@@ -132,9 +121,9 @@ Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps,
             const std::size_t fits = kFusedFloats > fixed ? (kFusedFloats - fixed) / row : 0;
             p.rows = static_cast<int>(std::clamp<std::size_t>(fits, 1, p.ho));
             p.ring = std::min((p.rows - 1) * dw.stride + 3, p.hidden_h);
-            if (by_layers(layers, s, p, static_cast<int>(images), threads)) {
-                plan.hidden = std::max(plan.hidden, images * p.hidden_h * hidden_row);
-                plan.filtered = std::max(plan.filtered, images * p.ho * filtered_row);
+            if (by_layers(layers, s, p, threads)) {
+                plan.hidden = std::max(plan.hidden, p.hidden_h * hidden_row);
+                plan.filtered = std::max(plan.filtered, p.ho * filtered_row);
             }
             plan.scratch = std::max(plan.scratch, p.ring * hidden_row + p.rows * filtered_row);
         } else if (s.form == Step::Form::single) {
@@ -144,13 +133,11 @@ Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps,
             plan.scratch = std::max(plan.scratch, static_cast<std::size_t>(kPoolChunk) * 2 * kChannelPad);
         }
         if (s.form == Step::Form::block || s.form == Step::Form::single)
-            plan.activation = std::max(plan.activation, images * p.ho * p.wo * padded(last.cout));
+            plan.activation = std::max(plan.activation, static_cast<std::size_t>(p.ho) * p.wo * padded(last.cout));
         plan.steps.push_back(p);
         h = p.ho;
         w = p.wo;
     }
-    if (!late)
-        plan.group_from = static_cast<int>(steps.size());
     if (layers.front().desc.kind == Kind::stem)
         plan.scratch += static_cast<std::size_t>(kStemRing + 1) * stem_row(plan.w);
     return plan;

@@ -30,30 +30,25 @@ struct StepPlan {
     int ring;               // hidden rows kept
 };
 
-// Sizes are floats. One arena: two activations, the tensors between the layers of a step that threads share, the
-// group's input, and `scratch` for each thread.
+// Sizes are floats. One arena: two activations, the tensors between the layers of a step that threads share, and
+// `scratch` for each thread.
 struct Plan {
     int h, w, threads;
     std::vector<StepPlan> steps;
-    int group_from = 0; // steps from here on run for `kGroup` images at once, so that their weights are read once
     std::size_t activation = 0;
     std::size_t hidden = 0;
     std::size_t filtered = 0;
-    std::size_t group_input = 0;
     std::size_t scratch = 0;
 
-    std::size_t arena(int threads) const {
-        return 2 * activation + hidden + filtered + group_input + threads * scratch;
-    }
+    std::size_t arena(int threads) const { return 2 * activation + hidden + filtered + threads * scratch; }
 };
 
-constexpr int kGroup = 4;
 constexpr int kPoolChunk = 56; // pixels of a head's tile of channels that are summed in float32 at a time
 
 // Whether a block runs layer by layer, which shares every row once among `threads` and needs two more waits, or row by
-// row, which keeps the hidden rows in L2 and makes a few of them twice. Large maps want the second, small ones and
-// groups of images the first. More threads, or a group, never turn a yes into a no.
-bool by_layers(const std::vector<Layer> &layers, const Step &s, const StepPlan &p, int images, int threads);
+// row, which keeps the hidden rows in L2 and makes a few of them twice. Large maps want the second, small ones the
+// first. More threads never turn a yes into a no.
+bool by_layers(const std::vector<Layer> &layers, const Step &s, const StepPlan &p, int threads);
 
 // Groups layers into steps. Throws std::invalid_argument where they do not chain.
 std::vector<Step> make_steps(const std::vector<Layer> &layers, bool pool);

@@ -19,7 +19,6 @@ Runner::Arena Runner::arena(float *memory, const Team &team) const {
     a.activation[1] = take(plan_.activation);
     a.hidden = take(plan_.hidden);
     a.filtered = take(plan_.filtered);
-    a.group_input = take(plan_.group_input);
     a.scratch = memory + team.rank() * plan_.scratch;
     return a;
 }
@@ -29,42 +28,25 @@ void Runner::run(Team &team, float *memory, float *features) const {
     const int each = call_.n >= plan_.threads ? call_.n / team.size() : 0; // as memory() was told
     if (each > 0) {
         Team alone = Team::solo();
-        images(alone, arena(memory + team.rank() * plan_.arena(1), alone), team.rank() * each, each, features);
+        const Arena own = arena(memory + team.rank() * plan_.arena(1), alone);
+        for (int k = 0; k < each; ++k)
+            image(alone, own, team.rank() * each + k, features);
         team.sync();
     }
     const Arena together = arena(memory, team);
-    for (int image = each * team.size(); image < call_.n; ++image)
-        images(team, together, image, 1, features);
+    for (int k = each * team.size(); k < call_.n; ++k)
+        image(team, together, k, features);
     if (steps_.back().form == Step::Form::linear)
         linear(team, static_cast<int>(steps_.size()) - 1, steps_.size() > 1 ? features : nullptr, call_.n);
 }
 
-void Runner::images(Team &team, const Arena &arena, int first, int count, float *features) const {
-    int end = static_cast<int>(steps_.size());
-    if (steps_.back().form == Step::Form::linear)
-        --end; // runs once for all images
-    const int split = count > 1 ? std::min(plan_.group_from, end) : end;
-    if (split == end) {
-        for (int i = 0; i < count; ++i)
-            steps(team, arena, 0, end, nullptr, nullptr, first + i, 1, features);
-        return;
-    }
-    const std::size_t size = plan_.group_input / kGroup;
-    for (int begin = 0; begin < count; begin += kGroup) {
-        const int group = std::min(kGroup, count - begin);
-        for (int i = 0; i < group; ++i)
-            steps(team, arena, 0, split, nullptr, arena.group_input + i * size, first + begin + i, 1, features);
-        steps(team, arena, split, end, arena.group_input, nullptr, first + begin, group, features);
-    }
-}
-
-// Steps [from, to) for `count` images. `x` is null where the first one reads the call; the last one writes `y`, where
-// that is not null.
-void Runner::steps(Team &team, const Arena &arena, int from, int to, const float *x, float *y, int image, int count,
-                   float *features) const {
-    for (int i = from; i < to; ++i) {
-        const Tensors t = place(i, x, i + 1 == to && y ? y : arena.activation[i % 2], image, features);
-        run_step(team, arena, i, t, count);
+// Every step for one image, but for a linear last one, which runs once for all.
+void Runner::image(Team &team, const Arena &arena, int image, float *features) const {
+    const float *x = nullptr; // the call's own
+    for (std::size_t i = 0; i < steps_.size() && steps_[i].form != Step::Form::linear; ++i) {
+        const int step = static_cast<int>(i);
+        const Tensors t = place(step, x, arena.activation[i % 2], image, features);
+        run_step(team, arena, step, t);
         team.sync();
         x = t.y;
     }
@@ -89,27 +71,16 @@ Tensors Runner::place(int step, const float *x, float *y, int image, float *feat
     return t;
 }
 
-void Runner::run_step(Team &team, const Arena &arena, int step, const Tensors &t, int count) const {
+void Runner::run_step(Team &team, const Arena &arena, int step, const Tensors &t) const {
     const Step &s = steps_[step];
-    const StepPlan &p = plan_.steps[step];
-    const bool block = s.form == Step::Form::block;
-    if (by_layers(layers_, s, p, count, team.size())) {
-        block_by_layers(team, arena, step, t, count);
-        return;
-    }
-    if (s.form == Step::Form::head) {
-        head(team, arena, step, t, count);
-        return;
-    }
-    for (int k = 0; k < count; ++k) {
-        const std::ptrdiff_t in = static_cast<std::ptrdiff_t>(k) * p.h * p.w * t.x_ld;
-        const std::ptrdiff_t out = static_cast<std::ptrdiff_t>(k) * p.ho * p.wo * t.y_ld;
-        const Tensors one{t.x ? t.x + in : nullptr, t.x_ld, t.y + out, t.y_ld, t.image + k};
-        if (block)
-            block_by_rows(team, arena, step, one);
-        else
-            single(team, arena, step, one);
-    }
+    if (s.form == Step::Form::head)
+        head(team, arena, step, t);
+    else if (s.form == Step::Form::single)
+        single(team, arena, step, t);
+    else if (by_layers(layers_, s, plan_.steps[step], team.size()))
+        block_by_layers(team, arena, step, t);
+    else
+        block_by_rows(team, arena, step, t);
 }
 
 // One output row of a depthwise layer, blocks [block_begin, block_end) of its channels.
@@ -183,7 +154,7 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
 }
 
 // Expand, wait, depthwise, wait, project: each layer shared by the team as its own shape asks.
-void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Tensors &t, int images) const {
+void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Tensors &t) const {
     const Step &s = steps_[step];
     const StepPlan &p = plan_.steps[step];
     const Layer &expand = layers_[s.produce], &depthwise = layers_[s.depthwise], &project = layers_[s.last];
@@ -191,24 +162,24 @@ void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Ten
     const std::ptrdiff_t in_pixels = static_cast<std::ptrdiff_t>(p.hidden_h) * p.hidden_w;
     const std::ptrdiff_t out_pixels = static_cast<std::ptrdiff_t>(p.ho) * p.wo;
 
-    pointwise(team, expand, {t.x, t.x_ld, arena.hidden, ld, 0}, images * in_pixels, nullptr, 0);
+    pointwise(team, expand, {t.x, t.x_ld, arena.hidden, ld, 0}, in_pixels, nullptr, 0);
     team.sync();
 
-    const long all_rows = static_cast<long>(images) * p.ho, all_blocks = blocks(depthwise);
-    long row_begin = 0, row_end = all_rows, block_begin = 0, block_end = all_blocks;
-    if (all_rows % team.size() == 0)
-        team.share(all_rows, 1, row_begin, row_end);
+    const long all_blocks = blocks(depthwise);
+    long row_begin = 0, row_end = p.ho, block_begin = 0, block_end = all_blocks;
+    if (p.ho % team.size() == 0)
+        team.share(p.ho, 1, row_begin, row_end);
     else
         team.share(all_blocks, 1, block_begin, block_end);
+    const Rows hidden{arena.hidden, ld, p.hidden_h, p.hidden_w, p.hidden_h};
     for (long row = row_begin; row < row_end; ++row) {
-        const Rows hidden{arena.hidden + row / p.ho * in_pixels * ld, ld, p.hidden_h, p.hidden_w, p.hidden_h};
-        depthwise_row(depthwise, hidden, row % p.ho, arena.filtered + row * p.wo * ld, ld,
-                      static_cast<int>(block_begin), static_cast<int>(block_end));
+        depthwise_row(depthwise, hidden, row, arena.filtered + row * p.wo * ld, ld, static_cast<int>(block_begin),
+                      static_cast<int>(block_end));
     }
     team.sync();
 
-    pointwise(team, project, {arena.filtered, ld, t.y, t.y_ld, 0}, images * out_pixels,
-              project.desc.residual ? t.x : nullptr, t.x_ld);
+    pointwise(team, project, {arena.filtered, ld, t.y, t.y_ld, 0}, out_pixels, project.desc.residual ? t.x : nullptr,
+              t.x_ld);
 }
 
 void Runner::single(Team &team, const Arena &arena, int step, const Tensors &t) const {
@@ -235,7 +206,7 @@ void Runner::single(Team &team, const Arena &arena, int step, const Tensors &t) 
 }
 
 // The last 1x1 layer a panel of channels at a time, summed at once: its output tensor never exists.
-void Runner::head(Team &team, const Arena &arena, int step, const Tensors &t, int images) const {
+void Runner::head(Team &team, const Arena &arena, int step, const Tensors &t) const {
     const StepPlan &p = plan_.steps[step];
     const Layer &layer = layers_[steps_[step].last];
     const LayerDesc &d = layer.desc;
@@ -244,22 +215,19 @@ void Runner::head(Team &team, const Arena &arena, int step, const Tensors &t, in
     team.share(panels(layer), 1, begin, end);
     for (long panel = begin; panel < end; ++panel) {
         const int n = static_cast<int>(panel) * kernels_.panel, channels = std::min(kernels_.panel, d.cout - n);
-        for (int image = 0; image < images; ++image) {
-            const float *x = t.x + image * pixels * t.x_ld;
-            float *sum = t.y + static_cast<std::ptrdiff_t>(image) * d.cout + n;
-            double total[kMaxPanel] = {}; // of the chunks: one long float32 sum would lose digits on a large map
-            for (std::ptrdiff_t at = 0; at < pixels; at += kPoolChunk) {
-                const std::ptrdiff_t chunk = std::min<std::ptrdiff_t>(kPoolChunk, pixels - at);
-                kernels_.pointwise({x + at * t.x_ld, t.x_ld,
-                                    layer.packed.weight + static_cast<std::ptrdiff_t>(n) * d.cin, layer.packed.bias + n,
-                                    nullptr, 0, arena.scratch, kernels_.panel, chunk, d.cin, channels, 0, 1, d.relu6});
-                kernels_.pool({arena.scratch, kernels_.panel, sum, chunk, channels});
-                for (int c = 0; c < channels; ++c)
-                    total[c] += sum[c];
-            }
+        float *const sum = t.y + n;
+        double total[kMaxPanel] = {}; // of the chunks: one long float32 sum would lose digits on a large map
+        for (std::ptrdiff_t at = 0; at < pixels; at += kPoolChunk) {
+            const std::ptrdiff_t chunk = std::min<std::ptrdiff_t>(kPoolChunk, pixels - at);
+            kernels_.pointwise({t.x + at * t.x_ld, t.x_ld, layer.packed.weight + static_cast<std::ptrdiff_t>(n) * d.cin,
+                                layer.packed.bias + n, nullptr, 0, arena.scratch, kernels_.panel, chunk, d.cin,
+                                channels, 0, 1, d.relu6});
+            kernels_.pool({arena.scratch, kernels_.panel, sum, chunk, channels});
             for (int c = 0; c < channels; ++c)
-                sum[c] = static_cast<float>(total[c] / static_cast<double>(pixels));
+                total[c] += sum[c];
         }
+        for (int c = 0; c < channels; ++c)
+            sum[c] = static_cast<float>(total[c] / static_cast<double>(pixels));
     }
 }
 

@@ -13,7 +13,7 @@ struct Tensors {
     std::ptrdiff_t x_ld;
     float *y;
     std::ptrdiff_t y_ld;
-    int image; // index of the first image in the call
+    int image; // its index in the call
 };
 
 // Rows of an NHWC tensor; the last `ring` of them where it keeps no more. Null above the first and below the last.
@@ -47,21 +47,18 @@ class Runner {
         float *activation[2];
         float *hidden;
         float *filtered;
-        float *group_input;
         float *scratch;
     };
 
     Arena arena(float *memory, const Team &team) const;
-    void images(Team &team, const Arena &arena, int first, int count, float *features) const;
-    void steps(Team &team, const Arena &arena, int from, int to, const float *x, float *y, int image, int count,
-               float *features) const;
+    void image(Team &team, const Arena &arena, int image, float *features) const;
 
     Tensors place(int step, const float *x, float *y, int image, float *features) const;
-    void run_step(Team &team, const Arena &arena, int step, const Tensors &t, int count) const;
+    void run_step(Team &team, const Arena &arena, int step, const Tensors &t) const;
     void block_by_rows(Team &team, const Arena &arena, int step, const Tensors &t) const;
-    void block_by_layers(Team &team, const Arena &arena, int step, const Tensors &t, int images) const;
+    void block_by_layers(Team &team, const Arena &arena, int step, const Tensors &t) const;
     void single(Team &team, const Arena &arena, int step, const Tensors &t) const;
-    void head(Team &team, const Arena &arena, int step, const Tensors &t, int images) const;
+    void head(Team &team, const Arena &arena, int step, const Tensors &t) const;
     void linear(Team &team, int step, const float *x, int images) const;
 
     void pointwise(Team &team, const Layer &layer, const Tensors &t, std::ptrdiff_t pixels, const float *residual,
