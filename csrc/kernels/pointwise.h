@@ -12,7 +12,7 @@ struct PixelRows {
 
 void pointwise(const PointwiseArgs &a) {
     const int chunks = (a.cin + kChunk - 1) / kChunk;
-    // Panels outside, pixels inside: a panel of weights comes from memory once, the pixels are in L1 or L2.
+    // Panels outside, pixels inside: the weights of a layer may be larger than L2, its pixels are not.
     for (int panel = a.panel_begin; panel < a.panel_end; ++panel) {
         const int n = panel * kPanel, width = a.cout - n > kLanes ? kPanel : kLanes;
         const float *w = a.weight + static_cast<std::ptrdiff_t>(n) * a.cin;
