@@ -17,9 +17,10 @@ from .errors import UserError
 from .model import MobileNetV2
 from .nn import ConvBNReLU6, InvertedResidual
 from .packs import HOOKS
-from .reading import conv_kind
+from .reading import conv_kind, own_attribute
 
 _TORCHVISION_CONV = ("Conv2dNormActivation", "ConvBNReLU6")
+_HOMES = ("torch", "torchvision", __package__)  # packages whose forwards are known
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def adopt(model: nn.Module, backend: str) -> MobileNetV2:
             "load a file with mobilenet_v2(weights=...)"
         )
     kind = type(model).__name__
+    _untouched(model, "the model")
     if kind == "MobileNetV2":
         net = _read_torchvision(model)
     elif kind == "EfficientNet" and hasattr(model, "conv_stem"):
@@ -79,10 +81,27 @@ def _expect(module: nn.Module, name: str, *kinds: str) -> nn.Module:
     kind = type(module).__name__
     if kind not in kinds:
         _refuse(name, f"is a {kind}, not a {' or '.join(kinds)}")
+    return _untouched(module, name)
+
+
+def _untouched(module: nn.Module, name: str) -> nn.Module:
+    """`module` if nothing is attached to it that a copy of its structure would leave out."""
     if any(module.__dict__[hooks] for hooks in HOOKS):
         _refuse(name, "has a hook: remove it first")
-    if "forward" in module.__dict__:
-        _refuse(name, "has a forward of its own")
+    inner = ("_forward_impl", "forward_features", "forward_head")
+    own = own_attribute(module) or next((method for method in inner if method in module.__dict__), None)
+    if own is not None:
+        _refuse(name, f"has a {own} of its own: del it")
+    return module
+
+
+def _expect_known(module: nn.Module, name: str, *kinds: str) -> nn.Module:
+    """As `_expect`, and the class runs torch's, torchvision's or our code, not another of the same name."""
+    _expect(module, name, *kinds)
+    for method in ("forward", "_forward_impl"):
+        home = getattr(getattr(type(module), method, None), "__module__", __package__)
+        if home.partition(".")[0] not in _HOMES:
+            _refuse(name, f"has a {method} of its own, from {home}: give the class that it comes from")
     return module
 
 
@@ -169,6 +188,7 @@ def _norm(norm: nn.Module) -> nn.BatchNorm2d:
 
 
 def _read_torchvision(model: nn.Module) -> _Net:
+    _expect_known(model, "the model", "MobileNetV2")
     features = _expect(_child(model, "features", ""), "features", "Sequential")
     children = list(features.named_children())
     if len(children) < 3:
@@ -176,7 +196,7 @@ def _read_torchvision(model: nn.Module) -> _Net:
     blocks = []
     for name, block in children[1:-1]:
         where = f"features.{name}"
-        _expect(block, where, "InvertedResidual")
+        _expect_known(block, where, "InvertedResidual")
         conv = _expect(_child(block, "conv", f"{where}."), f"{where}.conv", "Sequential")
         inner = list(conv.named_children())
         if len(inner) not in (3, 4):
@@ -196,7 +216,7 @@ def _read_torchvision(model: nn.Module) -> _Net:
 
 
 def _torchvision_conv(module: nn.Module, name: str) -> _Conv:
-    _expect(module, name, *_TORCHVISION_CONV)
+    _expect_known(module, name, *_TORCHVISION_CONV)
     children = list(module.children())
     if len(children) != 3:
         _refuse(name, f"has {len(children)} children, not a convolution, its norm and ReLU6")
@@ -208,7 +228,9 @@ def _torchvision_conv(module: nn.Module, name: str) -> _Conv:
 
 def _read_timm(model: nn.Module) -> _Net:
     blocks = []
-    for i, stage in enumerate(_child(model, "blocks", "").children()):
+    stages = _expect(_child(model, "blocks", ""), "blocks", "Sequential")
+    for i, stage in enumerate(stages.children()):
+        _expect(stage, f"blocks.{i}", "Sequential")
         for j, block in enumerate(stage.children()):
             where = f"blocks.{i}.{j}"
             kind = type(_expect(block, where, "InvertedResidual", "DepthwiseSeparableConv")).__name__
@@ -221,7 +243,7 @@ def _read_timm(model: nn.Module) -> _Net:
                     _expect(child, f"{where}.{name}", "Identity")
             parts = [_timm_conv(block, conv, norm, f"{where}.") for conv, norm in pairs]
             blocks.append((where, parts, bool(block.has_skip)))
-    pool = _child(model, "global_pool", "")
+    pool = _untouched(_child(model, "global_pool", ""), "global_pool")
     if getattr(pool, "pool_type", "avg") != "avg":
         _refuse("global_pool", f"is {pool}, not the average")
     linear = _expect(_child(model, "classifier", ""), "classifier", "Linear")

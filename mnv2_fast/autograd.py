@@ -40,12 +40,13 @@ def gradients(
         for t, need in zip(tensors, needed, strict=True)
     ]
     wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need and leaf is not None]
-    with torch.enable_grad():
+    device = grad.device.type
+    with torch.enable_grad(), torch.autocast(device, enabled=False):  # as the kernels, which know none
         if op == "network":
             y = eager.network(leaves[0], leaves[1:], rest[0])  # type: ignore[arg-type]
         else:
             y = getattr(eager, op)(*leaves, *rest)
-    found = torch.autograd.grad(y, wanted, grad, allow_unused=True)
+        found = torch.autograd.grad(y, wanted, grad, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
 
 

@@ -204,11 +204,12 @@ def compile(
     if any(module.training for module in model.modules()):
         model = copy.deepcopy(model).eval()  # frozen is eval; the model itself stays in train mode
     try:
+        model.decline_wrapped()
         reading = model.read()
     except Declined as reason:
         raise UserError(f"cannot compile this model: {reason}") from None
     if reading.rest is not None:
-        raise UserError("cannot compile this model: its classifier is not (Dropout, Linear)")
+        raise UserError("cannot compile this model: its classifier is not (Dropout, Linear) with classes")
     for tensor in reading.tensors:
         if tensor.device.type != "cpu":
             raise UserError(f"cannot compile a model on {tensor.device}: move it with model.cpu()")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from . import env
 from .arch import LAST_CHANNELS, SETTING, STEM_CHANNELS, make_divisible
 from .errors import UserError
-from .nn import Automatic, ConvBNReLU6, InvertedResidual, Plan, log
+from .nn import Automatic, ConvBNReLU6, InvertedResidual, log
+from .packs import HOOKS
 from .reading import Declined, Part, Reading, check_module, read_linear
 from .weights import (
     HEAD,
@@ -164,10 +165,26 @@ class MobileNetV2(Automatic):
         y = torch.ops.mnv2.network(x, tensors, spec)
         return y if keys[-1].startswith(HEAD) else self.classifier(y)
 
-    def _plan(self, x: Any) -> Plan:
+    def decline_changes(self) -> None:
+        super().decline_changes()
         if "_forward_impl" in self.__dict__:
             raise Declined("the model has a _forward_impl of its own")
-        return super()._plan(x)
+        if type(self)._forward_impl is not _FORWARD_IMPL:
+            raise Declined(f"{type(self).__name__} has a _forward_impl of its own")
+
+    def decline_wrapped(self) -> None:
+        """Look whether a call of the model is more than what `read` tells: a forward of its own, a hook.
+
+        Raises:
+            Declined: it is.
+        """
+        self.decline_changes()
+        if "forward" in self.__dict__ or "_call_impl" in self.__dict__:
+            raise Declined("the model has a forward of its own: del it")
+        if type(self).forward is not _FORWARD:
+            raise Declined(f"{type(self).__name__} has a forward of its own: give a plain MobileNetV2")
+        if any(self.__dict__[hooks] for hooks in HOOKS):
+            raise Declined("the model has a hook: remove it first")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self.features(x)
@@ -184,8 +201,6 @@ class MobileNetV2(Automatic):
         check_input(x, next(self.parameters(), None))
 
     def read(self, prefix: str = "") -> Reading:
-        if type(self)._forward_impl is not MobileNetV2._forward_impl:
-            raise Declined(f"{type(self).__name__} has a _forward_impl of its own")
         check_module(self.features, "features", nn.Sequential)
         parts: list[Part] = []
         modules: list[nn.Module] = [self.features]
@@ -217,15 +232,25 @@ class MobileNetV2(Automatic):
         return read_linear(linear, features, "classifier.1")
 
 
+_FORWARD, _FORWARD_IMPL = MobileNetV2.forward, MobileNetV2._forward_impl  # as defined
+
+
 def _graph_settings(model: nn.Module) -> list[object]:
     """What a compiled graph takes for constant, besides the classes of the modules."""
-    settings: list[object] = []
+    settings: list[object] = [model.backend]
     for module in model.modules():
-        settings.append(module.training)
+        settings += [module.training, "forward" in module.__dict__]
         if isinstance(module, nn.BatchNorm2d):
-            settings.append(module.eps)
+            settings += [module.eps, module.track_running_stats]
         elif isinstance(module, nn.Conv2d):
             settings += [*module.stride, *module.padding, *module.dilation, module.groups]
+            settings.append(module.padding_mode)
+        elif isinstance(module, nn.ReLU6):
+            settings += [module.min_val, module.max_val]
+        elif isinstance(module, nn.Sequential):
+            settings.append(len(module))
+        elif isinstance(module, InvertedResidual):
+            settings.append(module.use_res_connect)
     return settings
 
 
@@ -236,6 +261,7 @@ def _graph_constants(model: MobileNetV2) -> tuple[str, tuple[str, ...], tuple[ob
     """
     try:
         model.decline_backend()
+        model.decline_changes()
         reading = model.read()
     except Declined as reason:
         log.debug("MobileNetV2 compiles to plain torch: %s", reason)
@@ -278,6 +304,8 @@ def check_input(x: Any, weight: Tensor | None) -> None:
         )
     if x.shape[2] == 0 or x.shape[3] == 0:
         raise InputError(f"H and W must be at least 1, got the shape {tuple(x.shape)}")
+    if x.layout is not torch.strided:
+        raise InputError(f"the input has the layout {x.layout}: convert with x.to_dense()")
     if weight is None:
         return
     if x.device != weight.device:
@@ -319,8 +347,7 @@ def mobilenet_v2(
             the path of a file. True is the older spelling of "IMAGENET1K_V1", as `pretrained=True` is.
         pretrained: the older spelling.
         progress: draw a bar while downloading.
-        **kwargs: of `MobileNetV2`. By default the class count and width are those of the weights; with
-            another `num_classes` the trunk is kept and the classifier is fresh, which is logged.
+        **kwargs: of `MobileNetV2`. By default the class count and width are those of the weights.
 
     Raises:
         UserError: the weights are not to be had, or do not fit the network asked for.
@@ -329,22 +356,25 @@ def mobilenet_v2(
         weights = "IMAGENET1K_V1" if weights or pretrained else None
     if weights is None:
         return MobileNetV2(**kwargs)
+    from .engine import FORMAT
+
     state, metadata = load_state_dict(weights, progress)
     source = str(weights)
+    if metadata.get("format") == FORMAT:
+        raise UserError(f"{source} is an engine, which has no modules: use mnv2_fast.load({source!r})")
     classes = num_classes(state)
-    if classes is not None:
-        kwargs.setdefault("num_classes", classes)
+    wanted = kwargs.setdefault("num_classes", 1000 if classes is None else classes)
+    if classes is not None and wanted != classes:
+        raise UserError(
+            f"{source} has {classes} classes, {wanted} are wanted: use num_classes={classes}, "
+            f"then model.classifier[1] = nn.Linear(model.last_channel, {wanted})"
+        )
     if "width_mult" not in kwargs and "inverted_residual_setting" not in kwargs:
         kwargs["width_mult"] = infer_width(state, source)
     model = MobileNetV2(**kwargs)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    wanted = kwargs.get("num_classes", 1000)
-    if classes is not None and wanted != classes:
-        log.warning("%s has %d classes: the trunk is kept, the head is fresh", source, classes)
-        own = model.state_dict()
-        state = {**state, **{key: own[key] for key in own if key.startswith(HEAD)}}
     check_state_dict(state, expected, source)
     model.load_state_dict(state)
     model.preprocessing = preprocessing_of(metadata)
-    model.labels = labels_of(metadata, wanted) if classes == wanted else None
+    model.labels = labels_of(metadata, wanted)
     return model

@@ -23,7 +23,7 @@ from .autograd import ChainFunction
 from .backends import cpu
 from .errors import UserError
 from .packs import Holder, ModuleWatch, Pack, TensorWatch
-from .reading import Declined, Part, Reading, check_module, decline_call, read_conv
+from .reading import Declined, Part, Reading, check_module, decline_call, read_conv, remember
 
 log = logging.getLogger("mnv2_fast")
 
@@ -113,6 +113,15 @@ class Automatic(nn.Module):
         if not cpu.available():
             raise Declined(cpu.unavailable_reason())
 
+    def decline_changes(self) -> None:
+        """Look whether something was put on the module itself that it runs in the place of what `read` tells.
+
+        Raises:
+            Declined: it was.
+        """
+        if not self.__dict__.keys().isdisjoint(self._modules):
+            raise Declined("an attribute of the module hides a child")
+
     def _asked(self) -> str:
         own: str = self.__dict__.get("backend", "auto")
         return "eager" if _thread.eager else env.backend() if own == "auto" else own
@@ -127,6 +136,7 @@ class Automatic(nn.Module):
             raise Declined("the module is in train mode, where plain torch serves")
         self.decline_backend()
         decline_call(x)
+        self.decline_changes()
         plan: Plan | None = self._holder.value
         if plan is None or plan.modules.changed(self) or plan.watch.changed(plan.modules.tensors):
             plan = self._holder.value = self._make_plan()
@@ -349,3 +359,6 @@ class InvertedResidual(Automatic):
 
     def _run_eager(self, x: Tensor) -> Tensor:
         return x + self.conv(x) if self.use_res_connect else self.conv(x)
+
+
+remember(ConvBNReLU6, InvertedResidual)

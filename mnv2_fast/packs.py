@@ -7,8 +7,10 @@ read, and serves only while, for every tensor, the object, dtype, shape, strides
 values are unchanged, and no optimizer has stepped. It keeps an alias of each, so that no address is given to
 another tensor while the pack lives.
 
-Not seen: a write through `.data` or numpy that leaves every sampled value as it was. `refresh()` of the
-module is the cure.
+Not seen, where every sampled value stays as it was: a write through `.data` or numpy, a fused kernel that no
+Optimizer runs (`torch._fused_sgd_` called by hand), a write by another process to shared memory. Nor is a
+method of torch put on a module in the place of one of torch's own attributes, deleted before it.
+`refresh()` of the module is the cure.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -33,6 +36,20 @@ from .chain import Chain
 _SAMPLES = 3  # values remembered of each tensor: the first, the middle one, the last
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# What a module runs, where its class has it; the same name in its __dict__ takes its place.
+METHODS = ("forward", "_call_impl", "_conv_forward", "_check_input_dim")
+
+# Attributes that torch gives its modules and nobody deletes.
+_TORCHS_OWN = {
+    *nn.Module().__dict__,
+    "_reversed_padding_repeated_twice",
+    "num_features",
+    "momentum",
+    "affine",
+}
+_TORCHS_OWN |= {"in_channels", "out_channels", "kernel_size", "transposed", "output_padding", "inplace", "p"}
+_TORCHS_OWN |= {"in_features", "out_features"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,10 @@ def _c() -> types.ModuleType:
     return importlib.import_module("mnv2_fast._C")
 
 
-_forward = operator.attrgetter("forward")
+def methods_of(cls: type) -> tuple[object, ...]:
+    """What the class runs now: another one in its place changes the answer of every module of the class."""
+    return tuple([getattr(cls, name, None) for name in METHODS])
+
 
 _steps = 0  # of every optimizer in this process
 
@@ -79,10 +99,27 @@ _count_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 register_optimizer_step_post_hook(_count_step)
 
 
+def within_storage(t: Tensor) -> bool:
+    """Whether the memory of a strided tensor holds all its elements; a storage can be resized to nothing."""
+    if t.numel() == 0:
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (t.storage_offset() + last + 1) * t.element_size() <= t.untyped_storage().nbytes()
+
+
+def _has_samples(t: Tensor) -> bool:
+    """Whether four bytes may be read at any element."""
+    plain = t.device.type == "cpu" and t.layout is torch.strided and t.element_size() >= 4
+    try:
+        return plain and t.data_ptr() != 0 and within_storage(t)
+    except RuntimeError:  # a subclass without memory
+        return False
+
+
 def _sample_addresses(tensors: Iterable[Tensor]) -> list[int]:
     """Addresses of a few elements of each tensor, four bytes to be read at each."""
     addresses = []
-    for t in tensors:
+    for t in filter(_has_samples, tensors):
         last = t.numel() - 1
         for at in {last * i // (_SAMPLES - 1) for i in range(_SAMPLES)} if last >= 0 else ():
             index, offset = at, 0
@@ -95,10 +132,14 @@ def _sample_addresses(tensors: Iterable[Tensor]) -> list[int]:
 
 def _describe(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     """What the extension's `TensorTable` compares, in Python: ten times slower, and for any tensor."""
-    return [
-        (t.data_ptr(), t.dtype, t.layout, t.shape, t.stride(), None if t.is_inference() else t._version)
-        for t in tensors
-    ]
+    rows: list[tuple[Any, ...]] = []
+    for t in tensors:
+        row = (t.dtype, t.layout, t.shape, None if t.is_inference() else t._version)
+        try:
+            rows.append((*row, t.data_ptr(), t.stride()))
+        except RuntimeError:  # sparse, or a subclass without memory
+            rows.append(row)
+    return rows
 
 
 class TensorWatch:
@@ -143,6 +184,7 @@ class ModuleWatch:
     """
 
     def __init__(self, root: nn.Module, modules: Sequence[nn.Module]) -> None:
+        self._class = type(root)
         self._read_root = operator.itemgetter("training", *_kind(type(root)).settings)
         self._root = self._read_root(root.__dict__)
         self._children = root._modules
@@ -151,16 +193,24 @@ class ModuleWatch:
         self._classes = [(module, type(module)) for module in modules]
         self.tensors: list[Tensor] = []
         self._look_into(self._children)
+        self._containers: list[dict[str, Any]] = []
         for module in modules:
             values, kind = module.__dict__, _kind(type(module))
             self._sizes.append((values, len(values)))
             self._sizes += [(values[name], 0) for name in HOOKS]
-            for name in (*HOOKS, "training", *kind.settings, *kind.slots):
+            # Others' attributes too: with the sizes they tell whether another, a forward say, came for one.
+            for name in {*HOOKS, "training", *kind.slots, *(values.keys() - _TORCHS_OWN)}:
                 self._entries.append((values, name, values[name]))
             for slot in kind.slots:
                 self._look_into(values[slot])
+            if "_modules" in kind.slots:
+                self._containers.append(values["_modules"])
         self._watch = _c().Watch(self._entries, self._sizes, self._classes)
-        self._forwards = [(cls, _forward(cls)) for cls in {type(module) for module in modules}]
+        self._order = self._read_order()
+        self._methods = [(cls, methods_of(cls)) for cls in {type(module) for module in modules}]
+
+    def _read_order(self) -> list[str]:
+        return list(itertools.chain.from_iterable(self._containers))
 
     def _look_into(self, slot: dict[str, Any]) -> None:
         self._sizes.append((slot, len(slot)))
@@ -171,11 +221,13 @@ class ModuleWatch:
 
     def changed(self, root: nn.Module) -> str | None:
         """What changed, or None."""
-        if self._read_root(root.__dict__) != self._root:
-            return "the module's mode or a setting is another"
+        if type(root) is not self._class or self._read_root(root.__dict__) != self._root:
+            return "the module's class, mode or a setting is another"
         if root._modules is not self._children or not self._watch.unchanged():
             return "a module or a tensor was replaced, or a hook, a mode or a setting is another"
-        if any(_forward(cls) is not forward for cls, forward in self._forwards):
+        if self._read_order() != self._order:
+            return "modules stand in another order"
+        if any(methods_of(cls) != methods for cls, methods in self._methods):
             return "a class's forward was replaced"
         return None
 

@@ -13,12 +13,18 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .arch import LayerSpec
 from .chain import Chain, Link
-from .packs import HOOKS
+from .packs import HOOKS, METHODS, methods_of, within_storage
 
-# As torch defines them; one put in their place changes the answer of every module of the class.
-_FORWARDS: dict[type[nn.Module], object] = {
-    kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU6, nn.Linear, nn.Dropout, nn.Sequential)
-}
+# What the classes run as they are defined.
+_METHODS: dict[type[nn.Module], tuple[object, ...]] = {}
+
+
+def remember(*kinds: type[nn.Module]) -> None:
+    """Take what the classes run now for theirs: `check_module` declines what comes in its place."""
+    _METHODS.update({kind: methods_of(kind) for kind in kinds})
+
+
+remember(nn.Conv2d, nn.BatchNorm2d, nn.ReLU6, nn.Linear, nn.Dropout, nn.Sequential)
 
 
 class Declined(Exception):  # noqa: N818 (a reason, not an error: the eager path serves the call)
@@ -66,8 +72,18 @@ def check_module(module: nn.Module, name: str, kind: type[nn.Module], any_mode: 
         raise Declined(f"{name} is in train mode")
     if any(state[hooks] for hooks in HOOKS):
         raise Declined(f"{name} has a hook")
-    if "forward" in state or "_call_impl" in state or kind.forward is not _FORWARDS.get(kind, kind.forward):
-        raise Declined(f"{name} has a forward of its own")
+    own = own_attribute(module)
+    if own is not None:
+        raise Declined(f"{name} has a {own} of its own")
+    if methods_of(kind) != _METHODS[kind]:
+        raise Declined(f"{name} has a forward of its own: the class {kind.__name__} was patched")
+
+
+def own_attribute(module: nn.Module) -> str | None:
+    """An attribute of the instance that takes the place of what its class runs or of what its slots hold."""
+    state = module.__dict__
+    names = (*METHODS, *module._parameters, *module._buffers, *module._modules)
+    return next((name for name in names if name in state), None)
 
 
 def _check_tensors(name: str, tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -77,6 +93,8 @@ def _check_tensors(name: str, tensors: Sequence[Tensor | None]) -> list[Tensor]:
             raise Declined(f"{name} holds a {type(t).__name__}, not a plain tensor")
         if t.dtype is not torch.float32 or t.device.type != "cpu" or t.layout is not torch.strided:
             raise Declined(f"{name} holds {t.dtype} on {t.device}, the kernels take torch.float32 on cpu")
+        if not within_storage(t):
+            raise Declined(f"{name} holds a tensor whose memory was taken away")
     return found
 
 
@@ -164,6 +182,7 @@ def read_linear(linear: nn.Module, features: int, where: str) -> Part:
     weight = tensors[0]
     if (
         weight.dim() != 2
+        or weight.shape[0] == 0
         or weight.shape[1] != features
         or any(t.shape != weight.shape[:1] for t in tensors[1:])
     ):

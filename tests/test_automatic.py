@@ -69,6 +69,18 @@ def test_gradients_of_a_frozen_trunk(model: MobileNetV2, x: Tensor) -> None:
     ]
 
 
+def test_gradients_within_autocast(model: MobileNetV2, x: Tensor) -> None:
+    """The forward ran outside of it, in float32: so are the gradients."""
+    found = []
+    for autocast in (False, True):
+        model.zero_grad()
+        y = model(x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
 def test_backward_after_a_write_is_refused_as_by_torch(model: MobileNetV2, x: Tensor) -> None:
     y = model(x)
     with torch.no_grad():

@@ -148,6 +148,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "float16": (torch.zeros(1, 3, 8, 8).half(), "torch.float16"),
     "uint8": (torch.zeros(1, 3, 8, 8).byte(), "uint8"),
     "device": (torch.zeros(1, 3, 8, 8, device="meta"), "meta"),
+    "sparse": (torch.ones(1, 3, 8, 8).to_sparse(), "to_dense"),
+    "mkldnn": (torch.zeros(1, 3, 8, 8).to_mkldnn(), "to_dense"),
 }
 
 
@@ -185,21 +187,86 @@ def test_pretrained(weights_v1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mobilenet_v2().classifier[1].out_features == 1000
 
 
-def test_pretrained_with_other_classes(
-    weights_v1: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pretrained_with_other_classes(weights_v1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused as by torchvision; the head is for the caller to replace."""
     monkeypatch.setenv("MNV2_WEIGHTS", str(weights_v1.parent))
-    full = mobilenet_v2(pretrained=True)
-    model = mobilenet_v2(pretrained=True, num_classes=5, dropout=0.4)
-    assert "1000 classes" in caplog.text
-    assert torch.equal(model.features[18][0].weight, full.features[18][0].weight)
-    assert model.classifier[1].out_features == 5
+    with pytest.raises(
+        ValueError, match=r"1000 classes, 5 are wanted.*= nn\.Linear\(model\.last_channel, 5\)"
+    ):
+        mobilenet_v2(pretrained=True, num_classes=5)
+    model = mobilenet_v2(pretrained=True, num_classes=1000, dropout=0.4)
     assert model.classifier[0].p == 0.4
+    assert model.labels is not None
+    model.classifier[1] = nn.Linear(model.last_channel, 5)
     assert model.labels is None
-    full.classifier[1] = nn.Linear(full.last_channel, 5)
-    assert full.labels is None
     with pytest.raises(ValueError, match="does not fit"):
         mobilenet_v2(pretrained=True, width_mult=0.5)
+
+
+def test_engine_is_no_weights(tmp_path: Path) -> None:
+    path = tmp_path / "engine.safetensors"
+    mnv2_fast.compile(MobileNetV2(width_mult=0.35).eval()).save(path)
+    with pytest.raises(ValueError, match=r"is an engine.*use mnv2_fast\.load\("):
+        mobilenet_v2(weights=str(path))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_no_classes() -> None:
+    model = MobileNetV2(num_classes=0, width_mult=0.35).eval()
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 0)
+    with pytest.raises(ValueError, match="with classes"):
+        mnv2_fast.compile(model)
+
+
+class Doubled(MobileNetV2):
+    """A subclass that does more than its parts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, num_classes]."""
+        return 2 * super().forward(x)
+
+
+def _set(name: str) -> Any:
+    def change(model: nn.Module) -> None:
+        setattr(model, name, lambda x: x)
+
+    return change
+
+
+def _hook(model: nn.Module) -> None:
+    model.register_forward_hook(lambda *_: None)
+
+
+def _subclass(model: nn.Module) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return 2 * base.forward(self, x)
+
+    base = type(model)
+    model.__class__ = type("MobileNetV2", (base,), {"forward": forward})
+
+
+ROOT_CHANGES = [
+    (_hook, "a hook: remove it"),
+    (_set("forward"), "a forward of its own"),
+    (_set("_forward_impl"), "a _forward_impl of its own"),
+    (_subclass, "a forward of its own"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), ROOT_CHANGES)
+def test_changes_of_the_model_itself_are_not_dropped(tv: Any, change: Any, message: str) -> None:
+    for make, freeze in (
+        (tv.MobileNetV2, accelerate),
+        (MobileNetV2, accelerate),
+        (MobileNetV2, mnv2_fast.compile),
+    ):
+        model = make(width_mult=0.35).eval()
+        change(model)
+        with pytest.raises(ValueError, match=message) as found:
+            freeze(model)
+        assert "\n" not in str(found.value)
+    with pytest.raises(ValueError, match="Doubled has a forward of its own"):
+        mnv2_fast.compile(Doubled(width_mult=0.35).eval())
 
 
 def test_real_weights_and_photos(tv: Any, weights_v1: Path, photos: list[Path]) -> None:

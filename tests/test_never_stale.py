@@ -208,6 +208,110 @@ def test_classes(model: MobileNetV2, x: Tensor, monkeypatch: pytest.MonkeyPatch)
     check(model, x, served=False)
 
 
+def test_methods_of_classes(model: MobileNetV2, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, impl, block = nn.Conv2d._conv_forward, MobileNetV2._forward_impl, InvertedResidual.forward
+    for cls, name, method in (
+        (nn.Conv2d, "_conv_forward", lambda self, x, w, b: 1.05 * conv(self, x, w, b)),
+        (MobileNetV2, "_forward_impl", lambda self, x: 2 * impl(self, x)),
+        (InvertedResidual, "forward", lambda self, x: 1.05 * block(self, x)),
+    ):
+        before = check(model, x)
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, name, method)
+            assert not torch.equal(check(model, x, served=False), before)
+        assert torch.equal(check(model, x), before)
+
+
+def test_class_of_the_model_itself(model: MobileNetV2, x: Tensor) -> None:
+    class Doubled(MobileNetV2):
+        def _forward_impl(self, x: Tensor) -> Tensor:
+            return 2 * super()._forward_impl(x)
+
+    changed(model, x, lambda: setattr(model, "__class__", Doubled), served=False)
+
+
+def test_attributes_that_hide(model: MobileNetV2, x: Tensor) -> None:
+    """A method or a tensor in a module's __dict__, also where another attribute went for it."""
+    conv = model.features[0][0]
+    methods = {
+        "_conv_forward": lambda x, w, b: 2 * nn.Conv2d._conv_forward(conv, x, w, b),
+        "forward": lambda x: 2 * nn.Conv2d.forward(conv, x),
+        "weight": 2 * conv.weight.detach(),
+    }
+    for name, value in methods.items():
+        for tagged in (False, True):
+            if tagged:
+                conv.tag = 1
+            before = check(model, x)
+            if tagged:
+                del conv.tag
+            conv.__dict__[name] = value
+            assert not torch.equal(check(model, x, served=False), before)
+            del conv.__dict__[name]
+            assert torch.equal(check(model, x), before)
+    head = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.last_channel, 7)).eval()
+    changed(model, x, lambda: model.__dict__.__setitem__("classifier", head), served=False)
+
+
+def test_order_of_modules(model: MobileNetV2, x: Tensor) -> None:
+    """The same names and modules in another order, the last one where it was."""
+    modules = model.features._modules
+
+    def swap() -> None:
+        items = list(modules.items())
+        items[8], items[9] = items[9], items[8]
+        modules.clear()
+        modules.update(items)
+
+    for module in model.features:
+        if isinstance(module, InvertedResidual) and module.use_res_connect:
+            nn.init.normal_(module.conv[-1].weight, 0, 1)
+    changed(model, x, swap)
+
+
+def test_counter_on_meta(model: MobileNetV2, x: Tensor) -> None:
+    """A model built on meta whose old file has no counter leaves the counters without memory."""
+    state = model.state_dict()
+    for key in [key for key in state if key.endswith("num_batches_tracked")]:
+        del state[key]
+    with torch.device("meta"):
+        loaded = MobileNetV2(**SMALL).eval()
+    loaded.load_state_dict(state, strict=False, assign=True)
+    assert loaded.features[0][1].num_batches_tracked.is_meta
+    torch.testing.assert_close(check(loaded, x), check(model, x), **TOLERANCE)
+    with torch.no_grad():
+        loaded.features[0][0].weight.mul_(2)
+    check(loaded, x)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(8, dtype=torch.int8),
+        torch.zeros(4, 4).to_sparse(),
+        torch.zeros(2, 2, device="meta"),
+        torch.zeros(3).expand(2, 3),
+    ],
+    ids=["bytes", "sparse", "meta", "expanded"],
+)
+def test_watch_of_odd_tensors(odd: Tensor) -> None:
+    usual = torch.ones(4)
+    watch = packs.TensorWatch([usual, odd])
+    assert watch.changed([usual, odd]) is None
+    usual.add_(1)
+    assert watch.changed([usual, odd]) is not None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_taken_away(model: MobileNetV2, x: Tensor, packed: bool) -> None:
+    if packed:
+        check(model, x)
+    model.features[3].conv[1][0].weight.untyped_storage().resize_(0)
+    assert "memory was taken away" in str(model.why_not(x))
+    with pytest.raises(RuntimeError, match="not allocated"):
+        model(x)
+
+
 def test_modules_put_at_the_end(model: MobileNetV2, x: Tensor) -> None:
     changed(model, x, lambda: model.classifier.append(nn.Softmax(1)))
     assert model._plan(x).rest is model.classifier
