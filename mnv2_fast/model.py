@@ -236,10 +236,13 @@ _FORWARD, _FORWARD_IMPL = MobileNetV2.forward, MobileNetV2._forward_impl  # as d
 
 
 def _graph_settings(model: nn.Module) -> list[object]:
-    """What a compiled graph takes for constant, besides the classes of the modules."""
+    """What a compiled graph takes for constant, besides the classes of the modules.
+
+    A forward put on a module after the first call is not among it: torch guards no such attribute.
+    """
     settings: list[object] = [model.backend]
     for module in model.modules():
-        settings += [module.training, "forward" in module.__dict__]
+        settings.append(module.training)
         if isinstance(module, nn.BatchNorm2d):
             settings += [module.eps, module.track_running_stats]
         elif isinstance(module, nn.Conv2d):

@@ -175,6 +175,7 @@ def test_compile_sees_edits(model: MobileNetV2, x: Tensor, backend: str) -> None
         assert len(counter.graphs) == 1
 
 
+@torch._dynamo.config.patch(recompile_limit=64)
 def test_compile_sees_settings_and_modules(model: MobileNetV2, x: Tensor) -> None:
     compiled = torch.compile(model, fullgraph=True, backend=Counter())
     with torch.no_grad():
@@ -183,6 +184,18 @@ def test_compile_sees_settings_and_modules(model: MobileNetV2, x: Tensor) -> Non
             lambda: setattr(model.features[0][1], "eps", 0.5),
             lambda: setattr(model.features[0][1], "eps", 0.25),
             lambda: setattr(model.features[2].conv[1][0], "stride", (1, 1)),
+            lambda: setattr(model.features[2].conv[1][0], "padding_mode", "reflect"),
+            lambda: setattr(model.features[2].conv[1][0], "padding_mode", "zeros"),
+            lambda: setattr(model.features[0][2], "max_val", 0.5),
+            lambda: setattr(model.features[0][2], "max_val", 6.0),
+            lambda: setattr(model.features[0][2], "min_val", 0.25),
+            lambda: setattr(model.features[0][2], "min_val", 0.0),
+            lambda: model.features[0].append(nn.Tanh()),
+            lambda: model.features[0].__delitem__(-1),
+            lambda: model.features.insert(2, InvertedResidual(8, 8, 1, 2).eval()),
+            lambda: setattr(model.features[2], "use_res_connect", False),
+            lambda: setattr(model, "backend", "eager"),
+            lambda: setattr(model, "backend", "auto"),
             lambda: model.classifier.__setitem__(1, nn.Linear(1280, 3)),
             lambda: setattr(model, "classifier", nn.Linear(1280, 2)),
         ):
