@@ -65,8 +65,9 @@ class Watch {
                 return false;
         }
         for (std::size_t i = 0; i < entries; ++i) {
-            if (i + kAhead < entries)
-                prefetch_table(entries_[i + kAhead].dict); // its header came with its size
+            // A dict's entries follow one another, and its header came with its size.
+            if (i + kEntriesAhead < entries && entries_[i + kEntriesAhead].dict != entries_[i + kEntriesAhead - 1].dict)
+                prefetch_table(entries_[i + kEntriesAhead].dict);
             const Entry &e = entries_[i];
             if (PyDict_GetItemWithError(e.dict, e.key) != e.value) {
                 PyErr_Clear();
@@ -83,9 +84,9 @@ class Watch {
     }
 
   private:
-    static constexpr std::size_t kAhead = 24;
+    static constexpr std::size_t kAhead = 24, kEntriesAhead = 64;
     static constexpr int kDictBytes = sizeof(PyDictObject);
-    static constexpr int kTableBytes = 3 * kLineBytes;
+    static constexpr int kTableBytes = 5 * kLineBytes;
 
     static PyObject *dict(const pybind11::object &object) {
         if (!PyDict_Check(object.ptr()))
