@@ -68,7 +68,7 @@ $(VENV)/.made:
 
 # The build requirements come first and the build runs without isolation: pinned, and installed once.
 $(VENV)/.tools: $(VENV)/.made constraints.txt
-	$(PIP) install -c constraints.txt setuptools wheel cmake ninja pybind11
+	$(PIP) install -c constraints.txt setuptools cmake ninja pybind11
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.tools $(INPUTS)

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a file name need not fit the terminal's encoding
     try:
         args = _parser().parse_args(argv)
+        _settle_environment(args)
         code: int = args.run(args)
         sys.stdout.flush()
         return code
@@ -134,13 +135,15 @@ def _count(text: str) -> int:
     return number
 
 
-def _choose_backend(args: argparse.Namespace) -> None:
-    if args.backend:
+def _settle_environment(args: argparse.Namespace) -> None:
+    """Take the backend asked for, and refuse values that make no sense before any verb starts its work."""
+    if getattr(args, "backend", None):
         os.environ[env.BACKEND.name] = args.backend
+    env.backend()
+    env.strict()
 
 
 def _predict(args: argparse.Namespace) -> int:
-    _choose_backend(args)
     from .data import expand_inputs
     from .predict import Predictor
 
@@ -184,7 +187,6 @@ def _progress(total: int) -> Iterator[tuple[Callable[[], object], Callable[[str,
 
 
 def _bench(args: argparse.Namespace) -> int:
-    _choose_backend(args)
     import torch
 
     from . import _torchvision, demo

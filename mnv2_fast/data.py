@@ -96,6 +96,8 @@ def _resolve(source: Any) -> tuple[str, Path | BinaryIO | Image.Image]:
         return "the image", _from_array(source)
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
+        if not str(source).strip():
+            raise ImageError(f"{str(source)!r} names no photo: give the path of a file")
         if path.is_dir():
             raise ImageError(f"{source} is a folder: give a photo in it")
         if not path.exists():
@@ -218,6 +220,8 @@ def is_many(source: Any) -> bool:
     if not isinstance(source, str | Path):
         return False
     path = Path(source).expanduser()
+    if not str(source).strip():
+        return False
     return path.is_dir() or (glob.has_magic(str(source)) and not path.exists())
 
 
@@ -229,10 +233,12 @@ def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
     does not exist: reading it says so.
 
     Raises:
-        UserError: a folder without photos, or a pattern that matches nothing.
+        UserError: a folder without photos, a pattern that matches nothing, or an empty path.
     """
     files: list[Path] = []
     for item in inputs:
+        if not str(item).strip():
+            raise UserError(f"{str(item)!r} names no photo: give a file, a folder or a pattern ('*.jpg')")
         path = Path(item).expanduser()
         if path.is_dir():
             found = _photos_in(path)

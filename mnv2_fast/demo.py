@@ -16,7 +16,7 @@ from ._torchvision import installed, torchvision
 from .engine import Engine, compile
 from .model import MobileNetV2
 from .predict import Predictor, load_model
-from .weights import MissingWeightsError, infer_width, num_classes
+from .weights import MissingWeightsError, infer_width, num_classes, row
 
 ENGINE = "mnv2_fast engine"
 TORCHVISION = "torchvision, channels_last"
@@ -28,8 +28,8 @@ _AGREEMENT = 1e-4
 def run(weights: str, photo: str | None = None, threads: int | None = None) -> int:
     """Classify a photo, compare with torchvision's answer and time both; prints what it finds.
 
-    Without weights the graph is verified and timed on seeded ones, and every line that depends on them says
-    so.
+    Without the published weights asked for, the graph is verified and timed on seeded ones, and every line
+    that depends on them says so.
 
     Args:
         weights: a name or a path, as for `load_model`.
@@ -38,12 +38,17 @@ def run(weights: str, photo: str | None = None, threads: int | None = None) -> i
 
     Returns:
         0, or 1 where the answers differ.
+
+    Raises:
+        UserError: the photo or the weights file asked for cannot be used.
     """
     source = photo or _chelsea()
     try:
         model = load_model(weights)
         seeded = ""
     except MissingWeightsError as error:
+        if row(weights) is None:
+            raise
         model = seeded_model()
         seeded = " on seeded weights, not trained ones"
         print(f"no weights: {error}")

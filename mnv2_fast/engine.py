@@ -38,6 +38,8 @@ MAX_THREADS = 1024  # as csrc/parallel.h says
 FORMAT = "mnv2_fast.engine"
 VERSION = "1"
 
+_TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+
 Folded = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -55,6 +57,7 @@ class _EagerNetwork:
         self._table = table
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # float32 logits, whatever surrounds the call
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:
         if x.dtype == torch.uint8:
             x = torch.stack([self._table[c][x[..., c].long()] for c in range(3)], 1)
@@ -95,11 +98,11 @@ class Engine:
 
     def _build(self) -> None:
         table = byte_table(self.preprocessing)
-        reason = _why_eager(self._asked)
+        reason, strict = _why_eager(self._asked), env.strict()
         self.backend = "eager" if reason else "cpu"
         self._network: _Network
         if reason:
-            if env.strict() and self._asked == "auto" and env.backend() != "eager":
+            if strict and self._asked == "auto" and env.backend() != "eager":
                 raise UserError(f"{env.STRICT.name}=1, and the engine would run in plain torch: {reason}")
             log.debug("engine in plain torch: %s", reason)
             self._network = _EagerNetwork(self.layers, self._tensors, table)
@@ -140,11 +143,12 @@ class Engine:
         """Write weights, architecture, labels and preprocessing into one safetensors file, or nothing.
 
         Raises:
-            UserError: the folder is not there.
-        OSError: the file cannot be written.
+            UserError: the folder is not there, or path is a folder itself.
+            OSError: the file cannot be written.
         """
         from safetensors.torch import save_file
 
+        target = weights.output_file(path)
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -157,9 +161,6 @@ class Engine:
         tensors = {}
         for spec, (weight, bias) in zip(self.layers, self._tensors, strict=True):
             tensors[f"{spec.conv}.weight"], tensors[f"{spec.conv}.bias"] = weight, bias
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise UserError(f"there is no folder {target.parent} to save {target.name} in: make it first")
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             beside = Path(folder) / target.name
             save_file(tensors, beside, metadata)
@@ -306,12 +307,20 @@ def check_images(x: Any) -> None:
     """Say in one line what is wrong with a batch of images.
 
     Raises:
-        InputError: wrong dtype, rank, channels, size, device or layout.
+        InputError: wrong dtype, rank, channels, size, device or layout; no plain tensor, or a transform or a
+            tracer wants to see the call.
         TypeError: no tensor.
     """
     if not isinstance(x, Tensor):
         raise TypeError(
             f"an engine takes a tensor, not {type(x).__name__}: convert with torch.from_numpy or as_tensor"
+        )
+    watcher = _watcher(x)
+    if watcher:
+        raise InputError(f"an engine cannot run under {watcher}: use the model there, not the engine")
+    if type(x) not in (Tensor, nn.Parameter):
+        raise InputError(
+            f"an engine takes plain tensors, not {type(x).__name__}: convert with x.as_subclass(torch.Tensor)"
         )
     got = f"got {x.dtype} {list(x.shape)}"
     if x.dtype not in (torch.float32, torch.uint8):
@@ -332,6 +341,20 @@ def check_images(x: Any) -> None:
         raise InputError(f"H and W must be at least 1, {got}")
     if x.device.type != "cpu" or x.layout != torch.strided:
         raise InputError(f"this engine takes dense CPU tensors, got {x.layout} on {x.device}: use x.cpu()")
+
+
+def _watcher(x: Tensor) -> str:
+    """What would have to see inside an engine, or would hand it tensors without memory; empty: nothing."""
+    if torch.compiler.is_dynamo_compiling():
+        return ""  # the graph breaks at the kernels, which then run on real tensors
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return "a transform such as vmap or grad"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _TRACING_MODES)):
+        return "fake tensors or a tracer"
+    # Neither a mode nor its module need be there for a fake tensor to be given.
+    return "fake tensors" if any(kind.__name__ == "FakeTensor" for kind in type(x).__mro__) else ""
 
 
 def byte_table(preprocessing: Preprocessing) -> Tensor:

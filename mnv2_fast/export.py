@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .errors import UserError
+from .weights import output_file
 
 FORMATS = ("onnx",)
 
@@ -30,13 +31,14 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], size: int = 224)
         The largest difference of onnxruntime's logits on a random batch, or None where it is not installed.
 
     Raises:
-        UserError: onnx or onnxscript is missing, or onnxruntime disagrees.
+        UserError: onnx or onnxscript is missing, path is no file in a folder that exists, or onnxruntime
+            disagrees.
         OSError: the file cannot be written.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"export to ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    target = Path(path)
+    target = output_file(path)
     training = model.training
     parameter = next(model.parameters())
     # A batch of 2: torch.export takes a dimension of 1 for a constant.

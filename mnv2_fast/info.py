@@ -25,7 +25,6 @@ def collect() -> dict[str, Any]:
     Raises:
         UserError: an environment variable has a value that makes no sense.
     """
-    env.backend()
     env.strict()
     return {
         "versions": _versions(),
@@ -83,14 +82,17 @@ def _gpus() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, dict[str, str]]:
-    """Device -> operator -> the backend of a float32 call, with the reason where the kernels decline it."""
+    """Device -> operator -> the backend of a model's float32 call, with the reason where it is eager."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {device: {op.name: _backend(op, device) for op in ops.OPS} for device in devices}
 
 
 def _backend(op: ops.Op, device: str) -> str:
-    if env.backend() == "eager":
+    asked = env.backend()
+    if asked == "eager":
         return f"eager ({env.BACKEND.name}=eager)"
+    if asked == "triton" and device == "cpu":
+        return f"eager ({env.BACKEND.name}=triton has no kernels for the CPU: unset it, or set it to cpu)"
     args = next(iter(op.samples((8,), (8,), (1,))))
     args = ops.map_tensors(lambda t: t.to(device), args)
     if op.name == "network":

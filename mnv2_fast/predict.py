@@ -160,9 +160,12 @@ class Predictor:
 
 
 def _at_least_one(value: int, name: str) -> int:
-    number = operator.index(value)
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
     if number < 1:
-        raise UserError(f"{name}={value}: give a whole number of at least 1")
+        raise UserError(f"{name}={value!r}: give a whole number of at least 1")
     return number
 
 

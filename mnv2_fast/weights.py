@@ -11,6 +11,7 @@ import functools
 import http.client
 import importlib.resources
 import json
+import os
 import pickle
 import re
 import urllib.error
@@ -181,6 +182,8 @@ def find_weights(name_or_path: object, progress: bool = True) -> Path:
         return find_local(weights) or _download(weights, progress)
     if not isinstance(name_or_path, str | Path):
         raise TypeError(f"weights: a name ({names()}) or a path is wanted, not {type(name_or_path).__name__}")
+    if not str(name_or_path).strip():
+        raise UserError(f"weights: {str(name_or_path)!r} names nothing: give a file or one of {names()}")
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         raise UserError(f"{path} is a folder: give a weights file in it, or set {env.WEIGHTS.name} to it")
@@ -200,6 +203,20 @@ def find_local(weights: Weights) -> Path | None:
                 return path
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.file
     return cached if cached.is_file() else None
+
+
+def output_file(path: str | os.PathLike[str]) -> Path:
+    """`path` if a file may be written there: its folder exists and it is no folder itself.
+
+    Raises:
+        UserError: it may not.
+    """
+    target = Path(path).expanduser()
+    if not os.fspath(path) or target.is_dir():
+        raise UserError(f"{os.fspath(path)!r} is a folder or empty: give the name of a file to write")
+    if not target.parent.is_dir():
+        raise UserError(f"there is no folder {target.parent} to save {target.name} in: make it first")
+    return target
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -233,6 +233,31 @@ def test_an_environment_variable_that_makes_no_sense(
     assert f"{variable}='nonsense'" in _fails(capsys, "info")
 
 
+@pytest.mark.parametrize("variable", ["MNV2_BACKEND", "MNV2_STRICT"])
+def test_every_verb_refuses_an_environment_that_makes_no_sense(
+    variable: str,
+    engine_file: str,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(variable, "yes")
+    for args in (["predict", photos, "--weights", engine_file], ["bench"], ["demo"], ["export", "m.onnx"]):
+        assert f"{variable}='yes'" in _fails(capsys, *args)
+
+
+def test_empty_arguments_are_not_the_current_folder(
+    engine_file: str, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(photos)
+    assert "'' names no photo" in _fails(capsys, "predict", "", "--weights", engine_file)
+    assert "'' names nothing: give a file" in _fails(capsys, "predict", "a.png", "--weights", "")
+
+
+def test_demo_does_not_forgive_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no weights file typo.safetensors" in _fails(capsys, "demo", "--weights", "typo.safetensors")
+
+
 def test_an_unknown_instruction_set_lists_the_valid_ones(photos: Path) -> None:
     changed = {**os.environ, "MNV2_FORCE_ISA": "neon"}  # read once in a process
     for args in (["info"], ["bench"]):
@@ -279,6 +304,16 @@ def test_info_says_which_operators_fall_back(
     assert cli.main(["info", "--json"]) == 0
     served = json.loads(capsys.readouterr().out)["backends"]["cpu"]
     assert all(backend.startswith("eager (MNV2_BACKEND=eager)") for backend in served.values())
+
+
+def test_info_says_that_models_run_eager_under_triton_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MNV2_BACKEND", "triton")
+    assert "triton" in (MobileNetV2(3, 0.35).eval().why_not(torch.zeros(1, 3, 32, 32)) or "")
+    assert cli.main(["info", "--json"]) == 0
+    served = json.loads(capsys.readouterr().out)["backends"]["cpu"]
+    assert all(backend.startswith("eager (MNV2_BACKEND=triton") for backend in served.values())
 
 
 def test_info_where_the_extension_is_built_for_another_python(
@@ -416,7 +451,9 @@ def test_export_without_onnx_names_the_cure(
 def test_a_folder_that_is_not_there_to_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plain.safetensors"
     save_file(MobileNetV2(5, width_mult=0.35).state_dict(), path)
-    assert "nowhere" in _fails(capsys, "export", "--weights", path, tmp_path / "nowhere" / "m.onnx")
+    said = _fails(capsys, "export", "--weights", path, tmp_path / "nowhere" / "m.onnx")
+    assert f"there is no folder {tmp_path / 'nowhere'} to save m.onnx in: make it first" in said
+    assert "give the name of a file" in _fails(capsys, "export", "--weights", path, tmp_path)
 
 
 def test_a_reader_that_leaves_is_no_error(engine_file: str, photos: Path) -> None:

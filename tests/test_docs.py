@@ -61,3 +61,20 @@ def test_make_targets_named_exist() -> None:
             r"(?:^|`)make ([a-z-]+)", document.read_text(encoding="utf-8"), re.MULTILINE
         ):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_design_names_every_module() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    modules = {path.stem for path in (ROOT / "mnv2_fast").glob("*.py")} - {"__init__"}
+    named = set(re.findall(r"`(\w+)`", text.partition("## The floors")[2].partition("\n## ")[0]))
+    assert modules - named == set()
+
+
+def test_speed_is_stated_where_it_was_measured() -> None:
+    """What stands between the markers is written from the results: none without them, a row with them."""
+    speed = re.findall(
+        r"<!-- bench\.plot: begin -->(.*?)<!-- bench\.plot: end -->", README.read_text("utf-8"), re.DOTALL
+    )
+    assert len(speed) == 1
+    rows = re.findall(r"^\|.*\d.*\|$", speed[0], re.MULTILINE)
+    assert bool(rows) <= (ROOT / "bench" / "results" / "model.csv").exists()

@@ -296,6 +296,14 @@ sys.exit(preflight.main(["python"]))
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_make_installs_the_build_requirements_and_no_more() -> None:
+    (line,) = re.findall(
+        r"^\t\$\(PIP\) install -c constraints\.txt (.*)$", (ROOT / "Makefile").read_text(), re.M
+    )
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert set(line.split()) == {Requirement(text).name for text in required}
+
+
 def test_a_second_make_does_no_work_twice(tmp_path: Path) -> None:
     for name in FILES + MAKE_FILES:
         shutil.copy2(ROOT / name, tmp_path)

@@ -274,3 +274,10 @@ def test_real_weights_on_real_photos_agree_with_torchvision(weights_v1: Path, ph
         np.testing.assert_allclose([row["score"] for row in result], best.values.numpy(), atol=1e-4)
         right += path.stem.partition("_")[2].replace("_", " ").lower() in result[0]["label"].lower()
     assert right >= 10  # of 20; the file names are not always the labels' words
+
+
+@pytest.mark.parametrize("value", [1.5, "3", None, True, 0])
+@pytest.mark.parametrize("name", ["top_k", "batch_size"])
+def test_counts_that_are_no_whole_numbers(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"{name}=.*: give a whole number of at least 1"):
+        Predictor("IMAGENET1K_V1", **{name: value})  # type: ignore[arg-type]
