@@ -35,7 +35,6 @@ DTYPES = ("fp32",)
 
 MAX_THREADS = 1024  # as csrc/parallel.h says
 
-FORMAT = "mnv2_fast.engine"
 VERSION = "1"
 
 _TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())
@@ -150,7 +149,7 @@ class Engine:
 
         target = weights.output_file(path)
         metadata = {
-            "format": FORMAT,
+            "format": weights.ENGINE_FORMAT,
             "version": VERSION,
             "dtype": self.dtype,
             "architecture": json.dumps([asdict(spec) for spec in self.layers]),
@@ -239,7 +238,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
             architecture.
     """
     state, metadata = weights.load_state_dict(Path(path))
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != weights.ENGINE_FORMAT:
         raise UserError(
             f"{path} holds weights, not an engine: use compile(mobilenet_v2(weights={str(path)!r}))"
         )

@@ -16,6 +16,7 @@ from .nn import Automatic, ConvBNReLU6, InvertedResidual, log
 from .packs import HOOKS
 from .reading import Declined, Part, Reading, check_module, read_linear
 from .weights import (
+    ENGINE_FORMAT,
     HEAD,
     Preprocessing,
     check_state_dict,
@@ -359,11 +360,9 @@ def mobilenet_v2(
         weights = "IMAGENET1K_V1" if weights or pretrained else None
     if weights is None:
         return MobileNetV2(**kwargs)
-    from .engine import FORMAT
-
     state, metadata = load_state_dict(weights, progress)
     source = str(weights)
-    if metadata.get("format") == FORMAT:
+    if metadata.get("format") == ENGINE_FORMAT:
         raise UserError(f"{source} is an engine, which has no modules: use mnv2_fast.load({source!r})")
     classes = num_classes(state)
     wanted = kwargs.setdefault("num_classes", 1000 if classes is None else classes)

@@ -206,4 +206,4 @@ def load_model(name_or_path: str | os.PathLike[str], progress: bool = True) -> M
 
 def is_engine(path: str | os.PathLike[str]) -> bool:
     """Whether a file says that `Engine.save` wrote it."""
-    return weights.read_metadata(Path(path).expanduser()).get("format") == engine.FORMAT
+    return weights.read_metadata(Path(path).expanduser()).get("format") == weights.ENGINE_FORMAT

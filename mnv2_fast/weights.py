@@ -30,6 +30,7 @@ from . import arch, env
 from .errors import UserError
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+ENGINE_FORMAT = "mnv2_fast.engine"  # metadata["format"] of a file that holds an Engine, not a model's weights
 
 
 class MissingWeightsError(UserError, FileNotFoundError):
