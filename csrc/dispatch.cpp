@@ -41,10 +41,9 @@ std::uint32_t detect() {
         return found;
     if (ymm && (b & (1u << 5)))
         found |= kAvx2;
-    if (zmm && (b & (1u << 16)))
-        found |= kAvx512f;
-    if (zmm && (b & (1u << 30)))
-        found |= kAvx512bw;
+    constexpr std::uint32_t kSubsets = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; // F, DQ, BW, VL
+    if (zmm && (b & kSubsets) == kSubsets)
+        found |= kAvx512;
     if (zmm && (c & (1u << 11)))
         found |= kAvx512vnni;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
@@ -92,8 +91,7 @@ const std::vector<std::pair<std::string, bool>> &cpu_features() {
     static const std::vector<std::pair<std::string, bool>> named = {
         {"avx2", features() & kAvx2},
         {"fma", features() & kFma},
-        {"avx512f", features() & kAvx512f},
-        {"avx512bw", features() & kAvx512bw},
+        {"avx512", features() & kAvx512},
         {"avx512_vnni", features() & kAvx512vnni},
         {"avx512_bf16", features() & kAvx512bf16},
         {"avx_vnni", features() & kAvxVnni},

@@ -13,8 +13,7 @@ namespace mnv2 {
 enum Feature : std::uint32_t {
     kAvx2 = 1u << 0,
     kFma = 1u << 1,
-    kAvx512f = 1u << 2,
-    kAvx512bw = 1u << 3,
+    kAvx512 = 1u << 2, // F, BW, DQ and VL: every processor since 2017 that has the first has them all
     kAvx512vnni = 1u << 4,
     kAvx512bf16 = 1u << 5,
     kAvxVnni = 1u << 6,

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-namespace mnv2::avx2 {
+namespace mnv2::MNV2_ISA {
 namespace {
 
 struct Vec {
@@ -44,4 +44,4 @@ inline void store_halves(float *low, float *high, Vec a) { _mm256_storeu2_m128(h
 inline Vec relu6(Vec a) { return {_mm256_min_ps(_mm256_set1_ps(6.0f), _mm256_max_ps(_mm256_setzero_ps(), a.v))}; }
 
 } // namespace
-} // namespace mnv2::avx2
+} // namespace mnv2::MNV2_ISA

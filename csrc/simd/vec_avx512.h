@@ -1,9 +1,9 @@
-// AVX-512F: 32 registers of 16 floats.
+// AVX-512 (F, BW, DQ, VL): 32 registers of 16 floats.
 #pragma once
 
 #include <immintrin.h>
 
-namespace mnv2::avx512 {
+namespace mnv2::MNV2_ISA {
 namespace {
 
 struct Vec {
@@ -50,4 +50,4 @@ inline void store_halves(float *low, float *high, Vec a) {
 inline Vec relu6(Vec a) { return {_mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_max_ps(_mm512_setzero_ps(), a.v))}; }
 
 } // namespace
-} // namespace mnv2::avx512
+} // namespace mnv2::MNV2_ISA

@@ -1,7 +1,7 @@
 // Portable C++: four floats in an array, for a processor none of the other rows fits and as their twin in tests.
 #pragma once
 
-namespace mnv2::scalar {
+namespace mnv2::MNV2_ISA {
 namespace {
 
 struct Vec {
@@ -68,4 +68,4 @@ inline Vec relu6(Vec a) {
 }
 
 } // namespace
-} // namespace mnv2::scalar
+} // namespace mnv2::MNV2_ISA
