@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("packs",),
     ("backends.cpu", "backends.triton", "backends.eager"),
-    ("chain",),
+    ("chain", "int8"),
     ("_C", "kernels"),
 )
 BESIDE = ("data", "weights", "_torchvision", "metrics", "plots", "lenet")  # of every layer above the model's
