@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SMALL, calibrate
+from torch import Tensor, nn
+
+from mnv2_fast import MobileNetV2
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS_V1 = "weights/mobilenet_v2-IMAGENET1K_V1.safetensors"
@@ -134,3 +138,17 @@ def run_python() -> RunPython:
         return done
 
     return run
+
+
+@pytest.fixture
+def model() -> MobileNetV2:
+    """A small eval-mode model whose batch norms carry the signal through and are away from the identity."""
+    model = calibrate(MobileNetV2(**SMALL), (48, 40))
+    nn.init.normal_(model.classifier[1].weight, 0, 0.1)
+    return model
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Two small images."""
+    return torch.randn(2, 3, 48, 40)

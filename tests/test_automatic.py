@@ -6,27 +6,13 @@ import logging
 
 import pytest
 import torch
-from helpers import SMALL, TOLERANCE, calibrate, changed, check, eager, one_thread  # noqa: F401
+from helpers import SMALL, TOLERANCE, changed, check, eager, one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from mnv2_fast import MobileNetV2
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
-
-
-@pytest.fixture
-def model() -> MobileNetV2:
-    """A small eval-mode model whose batch norms carry the signal through and are away from the identity."""
-    model = calibrate(MobileNetV2(**SMALL), (48, 40))
-    nn.init.normal_(model.classifier[1].weight, 0, 0.1)
-    return model
-
-
-@pytest.fixture
-def x() -> Tensor:
-    """Two small images."""
-    return torch.randn(2, 3, 48, 40)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -22,20 +22,6 @@ from mnv2_fast.nn import ConvBNReLU6, InvertedResidual
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 
-@pytest.fixture
-def model() -> MobileNetV2:
-    """A small eval-mode model whose batch norms carry the signal through and are away from the identity."""
-    model = calibrate(MobileNetV2(**SMALL), (48, 40))
-    nn.init.normal_(model.classifier[1].weight, 0, 0.1)
-    return model
-
-
-@pytest.fixture
-def x() -> Tensor:
-    """Two small images."""
-    return torch.randn(2, 3, 48, 40)
-
-
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.01),
     "sgd fused": lambda p: torch.optim.SGD(p, 0.01, fused=True),
