@@ -47,8 +47,8 @@ std::unique_ptr<Network> make_network(const std::vector<Desc> &layers, bool pool
 
 void run(const Network &network, Address x, bool bytes, const std::array<std::ptrdiff_t, 4> &strides,
          const std::array<int, 3> &size, Address residual, Address y, int threads) {
-    const Call call{at<void>(x), bytes,   strides[0], strides[1],          strides[2],  strides[3],
-                    size[0],     size[1], size[2],    at<float>(residual), at<float>(y)};
+    const Call call{at<void>(x), bytes,   strides[0], strides[1],         strides[2], strides[3],
+                    size[0],     size[1], size[2],    at<void>(residual), at<void>(y)};
     const py::gil_scoped_release release;
     network.run(call, threads);
 }
@@ -74,19 +74,19 @@ double fma_peak(int threads) {
 // GB/s read and written by memcpy of `megabytes` in all, by `threads` threads: the best of five runs.
 double copy_bandwidth(int megabytes, int threads) {
     const py::gil_scoped_release release;
-    const std::size_t floats = static_cast<std::size_t>(megabytes) * 1'000'000 / sizeof(float);
-    const Floats from = allocate(floats), to = allocate(floats);
-    std::memset(from.get(), 0, floats * sizeof(float));
-    std::memset(to.get(), 0, floats * sizeof(float));
+    const std::size_t bytes = static_cast<std::size_t>(megabytes) * 1'000'000;
+    const Memory from = allocate(bytes), to = allocate(bytes);
+    std::memset(from.get(), 0, bytes);
+    std::memset(to.get(), 0, bytes);
     double best = 0;
     for (int run = 0; run < 5; ++run) {
         const auto begin = std::chrono::steady_clock::now();
         parallel(threads, [&](Team &team) {
             long first, last;
-            team.share(static_cast<long>(floats), 1024, first, last);
-            std::memcpy(to.get() + first, from.get() + first, (last - first) * sizeof(float));
+            team.share(static_cast<long>(bytes), 4096, first, last);
+            std::memcpy(to.get() + first, from.get() + first, last - first);
         });
-        best = std::max(best, 2.0 * floats * sizeof(float) / seconds_since(begin) / 1e9);
+        best = std::max(best, 2.0 * static_cast<double>(bytes) / seconds_since(begin) / 1e9);
     }
     return best;
 }

@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::size_t kPlans = 8;              // image sizes remembered
 constexpr std::size_t kWorkspaces = 16;        // kept for later calls
-constexpr std::size_t kKeptFloats = 64u << 20; // of a workspace that is kept: a larger one goes back to the system
+constexpr std::size_t kKeptBytes = 256u << 20; // of a workspace that is kept: a larger one goes back to the system
 
 int depth(const LayerDesc &d) { return d.kind == Kind::stem ? kStemTaps : d.cin; }
 
@@ -21,7 +21,7 @@ std::size_t packed_size(const KernelTable &kernels, const LayerDesc &d) {
                                      : packed_gemm_size(kernels, d.cout, depth(d));
 }
 
-Packed pack(const KernelTable &kernels, const LayerDesc &d, float *out) {
+Packed pack(const KernelTable &kernels, const LayerDesc &d, std::byte *out) {
     return d.kind == Kind::depthwise ? pack_depthwise(kernels, d.weight, d.bias, d.cin, out)
                                      : pack_gemm(kernels, d.weight, d.bias, d.cout, depth(d), out);
 }
@@ -34,13 +34,13 @@ Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layer
         layers_.push_back({d, {}});
     steps_ = make_steps(layers_, pool);
     free_.reserve(kWorkspaces); // so that giving memory back after the work cannot fail
-    std::size_t floats = 0;
+    std::size_t bytes = 0;
     for (const Layer &layer : layers_)
-        floats += packed_size(kernels, layer.desc);
+        bytes += packed_size(kernels, layer.desc);
     // One block in the order of use: a kernel that prefetches past its own weights reaches the next layer's (7% of an
     // image on one core, together with the prefetching).
-    weights_ = allocate(floats);
-    float *out = weights_.get();
+    weights_ = allocate(bytes);
+    std::byte *out = weights_.get();
     for (Layer &layer : layers_) {
         layer.packed = pack(kernels, layer.desc, out);
         out += packed_size(kernels, layer.desc);
@@ -52,22 +52,22 @@ Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layer
 
 std::shared_ptr<const Plan> Network::plan(int h, int w, int threads) const {
     if (forked_child()) // the mutex may be locked for ever
-        return std::make_shared<const Plan>(make_plan(layers_, steps_, h, w, threads));
+        return std::make_shared<const Plan>(make_plan(layers_, steps_, h, w, threads, sizeof(float)));
     const std::lock_guard<std::mutex> lock(mutex_);
     for (std::size_t i = 0; i < plans_.size(); ++i)
         if (plans_[i]->h == h && plans_[i]->w == w && plans_[i]->threads == threads) {
             std::rotate(plans_.begin(), plans_.begin() + i, plans_.begin() + i + 1); // most recent first
             return plans_.front();
         }
-    auto made = std::make_shared<const Plan>(make_plan(layers_, steps_, h, w, threads));
+    auto made = std::make_shared<const Plan>(make_plan(layers_, steps_, h, w, threads, sizeof(float)));
     if (plans_.size() == kPlans)
         plans_.pop_back();
     plans_.insert(plans_.begin(), std::move(made));
     return plans_.front();
 }
 
-Floats Network::take_workspace(std::size_t floats, std::size_t &capacity) const {
-    Memory found{0, nullptr};
+Memory Network::take_workspace(std::size_t bytes, std::size_t &capacity) const {
+    Workspace found{0, nullptr};
     if (!forked_child()) {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (!free_.empty()) {
@@ -75,17 +75,17 @@ Floats Network::take_workspace(std::size_t floats, std::size_t &capacity) const 
             free_.pop_back();
         }
     }
-    if (found.capacity >= floats && found.floats) {
+    if (found.capacity >= bytes && found.memory) {
         capacity = found.capacity;
-        return std::move(found.floats);
+        return std::move(found.memory);
     }
-    found.floats.reset(); // too small: freed before the larger one is asked for
-    capacity = floats;
-    return allocate(floats);
+    found.memory.reset(); // too small: freed before the larger one is asked for
+    capacity = bytes;
+    return allocate(bytes);
 }
 
-void Network::give_workspace(Floats memory, std::size_t capacity) const {
-    if (forked_child() || capacity > kKeptFloats)
+void Network::give_workspace(Memory memory, std::size_t capacity) const {
+    if (forked_child() || capacity > kKeptBytes)
         return;
     const std::lock_guard<std::mutex> lock(mutex_);
     if (free_.size() < kWorkspaces)
@@ -95,8 +95,8 @@ void Network::give_workspace(Floats memory, std::size_t capacity) const {
 std::size_t Network::workspace_bytes(int n, int h, int w, int threads) const {
     if (n < 1 || h < 1 || w < 1)
         return 0;
-    const std::size_t features = static_cast<std::size_t>(n) * layers_.back().desc.cin;
-    return sizeof(float) * (Runner::memory(*plan(h, w, usable_threads(threads)), n) + features);
+    const std::size_t features = sizeof(float) * n * layers_.back().desc.cin;
+    return Runner<float>::memory(*plan(h, w, usable_threads(threads)), n) + features;
 }
 
 void Network::run(const Call &call, int threads) const {
@@ -115,12 +115,12 @@ void Network::run(const Call &call, int threads) const {
     threads = usable_threads(threads);
     const std::shared_ptr<const Plan> plan = this->plan(call.h, call.w, threads);
     const bool classifies = steps_.back().form == Step::Form::linear && steps_.size() > 1;
-    const std::size_t features = classifies ? static_cast<std::size_t>(call.n) * layers_.back().desc.cin : 0;
-    const std::size_t floats = Runner::memory(*plan, call.n);
+    const std::size_t features = classifies ? sizeof(float) * call.n * layers_.back().desc.cin : 0;
+    const std::size_t bytes = Runner<float>::memory(*plan, call.n);
     std::size_t capacity = 0;
-    Floats memory = take_workspace(floats + features, capacity);
-    const Runner runner(kernels_, layers_, steps_, *plan, call, table_.empty() ? nullptr : table_.data());
-    float *const pooled = classifies ? memory.get() + floats : call.y;
+    Memory memory = take_workspace(bytes + features, capacity);
+    const Runner<float> runner(kernels_, layers_, steps_, *plan, call, table_.empty() ? nullptr : table_.data());
+    void *const pooled = classifies ? memory.get() + bytes : call.y;
     parallel(threads, [&](Team &team) { runner.run(team, memory.get(), pooled); });
     give_workspace(std::move(memory), capacity);
 }

@@ -18,8 +18,8 @@ struct Call {
     bool bytes;
     std::ptrdiff_t stride_n, stride_c, stride_h, stride_w;
     int n, h, w;
-    const float *residual; // NHWC, dense, for a network of one pointwise layer
-    float *y;              // [n, outputs], or NHWC and dense where the network ends in a convolution
+    const void *residual; // NHWC, dense, for a network of one pointwise layer
+    void *y;              // [n, outputs], or NHWC and dense where the network ends in a convolution
 };
 
 class Network {
@@ -36,22 +36,22 @@ class Network {
 
   private:
     std::shared_ptr<const Plan> plan(int h, int w, int threads) const;
-    Floats take_workspace(std::size_t floats, std::size_t &capacity) const;
-    void give_workspace(Floats memory, std::size_t capacity) const;
+    Memory take_workspace(std::size_t bytes, std::size_t &capacity) const;
+    void give_workspace(Memory memory, std::size_t capacity) const;
 
     const KernelTable &kernels_;
     std::vector<Layer> layers_;
     std::vector<Step> steps_;
-    Floats weights_;
+    Memory weights_;
     std::vector<float> table_;
 
-    struct Memory {
+    struct Workspace {
         std::size_t capacity;
-        Floats floats;
+        Memory memory;
     };
     mutable std::mutex mutex_; // guards the two caches below, never the work
     mutable std::vector<std::shared_ptr<const Plan>> plans_;
-    mutable std::vector<Memory> free_;
+    mutable std::vector<Workspace> free_;
 };
 
 } // namespace mnv2

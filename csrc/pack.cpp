@@ -2,24 +2,16 @@
 
 namespace mnv2 {
 
-namespace {
-
-std::size_t whole_lines(std::size_t floats) {
-    constexpr std::size_t kLine = kCacheLine / sizeof(float);
-    return (floats + kLine - 1) / kLine * kLine;
-}
-
-} // namespace
-
 std::size_t packed_gemm_size(const KernelTable &table, int cout, int depth) {
-    return whole_lines(static_cast<std::size_t>(round_up(cout, table.panel)) * (depth + 1));
+    return whole_lines(sizeof(float) * round_up(cout, table.panel) * (static_cast<std::size_t>(depth) + 1));
 }
 
 std::size_t packed_depthwise_size(const KernelTable &table, int channels) {
-    return whole_lines(static_cast<std::size_t>(round_up(channels, table.lanes)) * kDepthwiseBlock);
+    return whole_lines(sizeof(float) * round_up(channels, table.lanes) * kDepthwiseBlock);
 }
 
-Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, float *out) {
+Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth,
+                 std::byte *memory) {
     const int padded = round_up(cout, table.panel), half = table.lanes / 2;
     // The channel at place i of the panel from `begin` on, or -1. Of one vector and a half, the half stands twice.
     const auto channel = [&](int begin, int i) {
@@ -27,9 +19,9 @@ Packed pack_gemm(const KernelTable &table, const float *weight, const float *bia
         const int c = begin + (halves && i >= table.lanes + half ? i - half : i);
         return c < cout ? c : -1;
     };
-    float *const packed_bias = out;
-    float *const packed = out + padded;
-    out = packed;
+    float *const packed_bias = reinterpret_cast<float *>(memory);
+    float *const packed = packed_bias + padded;
+    float *out = packed;
     for (int begin = 0; begin < cout; begin += table.panel) {
         for (int i = 0; i < table.panel; ++i) {
             const int c = channel(begin, i);
@@ -42,18 +34,20 @@ Packed pack_gemm(const KernelTable &table, const float *weight, const float *bia
                 *out++ = c < 0 ? 0.0f : weight[static_cast<std::ptrdiff_t>(c) * depth + k];
             }
     }
-    return {packed, packed_bias};
+    return {packed, packed_bias, depth};
 }
 
-Packed pack_depthwise(const KernelTable &table, const float *weight, const float *bias, int channels, float *out) {
-    float *const packed = out;
+Packed pack_depthwise(const KernelTable &table, const float *weight, const float *bias, int channels,
+                      std::byte *memory) {
+    float *const packed = reinterpret_cast<float *>(memory);
+    float *out = packed;
     for (int begin = 0; begin < channels; begin += table.lanes)
         for (int tap = 0; tap < kDepthwiseBlock; ++tap)
             for (int i = 0; i < table.lanes; ++i) {
                 const int c = begin + i;
                 *out++ = c >= channels ? 0.0f : tap == 9 ? bias[c] : weight[static_cast<std::ptrdiff_t>(c) * 9 + tap];
             }
-    return {packed, nullptr};
+    return {packed, nullptr, kDepthwiseBlock};
 }
 
 } // namespace mnv2

@@ -30,8 +30,8 @@ struct StepPlan {
     int ring;               // hidden rows kept
 };
 
-// Sizes are floats. One arena: two activations, the tensors between the layers of a step that threads share, and
-// `scratch` for each thread.
+// Sizes are bytes, whole cache lines. One arena: two activations, the tensors between the layers of a step that threads
+// share, and `scratch` for each thread. Hidden tensors are float32 whatever the activations are.
 struct Plan {
     int h, w, threads;
     std::vector<StepPlan> steps;
@@ -53,10 +53,12 @@ bool by_layers(const std::vector<Layer> &layers, const Step &s, const StepPlan &
 // Groups layers into steps. Throws std::invalid_argument where they do not chain.
 std::vector<Step> make_steps(const std::vector<Layer> &layers, bool pool);
 
-// `threads`: the most that will share an image. Throws std::length_error where the image is too large to plan for.
-Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps, int h, int w, int threads);
+// `threads`: the most that will share an image; `element`: bytes of an activation. Throws std::length_error where the
+// image is too large to plan for.
+Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps, int h, int w, int threads,
+               std::size_t element);
 
-// Floats from one pixel to the next in internal tensors.
+// Elements from one pixel to the next in internal tensors.
 constexpr int padded(int channels) { return (channels + kChannelPad - 1) / kChannelPad * kChannelPad; }
 
 // Floats of a padded row of stem input: 3 colours, one pixel of zeros at each side.

@@ -2,28 +2,35 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 namespace mnv2 {
+namespace {
 
 constexpr int kMaxPanel = 2 * kChannelPad; // channels, of any instruction set
 
-Runner::Arena Runner::arena(float *memory, const Team &team) const {
+// What a kernel of the table takes says which one it is.
+void call(const KernelTable &kernels, const Pointwise<float> &args) { kernels.pointwise(args); }
+void call(const KernelTable &kernels, const Depthwise<float> &args) { kernels.depthwise(args); }
+
+} // namespace
+
+template <class T> typename Runner<T>::Arena Runner<T>::arena(std::byte *memory, const Team &team) const {
     Arena a;
-    const auto take = [&memory](std::size_t count) {
-        float *p = memory;
-        memory += count;
-        return p;
+    const auto take = [&memory](std::size_t bytes, auto *&tensor) {
+        tensor = reinterpret_cast<std::remove_reference_t<decltype(tensor)>>(memory);
+        memory += bytes;
     };
-    a.activation[0] = take(plan_.activation);
-    a.activation[1] = take(plan_.activation);
-    a.hidden = take(plan_.hidden);
-    a.filtered = take(plan_.filtered);
+    take(plan_.activation, a.activation[0]);
+    take(plan_.activation, a.activation[1]);
+    take(plan_.hidden, a.hidden);
+    take(plan_.filtered, a.filtered);
     a.scratch = memory + team.rank() * plan_.scratch;
     return a;
 }
 
-void Runner::run(Team &team, float *memory, float *features) const {
+template <class T> void Runner<T>::run(Team &team, std::byte *memory, void *features) const {
     // Whole images to every thread, which then never waits; what is left over is shared image by image.
     const int each = call_.n >= plan_.threads ? call_.n / team.size() : 0; // as memory() was told
     if (each > 0) {
@@ -37,44 +44,44 @@ void Runner::run(Team &team, float *memory, float *features) const {
     for (int k = each * team.size(); k < call_.n; ++k)
         image(team, together, k, features);
     if (steps_.back().form == Step::Form::linear)
-        linear(team, static_cast<int>(steps_.size()) - 1, steps_.size() > 1 ? features : nullptr, call_.n);
+        linear(team, static_cast<int>(steps_.size()) - 1,
+               static_cast<const T *>(steps_.size() > 1 ? features : call_.x), call_.n);
 }
 
 // Every step for one image, but for a linear last one, which runs once for all.
-void Runner::image(Team &team, const Arena &arena, int image, float *features) const {
-    const float *x = nullptr; // the call's own
+template <class T> void Runner<T>::image(Team &team, const Arena &arena, int image, void *features) const {
+    const T *x = nullptr; // the call's own
     for (std::size_t i = 0; i < steps_.size() && steps_[i].form != Step::Form::linear; ++i) {
         const int step = static_cast<int>(i);
-        const Tensors t = place(step, x, arena.activation[i % 2], image, features);
-        run_step(team, arena, step, t);
+        const Ends t = place(step, x, arena.activation[i % 2], image);
+        run_step(team, arena, step, t, features);
         team.sync();
         x = t.y;
     }
 }
 
-// Where a step reads and writes: `x` and `y`, but for the ends of the network the caller's tensors and the features.
-Tensors Runner::place(int step, const float *x, float *y, int image, float *features) const {
+// Where a step reads and writes: `x` and `y`, but at the ends of the network the caller's tensors.
+template <class T> typename Runner<T>::Ends Runner<T>::place(int step, const T *x, T *y, int image) const {
     const Step &s = steps_[step];
     const LayerDesc &first = layers_[s.first()].desc, &d = layers_[s.last].desc;
-    Tensors t{x, padded(first.cin), y, padded(d.cout), image};
+    Ends t{x, padded(first.cin), y, padded(d.cout), image};
     if (!x && first.kind != Kind::stem) {
-        t.x = static_cast<const float *>(call_.x) + image * call_.stride_n;
+        t.x = static_cast<const T *>(call_.x) + image * call_.stride_n;
         t.x_ld = call_.stride_w;
     }
-    if (s.form == Step::Form::head) {
-        t.y = features + static_cast<std::ptrdiff_t>(image) * d.cout;
-    } else if (step + 1 == static_cast<int>(steps_.size())) {
+    if (s.form != Step::Form::head && step + 1 == static_cast<int>(steps_.size())) {
         const StepPlan &p = plan_.steps[step];
-        t.y = call_.y + static_cast<std::ptrdiff_t>(image) * p.ho * p.wo * d.cout;
+        t.y = static_cast<T *>(call_.y) + static_cast<std::ptrdiff_t>(image) * p.ho * p.wo * d.cout;
         t.y_ld = d.cout;
     }
     return t;
 }
 
-void Runner::run_step(Team &team, const Arena &arena, int step, const Tensors &t) const {
+template <class T>
+void Runner<T>::run_step(Team &team, const Arena &arena, int step, const Ends &t, void *features) const {
     const Step &s = steps_[step];
     if (s.form == Step::Form::head)
-        head(team, arena, step, t);
+        head(team, arena, step, t, features);
     else if (s.form == Step::Form::single)
         single(team, arena, step, t);
     else if (by_layers(layers_, s, plan_.steps[step], team.size()))
@@ -84,37 +91,39 @@ void Runner::run_step(Team &team, const Arena &arena, int step, const Tensors &t
 }
 
 // One output row of a depthwise layer, blocks [block_begin, block_end) of its channels.
-void Runner::depthwise_row(const Layer &layer, const Rows &in, long row, float *y, std::ptrdiff_t y_ld, int block_begin,
-                           int block_end) const {
+template <class T>
+void Runner<T>::depthwise_row(const Layer &layer, const Rows &in, long row, T *y, std::ptrdiff_t y_ld, int block_begin,
+                              int block_end) const {
     const LayerDesc &d = layer.desc;
     const long h = row * d.stride;
-    kernels_.depthwise({{in.at(h - 1), in.at(h), in.at(h + 1)},
-                        in.ld,
-                        layer.packed.weight,
-                        y,
-                        y_ld,
-                        in.width,
-                        d.stride,
-                        d.cout,
-                        block_begin,
-                        block_end,
-                        d.relu6});
+    call(kernels_, Depthwise<T>{{in.at(h - 1), in.at(h), in.at(h + 1)},
+                                in.ld,
+                                layer.packed.weight,
+                                y,
+                                y_ld,
+                                in.width,
+                                d.stride,
+                                d.cout,
+                                block_begin,
+                                block_end,
+                                d.relu6});
 }
 
 // One panel of hidden rows [from, to), into the ring.
-void Runner::expand_panel(const Layer &layer, const Tensors &t, const Rows &ring, float *out, int from, int to,
-                          int panel) const {
+template <class T>
+void Runner<T>::expand_panel(const Layer &layer, const Ends &t, const Rows &ring, float *out, int from, int to,
+                             int panel) const {
     const std::ptrdiff_t width = ring.width;
     while (from < to) {
         const int slot = from % ring.ring, rows = std::min(to - from, ring.ring - slot);
-        const Tensors hidden{t.x + from * width * t.x_ld, t.x_ld, out + slot * width * ring.ld, ring.ld, 0};
-        pointwise(layer, hidden, 0, rows * width, nullptr, 0, panel, panel + 1);
+        const Tensors<T, float> hidden{t.x + from * width * t.x_ld, t.x_ld, out + slot * width * ring.ld, ring.ld, 0};
+        pointwise<T, float>(layer, hidden, 0, rows * width, nullptr, 0, panel, panel + 1);
         from += rows;
     }
 }
 
 // A strip of output rows for each member; p.rows of them at a time, their hidden rows in a ring.
-void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tensors &t) const {
+template <class T> void Runner<T>::block_by_rows(Team &team, const Arena &arena, int step, const Ends &t) const {
     const Step &s = steps_[step];
     const StepPlan &p = plan_.steps[step];
     const Layer &depthwise = layers_[s.depthwise], &project = layers_[s.last];
@@ -122,9 +131,9 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
     const bool stem = produce && produce->desc.kind == Kind::stem;
     const int stride = depthwise.desc.stride, ld = padded(depthwise.desc.cin);
     const int blocks = this->blocks(depthwise), per_panel = kernels_.panel / kernels_.lanes;
-    float *const ring =
-        arena.scratch + (layers_.front().desc.kind == Kind::stem ? (kStemRing + 1) * stem_row(plan_.w) : 0);
-    float *const filtered = ring + static_cast<std::ptrdiff_t>(p.ring) * p.hidden_w * ld;
+    float *const input = reinterpret_cast<float *>(arena.scratch); // of the stem
+    float *const ring = input + (layers_.front().desc.kind == Kind::stem ? (kStemRing + 1) * stem_row(plan_.w) : 0);
+    T *const filtered = reinterpret_cast<T *>(ring + static_cast<std::ptrdiff_t>(p.ring) * p.hidden_w * ld);
     const Rows hidden = produce ? Rows{ring, ld, p.hidden_h, p.hidden_w, p.ring}
                                 : Rows{t.x, t.x_ld, p.hidden_h, p.hidden_w, p.hidden_h};
 
@@ -137,7 +146,7 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
         const int needed = std::min(p.hidden_h, (o + rows - 1) * stride + 2);
         for (; stem && made < needed; ++made)
             stem_rows(*produce, t.image, made, made + 1, p.hidden_w,
-                      ring + static_cast<std::ptrdiff_t>(made % p.ring) * p.hidden_w * ld, ld, arena.scratch, loaded);
+                      ring + static_cast<std::ptrdiff_t>(made % p.ring) * p.hidden_w * ld, ld, input, loaded);
         // A panel of channels is expanded and filtered before the next one, its rows still in L1: the depthwise layers
         // of an image took 383 us row by row, 330 so.
         for (int block = 0; block < blocks; block += per_panel) {
@@ -149,13 +158,14 @@ void Runner::block_by_rows(Team &team, const Arena &arena, int step, const Tenso
         }
         made = needed;
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(o) * p.wo;
-        pointwise(project, {filtered, ld, t.y + at * t.y_ld, t.y_ld, 0}, 0, static_cast<std::ptrdiff_t>(rows) * p.wo,
-                  project.desc.residual ? t.x + at * t.x_ld : nullptr, t.x_ld, 0, panels(project));
+        pointwise<T, T>(project, {filtered, ld, t.y + at * t.y_ld, t.y_ld, 0}, 0,
+                        static_cast<std::ptrdiff_t>(rows) * p.wo, project.desc.residual ? t.x + at * t.x_ld : nullptr,
+                        t.x_ld, 0, panels(project));
     }
 }
 
 // Expand, wait, depthwise, wait, project: each layer shared by the team as its own shape asks.
-void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Tensors &t) const {
+template <class T> void Runner<T>::block_by_layers(Team &team, const Arena &arena, int step, const Ends &t) const {
     const Step &s = steps_[step];
     const StepPlan &p = plan_.steps[step];
     const Layer &expand = layers_[s.produce], &depthwise = layers_[s.depthwise], &project = layers_[s.last];
@@ -163,7 +173,7 @@ void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Ten
     const std::ptrdiff_t in_pixels = static_cast<std::ptrdiff_t>(p.hidden_h) * p.hidden_w;
     const std::ptrdiff_t out_pixels = static_cast<std::ptrdiff_t>(p.ho) * p.wo;
 
-    pointwise(team, expand, {t.x, t.x_ld, arena.hidden, ld, 0}, in_pixels, nullptr, 0);
+    pointwise<T, float>(team, expand, {t.x, t.x_ld, arena.hidden, ld, 0}, in_pixels, nullptr, 0);
     team.sync();
 
     const long all_blocks = blocks(depthwise);
@@ -179,18 +189,18 @@ void Runner::block_by_layers(Team &team, const Arena &arena, int step, const Ten
     }
     team.sync();
 
-    pointwise(team, project, {arena.filtered, ld, t.y, t.y_ld, 0}, out_pixels, project.desc.residual ? t.x : nullptr,
-              t.x_ld);
+    pointwise<T, T>(team, project, {arena.filtered, ld, t.y, t.y_ld, 0}, out_pixels,
+                    project.desc.residual ? t.x : nullptr, t.x_ld);
 }
 
-void Runner::single(Team &team, const Arena &arena, int step, const Tensors &t) const {
+template <class T> void Runner<T>::single(Team &team, const Arena &arena, int step, const Ends &t) const {
     const StepPlan &p = plan_.steps[step];
     const Layer &layer = layers_[steps_[step].last];
     const LayerDesc &d = layer.desc;
     if (d.kind == Kind::pointwise) {
         const std::ptrdiff_t pixels = static_cast<std::ptrdiff_t>(p.h) * p.w;
-        const float *residual = call_.residual ? call_.residual + t.image * pixels * d.cout : nullptr;
-        pointwise(team, layer, t, pixels, residual, d.cout);
+        const T *given = static_cast<const T *>(call_.residual);
+        pointwise<T, T>(team, layer, t, pixels, given ? given + t.image * pixels * d.cout : nullptr, d.cout);
         return;
     }
     long begin, end;
@@ -198,7 +208,7 @@ void Runner::single(Team &team, const Arena &arena, int step, const Tensors &t) 
     if (d.kind == Kind::stem) {
         int loaded = -1;
         stem_rows(layer, t.image, static_cast<int>(begin), static_cast<int>(end), p.wo, t.y + begin * p.wo * t.y_ld,
-                  t.y_ld, arena.scratch, loaded);
+                  t.y_ld, reinterpret_cast<float *>(arena.scratch), loaded);
         return;
     }
     const Rows in{t.x, t.x_ld, p.h, p.w, p.h};
@@ -207,54 +217,62 @@ void Runner::single(Team &team, const Arena &arena, int step, const Tensors &t) 
 }
 
 // The last 1x1 layer a panel of channels at a time, summed at once: its output, 250 KB an image, is never written.
-void Runner::head(Team &team, const Arena &arena, int step, const Tensors &t) const {
+template <class T> void Runner<T>::head(Team &team, const Arena &arena, int step, const Ends &t, void *features) const {
     const StepPlan &p = plan_.steps[step];
     const Layer &layer = layers_[steps_[step].last];
     const LayerDesc &d = layer.desc;
     const std::ptrdiff_t pixels = static_cast<std::ptrdiff_t>(p.h) * p.w;
+    float *const tile = reinterpret_cast<float *>(arena.scratch);
     long begin, end;
     team.share(panels(layer), 1, begin, end);
     for (long panel = begin; panel < end; ++panel) {
         const int n = static_cast<int>(panel) * kernels_.panel, channels = std::min(kernels_.panel, d.cout - n);
-        float *const sum = t.y + n;
+        float sum[kMaxPanel];
         double total[kMaxPanel] = {}; // of the chunks: one long float32 sum would lose digits on a large map
         for (std::ptrdiff_t at = 0; at < pixels; at += kPoolChunk) {
             const std::ptrdiff_t chunk = std::min<std::ptrdiff_t>(kPoolChunk, pixels - at);
-            kernels_.pointwise({t.x + at * t.x_ld, t.x_ld, layer.packed.weight + static_cast<std::ptrdiff_t>(n) * d.cin,
-                                layer.packed.bias + n, nullptr, 0, arena.scratch, kernels_.panel, chunk, d.cin,
-                                channels, 0, 1, d.relu6});
-            kernels_.pool({arena.scratch, kernels_.panel, sum, chunk, channels});
+            call(kernels_,
+                 Pointwise<T, T, float>{t.x + at * t.x_ld, t.x_ld,
+                                        layer.packed.weight + static_cast<std::ptrdiff_t>(n) * layer.packed.depth,
+                                        layer.packed.bias + n, nullptr, 0, tile, kernels_.panel, chunk, d.cin, channels,
+                                        0, 1, d.relu6});
+            kernels_.pool({tile, kernels_.panel, sum, chunk, channels});
             for (int c = 0; c < channels; ++c)
                 total[c] += sum[c];
         }
         for (int c = 0; c < channels; ++c)
             sum[c] = static_cast<float>(total[c] / static_cast<double>(pixels));
+        std::memcpy(static_cast<float *>(features) + static_cast<std::ptrdiff_t>(t.image) * d.cout + n, sum,
+                    sizeof(float) * channels);
     }
 }
 
-void Runner::linear(Team &team, int step, const float *x, int images) const {
+template <class T> void Runner<T>::linear(Team &team, int step, const T *x, int images) const {
     const Layer &layer = layers_[steps_[step].last];
     const LayerDesc &d = layer.desc;
-    const float *in = x ? x : static_cast<const float *>(call_.x);
-    pointwise(team, layer, {in, d.cin, call_.y, d.cout, 0}, images, nullptr, 0);
+    pointwise<T, float>(team, layer, {x, d.cin, static_cast<float *>(call_.y), d.cout, 0}, images, nullptr, 0);
 }
 
 // Pixels [from, to) and panels [panel_begin, panel_end) of a pointwise layer.
-void Runner::pointwise(const Layer &layer, const Tensors &t, std::ptrdiff_t from, std::ptrdiff_t to,
-                       const float *residual, std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const {
+template <class T>
+template <class X, class Y>
+void Runner<T>::pointwise(const Layer &layer, const Tensors<X, Y> &t, std::ptrdiff_t from, std::ptrdiff_t to,
+                          const Y *residual, std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const {
     if (from < to && panel_begin < panel_end)
-        kernels_.pointwise({t.x + from * t.x_ld, t.x_ld, layer.packed.weight, layer.packed.bias,
-                            residual ? residual + from * residual_ld : nullptr, residual_ld, t.y + from * t.y_ld,
-                            t.y_ld, to - from, layer.desc.cin, layer.desc.cout, panel_begin, panel_end,
-                            layer.desc.relu6});
+        call(kernels_, Pointwise<X, T, Y>{t.x + from * t.x_ld, t.x_ld, layer.packed.weight, layer.packed.bias,
+                                          residual ? residual + from * residual_ld : nullptr, residual_ld,
+                                          t.y + from * t.y_ld, t.y_ld, to - from, layer.desc.cin, layer.desc.cout,
+                                          panel_begin, panel_end, layer.desc.relu6});
 }
 
 // All of a pointwise layer, shared by a team.
-void Runner::pointwise(Team &team, const Layer &layer, const Tensors &t, std::ptrdiff_t pixels, const float *residual,
-                       std::ptrdiff_t residual_ld) const {
+template <class T>
+template <class X, class Y>
+void Runner<T>::pointwise(Team &team, const Layer &layer, const Tensors<X, Y> &t, std::ptrdiff_t pixels,
+                          const Y *residual, std::ptrdiff_t residual_ld) const {
     const int panels = this->panels(layer);
     const auto part = [&](std::ptrdiff_t from, std::ptrdiff_t to, int panel_begin, int panel_end) {
-        pointwise(layer, t, from, to, residual, residual_ld, panel_begin, panel_end);
+        pointwise<X, Y>(layer, t, from, to, residual, residual_ld, panel_begin, panel_end);
     };
     const long tile = kernels_.tile_rows, tiles = (pixels + tile - 1) / tile;
     if (tiles % team.size() == 0 || tiles >= 8 * team.size()) {
@@ -282,8 +300,9 @@ void Runner::pointwise(Team &team, const Layer &layer, const Tensors &t, std::pt
 
 // Output rows [begin, end) of the stem. `rows` holds kStemRing padded input rows, filled as they are needed, and one of
 // zeros; `loaded` is the last input row in it.
-void Runner::stem_rows(const Layer &layer, int image, int begin, int end, int width, float *y, std::ptrdiff_t y_ld,
-                       float *rows, int &loaded) const {
+template <class T>
+void Runner<T>::stem_rows(const Layer &layer, int image, int begin, int end, int width, float *y, std::ptrdiff_t y_ld,
+                          float *rows, int &loaded) const {
     const std::ptrdiff_t size = stem_row(plan_.w);
     float *const zeros = rows + kStemRing * size;
     if (loaded < 0) {
@@ -306,7 +325,7 @@ void Runner::stem_rows(const Layer &layer, int image, int begin, int end, int wi
 
 // One input row behind its left pixel of padding: colour after colour, or interleaved where the image is. The rows
 // after the next one are prefetched, which no hardware prefetcher does across their gaps (25 of the stem's 145 us).
-void Runner::load_row(int image, int row, float *out) const {
+template <class T> void Runner<T>::load_row(int image, int row, float *out) const {
     const std::ptrdiff_t at = image * call_.stride_n + row * call_.stride_h;
     const std::ptrdiff_t width = plan_.w;
     const auto copy = [this](float *to, const float *from, std::ptrdiff_t count) {
@@ -336,5 +355,7 @@ void Runner::load_row(int image, int row, float *out) const {
                 line[w] = from[w * call_.stride_w];
     }
 }
+
+template class Runner<float>;
 
 } // namespace mnv2

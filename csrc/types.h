@@ -1,7 +1,8 @@
 // Plain structs shared by the kernels, which are compiled once per ISA, and their callers, which are not.
 //
-// Activations are NHWC: a pixel is `ld` floats away from the next one and holds its channels one after another.
-// Counts are in elements, never in bytes. A kernel never reads or writes a channel past the last.
+// Activations are NHWC: a pixel is `ld` elements away from the next one and holds its channels one after another.
+// Counts are in elements, never in bytes. A kernel never reads or writes a channel past the last. Sums are float32
+// whatever the elements are, and so are biases.
 #pragma once
 
 #include <cstddef>
@@ -9,22 +10,27 @@
 
 namespace mnv2 {
 
-// Every internal buffer starts on a cache line and pads its channels to this many floats, the widest vector.
+// bfloat16, the upper half of a float32: storage only.
+struct bf16 {
+    std::uint16_t bits;
+};
+
+// Every internal buffer starts on a cache line and pads its channels to this many, the widest vector of floats.
 constexpr int kChannelPad = 16;
 constexpr std::size_t kCacheLine = 64;
 
 constexpr int kStemTaps = 27;       // 3 rows x 3 columns x 3 colours
 constexpr int kDepthwiseBlock = 10; // vectors per packed block of channels: 9 taps and the bias
 
-// y[p, n] = act(bias[n] + sum_k x[p, k] * w[k, n]) + residual[p, n]
-struct PointwiseArgs {
-    const float *x;
+// y[p, n] = act(bias[n] + sum_k x[p, k] * w[k, n]) + residual[p, n]; elements X of x, W of the weights, Y of y.
+template <class X, class W = X, class Y = X> struct Pointwise {
+    const X *x;
     std::ptrdiff_t x_ld;
-    const float *weight;   // panels [cout / panel][cin][panel], see pack.h
-    const float *bias;     // padded to the panels
-    const float *residual; // or null
+    const W *weight;   // panels [cout / panel][cin][panel], see pack.h
+    const float *bias; // padded to the panels
+    const Y *residual; // or null
     std::ptrdiff_t residual_ld;
-    float *y;
+    Y *y;
     std::ptrdiff_t y_ld;
     std::ptrdiff_t pixels;
     int cin;
@@ -33,6 +39,7 @@ struct PointwiseArgs {
     int panel_end;
     bool relu6;
 };
+using PointwiseArgs = Pointwise<float>;
 
 // One output row of the 3x3 stride-2 convolution from 3 colours.
 struct StemArgs {
@@ -47,12 +54,12 @@ struct StemArgs {
     bool relu6;
 };
 
-// One output row of the 3x3 depthwise convolution with padding 1.
-struct DepthwiseArgs {
+// One output row of the 3x3 depthwise convolution with padding 1, elements Y.
+template <class Y> struct Depthwise {
     const float *rows[3]; // input rows above, at and below; null above the first and below the last
     std::ptrdiff_t x_ld;
     const float *weight; // blocks [channels / lanes][9 taps + bias][lanes]
-    float *y;
+    Y *y;
     std::ptrdiff_t y_ld;
     int width; // of the input; the output's is (width - 1) / stride + 1
     int stride;
@@ -61,6 +68,7 @@ struct DepthwiseArgs {
     int block_end;
     bool relu6;
 };
+using DepthwiseArgs = Depthwise<float>;
 
 // sum[c] = sum over pixels of x[p, c]
 struct PoolArgs {
