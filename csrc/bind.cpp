@@ -122,5 +122,6 @@ PYBIND11_MODULE(_C, m) {
         .def("run", &run, py::arg("x"), py::arg("bytes"), py::arg("strides"), py::arg("size"), py::arg("residual"),
              py::arg("y"), py::arg("threads"))
         .def("workspace_bytes", &Network::workspace_bytes, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads"))
+        .def("kept", &Network::kept)
         .def_property_readonly("isa", [](const Network &n) { return std::string(n.isa()); });
 }

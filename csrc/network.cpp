@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::size_t kPlans = 8;              // image sizes remembered
 constexpr std::size_t kWorkspaces = 16;        // kept for later calls
-constexpr std::size_t kKeptBytes = 256u << 20; // of a workspace that is kept: a larger one goes back to the system
+constexpr std::size_t kKeptBytes = 256u << 20; // of all that are kept: what is more goes back to the system
 
 int depth(const LayerDesc &d) { return d.kind == Kind::stem ? kStemTaps : d.cin; }
 
@@ -70,9 +70,17 @@ Memory Network::take_workspace(std::size_t bytes, std::size_t &capacity) const {
     Workspace found{0, nullptr};
     if (!forked_child()) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        if (!free_.empty()) {
-            found = std::move(free_.back());
-            free_.pop_back();
+        // The smallest that is large enough; where none is, the largest makes room for a new one.
+        auto best = free_.end();
+        for (auto it = free_.begin(); it != free_.end(); ++it)
+            if (best == free_.end() ||
+                (best->capacity < bytes ? it->capacity > best->capacity
+                                        : it->capacity >= bytes && it->capacity < best->capacity))
+                best = it;
+        if (best != free_.end()) {
+            found = std::move(*best);
+            kept_ -= found.capacity;
+            free_.erase(best);
         }
     }
     if (found.capacity >= bytes && found.memory) {
@@ -85,11 +93,18 @@ Memory Network::take_workspace(std::size_t bytes, std::size_t &capacity) const {
 }
 
 void Network::give_workspace(Memory memory, std::size_t capacity) const {
-    if (forked_child() || capacity > kKeptBytes)
+    if (forked_child())
         return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (free_.size() < kWorkspaces)
-        free_.push_back({capacity, std::move(memory)});
+    if (free_.size() == kWorkspaces || capacity > kKeptBytes - kept_)
+        return;
+    kept_ += capacity;
+    free_.push_back({capacity, std::move(memory)});
+}
+
+std::pair<std::size_t, std::size_t> Network::kept() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return {plans_.size(), kept_};
 }
 
 std::size_t Network::workspace_bytes(int n, int h, int w, int threads) const {

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "layer.h"
@@ -32,6 +33,7 @@ class Network {
     void run(const Call &call, int threads) const;
 
     std::size_t workspace_bytes(int n, int h, int w, int threads) const;
+    std::pair<std::size_t, std::size_t> kept() const; // plans, and bytes of workspaces, for later calls
     const char *isa() const { return kernels_.isa; }
 
   private:
@@ -52,6 +54,7 @@ class Network {
     mutable std::mutex mutex_; // guards the two caches below, never the work
     mutable std::vector<std::shared_ptr<const Plan>> plans_;
     mutable std::vector<Workspace> free_;
+    mutable std::size_t kept_ = 0; // bytes in free_
 };
 
 } // namespace mnv2

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,18 +56,28 @@ class Link:
         )
 
     def fold(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The float32 weight and bias of the layer with batch norm folded in, rounded once from float64."""
-        weight, bias = tensors["weight"].double(), tensors.get("bias")
-        shift = weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
+        """The float32 weight and bias of the layer with batch norm folded in, rounded once from float64.
+
+        Both are new memory. By numpy: torch would share each of these small products among its threads, which
+        on busy cores takes 20 times as long as the work (350 ms for the network, 12 so).
+        """
+        weight = _array(tensors["weight"])
+        wide = {
+            name: _array(tensor).astype(np.float64) for name, tensor in tensors.items() if name != "weight"
+        }
+        shift, scale = wide.get("bias", np.zeros(weight.shape[0])), np.ones(1)
         if self.norm:
-            scale = torch.rsqrt(tensors["running_var"].double() + self.eps)
+            scale = 1 / np.sqrt(wide["running_var"] + self.eps)
             if self.affine:
-                scale = scale * tensors["norm_weight"].double()
-            weight = weight * scale.reshape(-1, 1, 1, 1)
-            shift = (shift - tensors["running_mean"].double()) * scale
+                scale = scale * wide["norm_weight"]
+            shift = (shift - wide["running_mean"]) * scale
             if self.affine:
-                shift = shift + tensors["norm_bias"].double()
-        return weight.float().contiguous(), shift.float()
+                shift = shift + wide["norm_bias"]
+        folded = np.empty(weight.shape, np.float32)
+        column = scale.reshape(-1, *(1,) * (weight.ndim - 1))
+        # In the precision of `dtype`, a few thousand numbers at a time: no float64 copy of the weights.
+        np.multiply(weight, column, out=folded, dtype=np.float64, casting="same_kind")
+        return torch.from_numpy(folded), torch.from_numpy(shift.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,6 @@ class Chain:
         it = iter(tensors)
         return [{name: next(it) for name in link.names} for link in self.links]
 
-    @torch.no_grad()
     def fold(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """(weight, bias) of every link with batch norm folded in: float32, in torch's layout."""
         return [link.fold(named) for link, named in zip(self.links, self.split(tensors), strict=True)]
@@ -120,6 +130,12 @@ class Chain:
     def decode(text: str) -> Chain:
         """The chain that `encode` wrote."""
         return _decode(text)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The values of a tensor for numpy, which has no bfloat16."""
+    plain = tensor.detach().resolve_neg()
+    return (plain if plain.dtype in (torch.float32, torch.float64) else plain.float()).numpy()
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ from typing import Any, Protocol, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from . import env, weights
+from . import arch, env, machine, weights
 from .arch import KINDS, LayerSpec
 from .backends import cpu, eager
 from .chain import Chain, Link
@@ -51,6 +51,7 @@ class _EagerNetwork:
     """The same layers in plain torch: for a machine without the extension, and the twin that judges it."""
 
     def __init__(self, layers: Sequence[LayerSpec], tensors: Folded, table: Tensor) -> None:
+        self._layers = tuple(layers)
         self._spec = Chain(tuple(Link(spec, bias=True, norm=False) for spec in layers)).encode()
         self._tensors = [tensor for pair in tensors for tensor in pair]
         self._table = table
@@ -58,12 +59,18 @@ class _EagerNetwork:
     @torch.no_grad()
     @torch.autocast("cpu", enabled=False)  # float32 logits, whatever surrounds the call
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:
+        n, h, w = x.shape[0], *(x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:])
+        need = self.workspace_bytes(n, h, w, 1)
+        if not machine.fits_memory(need):
+            raise machine.no_memory(need, n, h, w)
         if x.dtype == torch.uint8:
             x = torch.stack([self._table[c][x[..., c].long()] for c in range(3)], 1)
         return eager.network(x, self._tensors, self._spec)
 
     def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
-        return 0  # torch's allocator decides
+        """What its largest layer reads and writes: about what torch's allocator is asked for."""
+        largest = max(layer.elements for layer in arch.layers(size=(h, w), specs=self._layers))
+        return 4 * n * max(largest, 5 * h * w * 3)  # a byte becomes an index of 8, then a float
 
 
 class Engine:
@@ -71,6 +78,8 @@ class Engine:
 
     `compile` and `load` make one. Calls take float32 [N, 3, H, W] of any strides, normalized as
     `preprocessing` says, or uint8 [N, H, W, 3] RGB, normalized inside; any N >= 0, H and W >= 1.
+    Each call has memory of its own, so that calls from several threads run side by side. The tensors given
+    are kept, not copied.
     """
 
     def __init__(
@@ -92,7 +101,7 @@ class Engine:
         if self.labels is not None and len(self.labels) != self.num_classes:
             raise UserError(f"{len(self.labels)} labels for {self.num_classes} classes: give one per class")
         self._asked = backend
-        self._tensors = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in tensors]
+        self._tensors = [(weight.detach(), bias.detach()) for weight, bias in tensors]
         self._build()
 
     def _build(self) -> None:
@@ -130,13 +139,24 @@ class Engine:
         Raises:
             ValueError, RuntimeError: x is no such batch (the error is both, and names the cure).
             TypeError: x is no tensor.
+            MemoryError: the batch needs more memory than there is; nothing has been worked on.
         """
         check_images(x)
         return self._network.run(x.detach().resolve_neg(), self.threads)
 
     def workspace_bytes(self, n: int = 1, h: int = 224, w: int = 224) -> int:
-        """Bytes of activations that a call on [n, 3, h, w] takes; 0 where torch allocates them."""
+        """Bytes of activations that a call on [n, 3, h, w] takes; in plain torch, about."""
         return self._network.workspace_bytes(n, h, w, self.threads or torch.get_num_threads())
+
+    def with_threads(self, threads: int | None) -> Engine:
+        """The same network for at most this many threads (None: torch's number): weights shared, not copied.
+
+        Raises:
+            UserError: it is no number of threads.
+        """
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, threads=check_threads(threads))
+        return other
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, architecture, labels and preprocessing into one safetensors file, or nothing.
@@ -260,7 +280,8 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
     try:
         return Engine(
             layers,
-            [(state[f"{spec.conv}.weight"], state[f"{spec.conv}.bias"]) for spec in layers],
+            # Memory of the file itself would change with the file.
+            [(state[f"{spec.conv}.weight"].clone(), state[f"{spec.conv}.bias"].clone()) for spec in layers],
             dtype=metadata.get("dtype", "fp32"),
             threads=threads,
             labels=weights.labels_of(metadata, layers[-1].cout),
@@ -284,7 +305,7 @@ def check_dtype(dtype: str) -> str:
 
 
 def check_threads(threads: int | None) -> int | None:
-    """`threads` if it is a number of threads or None.
+    """`threads` if it is a number of threads or None; more than the cores are warned of, once.
 
     Raises:
         UserError: it is neither.
@@ -299,6 +320,7 @@ def check_threads(threads: int | None) -> int | None:
         raise UserError(
             f"threads={threads!r}: give a whole number from 1 to {MAX_THREADS}, or None for torch's number"
         )
+    machine.warn_of_threads(number)
     return number
 
 

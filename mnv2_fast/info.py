@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, env, ops, weights
+from . import __version__, env, machine, ops, weights
 from .backends import cpu, triton
 from .engine import DTYPES
 
@@ -63,8 +63,7 @@ def _processor() -> dict[str, Any]:
             name = next(
                 (line.partition(":")[2].strip() for line in file if line.startswith("model name")), name
             )
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": name, "cores": usable, "features": cpu.features() if cpu.available() else {}}
+    return {"name": name, "cores": machine.cores(), "features": cpu.features() if cpu.available() else {}}
 
 
 def _kernels() -> dict[str, Any]:

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_C", "kernels"),
 )
 BESIDE = ("data", "weights", "_torchvision", "metrics", "plots", "lenet")  # of every layer above the model's
-LEAVES = ("arch", "env", "errors")
+LEAVES = ("arch", "env", "errors", "machine")
 INSIDE_ONLY = (
     "torchvision",
     "matplotlib",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 import types
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import env
+from .. import env, machine
 from ..arch import LayerSpec
 from ..errors import UserError
 
@@ -170,6 +171,11 @@ class Network:
         """Bytes of activations that a run on [n, 3, h, w] takes."""
         return int(self._network.workspace_bytes(n, h, w, threads))
 
+    def kept(self) -> tuple[int, int]:
+        """What stays for later calls: plans of image sizes, bytes of workspaces. Both are bounded."""
+        plans, workspaces = self._network.kept()
+        return int(plans), int(workspaces)
+
     def run(self, x: Tensor, threads: int | None = None, residual: Tensor | None = None) -> Tensor:
         """The network's answer.
 
@@ -181,6 +187,10 @@ class Network:
         Returns:
             float32 [N, classes], or [N, C] pooled features, or [N, C, Ho, Wo] in channels_last where the
             network ends in a convolution.
+
+        Raises:
+            UserError: x does not fit the network or is larger than it can plan for.
+            MemoryError: there is less memory than the call needs; nothing has been worked on.
         """
         if threads is None:
             threads = torch.get_num_threads()
@@ -194,8 +204,11 @@ class Network:
             n, _, h, w = x.shape
             strides = (x.stride(0), x.stride(1), x.stride(2), x.stride(3))
         given = None if residual is None else _nhwc(residual)
-        y = self._output(n, h, w)
         try:
+            need = self.workspace_bytes(n, h, w, threads) + 4 * math.prod(self._output_shape(n, h, w))
+            if not machine.fits_memory(need):
+                raise MemoryError
+            y = self._output(n, h, w)
             self._network.run(
                 x.data_ptr(),
                 x.dtype == torch.uint8,
@@ -206,11 +219,7 @@ class Network:
                 threads,
             )
         except MemoryError:
-            need = self.workspace_bytes(n, h, w, threads) / 1e9
-            raise MemoryError(
-                f"no memory for {n} images of {h} x {w}, {need:.1f} GB of activations: "
-                "use smaller batches or images"
-            ) from None
+            raise machine.no_memory(need, n, h, w) from None
         except ValueError as error:
             raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
         return y
@@ -227,14 +236,18 @@ class Network:
         if wanted != got:
             raise UserError(f"a residual of shape {wanted} is wanted, got {got}")
 
-    def _output(self, n: int, h: int, w: int) -> Tensor:
-        # Named type and device: torch's defaults may be others.
+    def _output_shape(self, n: int, h: int, w: int) -> tuple[int, ...]:
         if self._pool or self._last.kind == "linear":
-            return torch.empty((n, self._last.cout), dtype=torch.float32, device="cpu")
+            return n, self._last.cout
         for stride in self._strides:
             h, w = (h - 1) // stride + 1, (w - 1) // stride + 1
-        shape = (n, self._last.cout, h, w)
-        return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+        return n, self._last.cout, h, w
+
+    def _output(self, n: int, h: int, w: int) -> Tensor:
+        shape = self._output_shape(n, h, w)
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        # Named type and device: torch's defaults may be others.
+        return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
 
 
 def _dense(t: Tensor) -> Tensor:
