@@ -11,8 +11,11 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from . import __version__, env
@@ -43,24 +46,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name need not fit the terminal's encoding
     try:
-        args = _parser().parse_args(argv)
-        _settle_environment(args)
-        code: int = args.run(args)
-        sys.stdout.flush()
-        return code
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return _run(argv)
     except BrokenPipeError:
         # The reader (`| head`) has gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except KeyboardInterrupt:
-        print("mnv2: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except (UserError, OSError) as error:
         print(f"mnv2: error: {_line(error)}", file=sys.stderr)
         return USER_ERROR
 
 
-def _line(error: Exception) -> str:
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = _parser().parse_args(argv)
+        _settle_environment(args)
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as stop:
+        with contextlib.suppress(KeyboardInterrupt), _whole():
+            sys.stdout.flush()
+            print(f"mnv2: interrupted{': ' if str(stop) else ''}{stop}", file=sys.stderr)
+        return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, so that no line is cut in the middle."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    asked: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt
+
+
+def _warn(message: Warning | str, *where: object, **more: object) -> None:
+    print(f"mnv2: warning: {_line(message)}", file=sys.stderr)
+
+
+def _line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -144,41 +179,56 @@ def _settle_environment(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from .data import expand_inputs
+    from .data import iterate_inputs
     from .predict import Predictor
 
-    files = expand_inputs(args.inputs)
+    files = iterate_inputs(args.inputs)
     predictor = Predictor(
         args.weights, top_k=args.top_k, batch_size=args.batch_size, threads=args.threads, dtype=args.dtype
     )
-    failed = 0
-    with _progress(len(files)) as (advance, say):
-        for path, result in predictor.stream(files):
-            if isinstance(result, Exception):
-                failed += 1
-                say(f"mnv2: {_line(result)}", sys.stderr)
-            elif args.json:
-                say(json.dumps({"path": str(path), "predictions": result}, ensure_ascii=False), sys.stdout)
-            else:
-                best = [f"  {row['score']:7.2%}  {row['label']}" for row in result]
-                say("\n".join([str(path), *best]), sys.stdout)
-            advance()
+    done = failed = 0
+    try:
+        with _progress(args.inputs) as (advance, say):
+            for path, result in predictor.stream(files):
+                with _whole():
+                    if isinstance(result, Exception):
+                        failed += 1
+                        say(f"mnv2: {_line(result)}", sys.stderr)
+                    else:
+                        say(_answer(path, result, args.json), sys.stdout)
+                    advance()
+                    done += 1
+    except KeyboardInterrupt:
+        bad = f", {failed} of them could not be used" if failed else ""
+        raise KeyboardInterrupt(f"{done} photos done{bad}") from None
     if failed:
-        print(f"mnv2: {failed} of {len(files)} files could not be used", file=sys.stderr)
+        print(f"mnv2: {failed} of {done} files could not be used", file=sys.stderr)
     return BAD_FILES if failed else OK
 
 
+def _answer(path: object, result: Sequence[Mapping[str, Any]], as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"path": str(path), "predictions": result}, ensure_ascii=False)
+    return "\n".join([str(path), *(f"  {row['score']:7.2%}  {row['label']}" for row in result)])
+
+
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[], object], Callable[[str, Any], None]]]:
+def _progress(inputs: Sequence[str]) -> Iterator[tuple[Callable[[], object], Callable[[str, Any], None]]]:
     """What to call after each file and how to print: beside a bar, for many files at a terminal."""
 
     def plain(text: str, stream: Any) -> None:
         print(text, file=stream)
 
     try:
-        if total < _MANY or not sys.stderr.isatty():
+        if not sys.stderr.isatty():
             raise ImportError
         from tqdm import tqdm
+
+        from .data import iterate_inputs
+
+        total = sum(1 for _ in iterate_inputs(inputs))
+        if total < _MANY:
+            raise ImportError
     except ImportError:
         yield (lambda: None), plain
         return

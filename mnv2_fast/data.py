@@ -11,7 +11,8 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +42,7 @@ _INTERPOLATION = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+_ORIENTATION = 0x0112  # EXIF
 _warnings_lock = threading.Lock()
 
 
@@ -53,7 +55,7 @@ class MissingImageError(ImageError, FileNotFoundError):
 
 
 def read_image(source: Any) -> Image.Image:
-    """One photo, upright, as RGB.
+    """One photo, upright, as RGB; a PIL image that is both already is returned itself.
 
     Rotation by EXIF is applied. An animation gives its first frame. Transparent pixels lie on white. 16-bit
     grey keeps its upper 8 bits. CMYK, palette, grey and the other modes are converted by Pillow.
@@ -149,14 +151,16 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise ImageError(_too_large(f"{name} ({width} x {height})"))
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(_ORIENTATION, 1) != 1:  # else it would be copied
+        image = ImageOps.exif_transpose(image)
+    image.load()
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         image = _eight_bits(image, name)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         if rgba.getchannel(3).getextrema() != (255, 255):
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
@@ -226,39 +230,61 @@ def is_many(source: Any) -> bool:
 
 
 def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
+    """The files that some paths, folders and patterns stand for: `iterate_inputs` as a list."""
+    return list(iterate_inputs(inputs))
+
+
+def iterate_inputs(inputs: Iterable[str | Path]) -> Iterator[Path]:
     """The files that some paths, folders and patterns stand for, in their order.
 
     A folder gives its photos (by suffix; hidden ones are left out) and its subfolders', sorted by path. A
     pattern gives the files it matches, sorted; `**` crosses folders. Any other path is kept, also one that
     does not exist: reading it says so.
 
+    Folders are read as the iteration comes to them: kept are the names in the one at hand and in those
+    around it, and what patterns match.
+
     Raises:
-        UserError: a folder without photos, a pattern that matches nothing, or an empty path.
+        UserError: at once, for a folder without photos, a pattern that matches nothing, or an empty path.
     """
-    files: list[Path] = []
-    for item in inputs:
-        if not str(item).strip():
-            raise UserError(f"{str(item)!r} names no photo: give a file, a folder or a pattern ('*.jpg')")
-        path = Path(item).expanduser()
-        if path.is_dir():
-            found = _photos_in(path)
-            if not found:
-                raise UserError(f"no photos in {path}: put some there ({', '.join(SUFFIXES)})")
-        elif is_many(item):
-            matches = map(Path, glob.glob(str(path), recursive=True))
-            found = sorted(match for match in matches if not match.is_dir())
-            if not found:
-                raise UserError(f"no file matches {str(item)!r}: check the pattern")
+    return chain.from_iterable([_expand(item) for item in inputs])
+
+
+def _expand(item: str | Path) -> Iterable[Path]:
+    if not str(item).strip():
+        raise UserError(f"{str(item)!r} names no photo: give a file, a folder or a pattern ('*.jpg')")
+    path = Path(item).expanduser()
+    if path.is_dir():
+        photos = _photos_in(path)
+        first = next(photos, None)
+        if first is None:
+            raise UserError(f"no photos in {path}: put some there ({', '.join(SUFFIXES)})")
+        return chain([first], photos)
+    if is_many(item):
+        matches = map(Path, glob.glob(str(path), recursive=True))
+        found = sorted(match for match in matches if not match.is_dir())
+        if not found:
+            raise UserError(f"no file matches {str(item)!r}: check the pattern")
+        return found
+    return [path]
+
+
+def _photos_in(folder: Path) -> Iterator[Path]:
+    names, folders = [], set()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    folders.add(name)
+                elif name.startswith(".") or not name.lower().endswith(SUFFIXES) or entry.is_dir():
+                    continue
+                names.append(name)
+    except OSError:  # gone, or not for this user
+        return
+    names.sort()
+    for name in names:
+        if name in folders:
+            yield from _photos_in(folder / name)
         else:
-            found = [path]
-        files += found
-    return files
-
-
-def _photos_in(folder: Path) -> list[Path]:
-    return sorted(
-        Path(parent) / name
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    )
+            yield folder / name

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 import os
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import data, engine, weights
+from . import data, engine, machine, weights
 from .engine import Engine
 from .errors import UserError
 from .model import MobileNetV2, mobilenet_v2
 from .weights import Preprocessing
 
 Prediction = dict[str, Any]
+Outcome = list[Prediction] | UserError | OSError
 Source = TypeVar("Source")
 
 
@@ -32,7 +35,8 @@ class Predictor:
             model.
         top_k: classes per photo, best first; all of them where there are fewer.
         batch_size: photos per call of the network, where there are several.
-        threads: of the network; torch's number by default.
+        threads: that share one photo, or each take photos of many from file to answer; torch's number by
+            default.
         dtype: arithmetic of the network; by default the engine's own, else "fp32".
         labels: one name per class, instead of those of the model; a class without a name has its number.
         preprocessing: instead of that of the model.
@@ -88,7 +92,7 @@ class Predictor:
         elif isinstance(source, np.ndarray | Tensor) and source.ndim == 4:
             source = list(source)
         if not isinstance(source, list | tuple):
-            return self._classify([self._see(source)], k)[0]
+            return self._classify(self.engine, [self._see(source)], k)[0]
         results = []
         for _, result in self._stream(source, k):
             if isinstance(result, Exception):
@@ -96,12 +100,10 @@ class Predictor:
             results.append(result)
         return results
 
-    def stream(
-        self, sources: Iterable[Source], top_k: int | None = None
-    ) -> Iterator[tuple[Source, list[Prediction] | UserError | OSError]]:
+    def stream(self, sources: Iterable[Source], top_k: int | None = None) -> Iterator[tuple[Source, Outcome]]:
         """Each photo with its classes, or with the error where it cannot be used, in the order given.
 
-        Photos are read ahead in threads, a few batches at most: memory does not grow with their number.
+        Two batches per thread are taken ahead at most: memory does not grow with the number of photos.
 
         Args:
             sources: photos, as for a call with one.
@@ -109,47 +111,52 @@ class Predictor:
         """
         return self._stream(sources, self.top_k if top_k is None else _at_least_one(top_k, "top_k"))
 
-    def _stream(
-        self, sources: Iterable[Source], k: int
-    ) -> Iterator[tuple[Source, list[Prediction] | UserError | OSError]]:
-        pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "mnv2-read")
-        waiting: deque[tuple[Source, Future[np.ndarray]]] = deque()
+    def _stream(self, sources: Iterable[Source], k: int) -> Iterator[tuple[Source, Outcome]]:
+        # Each thread takes a batch from file to answer, its engine on one thread: none waits for another.
+        threads = min(self.engine.threads or torch.get_num_threads(), machine.cores())
+        network, size, stop = self.engine.with_threads(1), self.batch_size, threading.Event()
+        if isinstance(sources, Sized):
+            size = min(size, max(1, -(-len(sources) // threads)))  # something for everyone
+        pool = ThreadPoolExecutor(threads, "mnv2-photos")
+        waiting: deque[tuple[list[Source], Future[list[Outcome]]]] = deque()
+        rest = iter(sources)
         try:
-            for source in sources:
-                waiting.append((source, pool.submit(self._see, source)))
-                if len(waiting) == 2 * self.batch_size:
-                    yield from self._batch([waiting.popleft() for _ in range(self.batch_size)], k)
+            while batch := list(islice(rest, size)):
+                waiting.append((batch, pool.submit(self._work, network, batch, k, stop)))
+                if len(waiting) == 2 * threads:
+                    done, future = waiting.popleft()
+                    yield from zip(done, future.result(), strict=True)
             while waiting:
-                count = min(self.batch_size, len(waiting))
-                yield from self._batch([waiting.popleft() for _ in range(count)], k)
+                done, future = waiting.popleft()
+                yield from zip(done, future.result(), strict=True)
         finally:
+            stop.set()
             pool.shutdown(cancel_futures=True)
 
-    def _batch(
-        self, batch: Sequence[tuple[Source, Future[np.ndarray]]], k: int
-    ) -> Iterator[tuple[Source, list[Prediction] | UserError | OSError]]:
+    def _work(self, network: Engine, batch: list[Source], k: int, stop: threading.Event) -> list[Outcome]:
         errors: dict[int, UserError | OSError] = {}
         seen = []
-        for i, (_, future) in enumerate(batch):
+        for i, source in enumerate(batch):
+            if stop.is_set():  # nobody waits for the answer
+                return []
             try:
-                seen.append(future.result())
+                seen.append(self._see(source))
             except (UserError, OSError) as error:
                 errors[i] = error
-        results = iter(self._classify(seen, k))
-        for i, (source, _) in enumerate(batch):
-            yield source, errors[i] if i in errors else next(results)
+        results = iter(self._classify(network, seen, k))
+        return [errors[i] if i in errors else next(results) for i in range(len(batch))]
 
     def _see(self, source: Any) -> np.ndarray:
         return data.resize_and_crop(data.read_image(source), self.preprocessing)
 
-    def _classify(self, images: Sequence[np.ndarray], k: int) -> list[list[Prediction]]:
+    def _classify(self, network: Engine, images: Sequence[np.ndarray], k: int) -> list[list[Prediction]]:
         if not images:
             return []
         x = torch.from_numpy(np.stack(images))
-        own, folded = self.preprocessing, self.engine.preprocessing
+        own, folded = self.preprocessing, network.preprocessing
         if (own.mean, own.std) != (folded.mean, folded.std):
             x = data.normalize(x, own)
-        scores = torch.softmax(self.engine(x).double(), 1)
+        scores = torch.softmax(network(x).double(), 1)
         if not scores.isfinite().all():
             raise UserError("the network gives NaN for this photo: its weights are damaged, fetch them again")
         best = scores.topk(min(k, scores.shape[1]), 1)

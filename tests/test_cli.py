@@ -468,14 +468,46 @@ def test_a_reader_that_leaves_is_no_error(engine_file: str, photos: Path) -> Non
     assert err == ""
 
 
-def test_interruption_is_one_line(engine_file: str, photos: Path) -> None:
-    process = _start(["predict", "--weights", engine_file, *[str(photos)] * 4000])
+@pytest.mark.parametrize("after", [1, 50, 300])
+def test_interruption_leaves_whole_lines_and_says_what_was_done(
+    engine_file: str, photos: Path, after: int
+) -> None:
+    process = _start(["predict", "--json", "--weights", engine_file, *[str(photos)] * 4000])
     assert process.stdout is not None
-    assert process.stdout.readline() != ""  # it is past its imports
+    lines = [process.stdout.readline() for _ in range(after)]  # it is past its imports
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert err == "mnv2: interrupted\n"
+    lines += list(process.stdout)
+    assert process.stderr is not None
+    err = process.stderr.read()
+    assert process.wait(timeout=120) == 130
+    process.stdout.close()
+    process.stderr.close()
+    assert err == f"mnv2: interrupted: {len(lines)} photos done\n"
+    assert after <= len(lines) < 12000
+    for line in lines:
+        assert line.endswith("\n")
+        assert set(json.loads(line)) == {"path", "predictions"}
+
+
+def test_interruption_before_the_first_photo(photos: Path) -> None:
+    code = (
+        "import sys; from mnv2_fast import cli, predict\n"
+        "def slow(*a, **k): raise KeyboardInterrupt\n"
+        "predict.Predictor = slow\n"
+        "sys.exit(cli.main(['predict', sys.argv[1]]))"
+    )
+    command = [sys.executable, "-c", code, str(photos)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "mnv2: interrupted\n")
+
+
+def test_more_threads_than_cores_are_a_warning_of_one_line(engine_file: str, photos: Path) -> None:
+    process = _start(["predict", "--weights", engine_file, "--threads", "1000", str(photos)])
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert out.count(str(photos)) == 3
+    assert err.startswith("mnv2: warning: threads=1000 is more than the ")
+    assert err.count("\n") == 1
 
 
 def test_a_file_name_that_the_terminal_cannot_show(engine_file: str, photos: Path) -> None:

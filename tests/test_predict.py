@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +187,7 @@ def test_a_stream_reads_only_a_few_batches_ahead(model: MobileNetV2, folder: Pat
             taken += 1
             yield folder / "00.png"
 
-    stream = Predictor(model, batch_size=3).stream(sources())
+    stream = Predictor(model, batch_size=3, threads=1).stream(sources())
     for _ in range(7):
         next(stream)
     assert taken <= 7 + 2 * 3
@@ -209,6 +210,52 @@ def test_memory_of_a_stream_does_not_grow_with_its_length(model: MobileNetV2) ->
     finally:
         tracemalloc.stop()
     assert peak < 20 * 200 * 200 * 3  # 60 photos' pixels are three times that
+
+
+def test_a_stream_on_two_threads_keeps_the_order(model: MobileNetV2, folder: Path) -> None:
+    names = [f"{i:02}.png" for i in range(10)]
+    expected = {name: _expected(model, folder / name) for name in names}
+    order = [names[i * 7 % 10] for i in range(60)]
+    for batch_size in (1, 4, 7):
+        predictor = Predictor(compile(model, threads=2), batch_size=batch_size)
+        pairs = list(predictor.stream(iter([folder / name for name in order])))
+        assert [path.name for path, _ in pairs] == order
+        for path, got in pairs:
+            _same(got, expected[path.name])
+
+
+def test_sources_that_fail_end_the_stream_with_their_error(model: MobileNetV2, folder: Path) -> None:
+    def sources() -> Iterator[Path]:
+        yield folder / "00.png"
+        raise RuntimeError("the disk is gone")
+
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        list(Predictor(model, batch_size=1).stream(sources()))
+
+
+def test_names_are_listed_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A huge folder that is not there: its names are kept, nothing for each photo done."""
+    count = 200_000
+
+    class Entry:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+            return False
+
+    @contextmanager
+    def scandir(_: object) -> Iterator[Iterator[Entry]]:
+        yield (Entry(f"{i:07}.jpg") for i in range(count))
+
+    monkeypatch.setattr(data.os, "scandir", scandir)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in data.iterate_inputs([tmp_path])) == count
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 150 * count  # a list of Paths is several times that
 
 
 def test_arguments_that_make_no_sense(model: MobileNetV2, folder: Path, tmp_path: Path) -> None:
