@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "int8_network.h"
 #include "network.h"
 #include "parallel.h"
 #include "watch.h"
@@ -53,19 +54,39 @@ void run(const Network &network, Address x, bool bytes, const std::array<std::pt
     network.run(call, threads);
 }
 
+using Int8Desc = std::tuple<std::string, int, int, int, bool, int, Address, Address, Address, Address, Address>;
+
+std::unique_ptr<Int8Network> make_int8_network(const std::vector<Int8Desc> &layers, Address input_scale,
+                                               Address input_zero, Address table, const std::string &isa) {
+    std::vector<Int8LayerDesc> descs;
+    for (const auto &[name, cin, cout, stride, relu6, residual, weight, bias, scale, output_scale, zero] : layers)
+        descs.push_back({kind(name), cin, cout, stride, relu6, residual, at<std::int8_t>(weight),
+                         at<std::int32_t>(bias), at<float>(scale), at<float>(output_scale), at<std::uint8_t>(zero)});
+    return std::make_unique<Int8Network>(isa.empty() ? kernels() : kernels(isa), descs, at<float>(input_scale),
+                                         at<std::uint8_t>(input_zero), at<std::uint8_t>(table));
+}
+
+bool run_int8(const Int8Network &network, Address x, bool bytes, const std::array<std::ptrdiff_t, 4> &strides,
+              const std::array<int, 3> &size, Address y, int threads) {
+    const Int8Call call{at<void>(x), bytes,   strides[0], strides[1], strides[2],
+                        strides[3],  size[0], size[1],    size[2],    at<float>(y)};
+    const py::gil_scoped_release release;
+    return network.run(call, threads);
+}
+
 double seconds_since(std::chrono::steady_clock::time_point begin) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-// GMAC/s of fused multiply-adds on registers, summed over the threads: the best of five runs.
-double fma_peak(int threads) {
+// GMAC/s of a loop on registers, summed over the threads: the best of five runs.
+double peak(double (*loop)(std::int64_t), int threads) {
     const py::gil_scoped_release release;
     constexpr std::int64_t kIterations = 2'000'000;
     double best = 0;
     for (int run = 0; run < 5; ++run) {
         std::atomic<std::int64_t> macs{0};
         const auto begin = std::chrono::steady_clock::now();
-        parallel(threads, [&](Team &) { macs += static_cast<std::int64_t>(kernels().fma_peak(kIterations)); });
+        parallel(threads, [&](Team &) { macs += static_cast<std::int64_t>(loop(kIterations)); });
         best = std::max(best, static_cast<double>(macs.load()) / seconds_since(begin) / 1e9);
     }
     return best;
@@ -107,7 +128,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("default_threads", &default_threads);
     m.def("openmp_version", &openmp_version);
     m.def("compiler", [] { return std::string(__VERSION__); });
-    m.def("fma_peak", &fma_peak, py::arg("threads"));
+    m.def("fma_peak", [](int threads) { return peak(kernels().fma_peak, threads); }, py::arg("threads"));
+    m.def("dot4_peak", [](int threads) { return peak(kernels().dot4_peak, threads); }, py::arg("threads"));
     m.def("copy_bandwidth", &copy_bandwidth, py::arg("megabytes"), py::arg("threads"));
     py::class_<TensorTable>(m, "TensorTable")
         .def(py::init<const py::list &, const std::vector<std::uintptr_t> &>(), py::arg("tensors"), py::arg("sampled"))
@@ -124,4 +146,13 @@ PYBIND11_MODULE(_C, m) {
         .def("workspace_bytes", &Network::workspace_bytes, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads"))
         .def("kept", &Network::kept)
         .def_property_readonly("isa", [](const Network &n) { return std::string(n.isa()); });
+    py::class_<Int8Network>(m, "Int8Network")
+        .def(py::init(&make_int8_network), py::arg("layers"), py::arg("input_scale"), py::arg("input_zero"),
+             py::arg("table") = 0, py::arg("isa") = "")
+        .def("run", &run_int8, py::arg("x"), py::arg("bytes"), py::arg("strides"), py::arg("size"), py::arg("y"),
+             py::arg("threads"))
+        .def("workspace_bytes", &Int8Network::workspace_bytes, py::arg("n"), py::arg("h"), py::arg("w"),
+             py::arg("threads"))
+        .def("kept", &Int8Network::kept)
+        .def_property_readonly("isa", [](const Int8Network &n) { return std::string(n.isa()); });
 }

@@ -8,9 +8,16 @@
 
 #include "kernels/depthwise.h"
 #include "kernels/head.h"
-#include "kernels/peak.h"
 #include "kernels/pointwise.h"
 #include "kernels/stem.h"
+
+#include "kernels/int8_tile.h"
+
+#include "kernels/int8_depthwise.h"
+#include "kernels/int8_pointwise.h"
+#include "kernels/int8_stem.h"
+
+#include "kernels/peak.h"
 
 #define MNV2_STRING_(x) #x
 #define MNV2_STRING(x) MNV2_STRING_(x)
@@ -27,6 +34,7 @@ const KernelTable table = {
 #include "kernels.def"
 #undef KERNEL
     fma_peak,
+    dot4_peak,
 };
 
 } // namespace mnv2::MNV2_ISA

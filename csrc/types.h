@@ -79,6 +79,12 @@ struct PoolArgs {
     int channels;
 };
 
+} // namespace mnv2
+
+#include "int8_types.h"
+
+namespace mnv2 {
+
 struct KernelTable {
     const char *isa;
     int lanes;     // floats in a vector
@@ -88,6 +94,7 @@ struct KernelTable {
 #include "kernels.def"
 #undef KERNEL
     double (*fma_peak)(std::int64_t iterations); // runs them, returns the multiply-accumulates done
+    double (*dot4_peak)(std::int64_t iterations);
 };
 
 } // namespace mnv2

@@ -32,6 +32,7 @@ from .errors import UserError
 INPUT_LIMIT = 1024.0
 ACCUMULATOR_LIMIT = 2**30  # of a sum of products: half of an int32, the other half is for the bias
 LARGEST_PRODUCT = 255 * 127
+NOT_FINITE = "the images hold NaN or infinite values: int8 has neither, clean them"
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def quantize_input(network: QuantizedNetwork, x: Tensor) -> Tensor:
         ValueError: a value is NaN or infinite.
     """
     if not x.isfinite().all():
-        raise ValueError("the images hold NaN or infinite values: int8 has neither, clean them")
+        raise ValueError(NOT_FINITE)
     steps = (x * network.input_scale.reshape(1, 3, 1, 1)).clamp(-INPUT_LIMIT, INPUT_LIMIT)
     zero = network.input_zero.to(torch.int32).reshape(1, 3, 1, 1)
     return (steps.round().to(torch.int32) + zero).clamp(0, 255).to(torch.uint8)

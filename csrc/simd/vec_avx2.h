@@ -45,3 +45,5 @@ inline Vec relu6(Vec a) { return {_mm256_min_ps(_mm256_set1_ps(6.0f), _mm256_max
 
 } // namespace
 } // namespace mnv2::MNV2_ISA
+
+#include "vec_avx2_int8.h"

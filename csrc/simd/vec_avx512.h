@@ -51,3 +51,5 @@ inline Vec relu6(Vec a) { return {_mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_max
 
 } // namespace
 } // namespace mnv2::MNV2_ISA
+
+#include "vec_avx512_int8.h"

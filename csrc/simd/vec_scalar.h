@@ -69,3 +69,5 @@ inline Vec relu6(Vec a) {
 
 } // namespace
 } // namespace mnv2::MNV2_ISA
+
+#include "vec_scalar_int8.h"

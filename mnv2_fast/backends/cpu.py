@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import env, machine
 from ..arch import LayerSpec
 from ..errors import UserError
+from ..int8 import NOT_FINITE, QuantizedNetwork
 
 OPERATORS = ("stem", "depthwise", "pointwise", "head")
 
@@ -248,6 +249,114 @@ class Network:
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         # Named type and device: torch's defaults may be others.
         return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
+
+
+class Int8Network:
+    """A quantized network on the CPU. Immutable; may be run from several threads at once.
+
+    Its answer is `int8.reference`'s, bit for bit, on every instruction set.
+
+    Args:
+        network: its tensors are copied.
+        table: [3, 256] uint8, what each value of R, G and B is on the network's grid; needed for uint8 images
+            only.
+        isa: an instruction set of `isas()`, the one in use by default.
+
+    Raises:
+        UserError: the layers are not a stem, inverted residuals, a 1x1 layer and a classifier.
+    """
+
+    def __init__(self, network: QuantizedNetwork, table: Tensor | None = None, isa: str = "") -> None:
+        keep = []  # alive until the extension has copied them
+
+        def address(tensor: Tensor | None) -> int:
+            if tensor is None:
+                return 0
+            keep.append(tensor.detach().cpu().contiguous())
+            return keep[-1].data_ptr()
+
+        if table is not None and (table.dtype != torch.uint8 or tuple(table.shape) != (3, 256)):
+            raise UserError(f"the table is {table.dtype} {tuple(table.shape)}, uint8 (3, 256) is wanted")
+        rows = [
+            (
+                spec.kind,
+                spec.cin,
+                spec.cout,
+                spec.stride,
+                spec.relu6,
+                spec.residual,
+                address(layer.weight),
+                address(layer.bias),
+                address(layer.scale),
+                address(layer.output_scale),
+                address(layer.output_zero),
+            )
+            for spec, layer in zip(network.specs, network.layers, strict=True)
+        ]
+        try:
+            self._network = _c().Int8Network(
+                rows, address(network.input_scale), address(network.input_zero), address(table), isa
+            )
+        except ValueError as error:
+            raise UserError(f"{error}: use dtype='fp32'") from None
+        self._classes = network.specs[-1].cout
+
+    @property
+    def isa(self) -> str:
+        """The instruction set whose kernels this network runs."""
+        return str(self._network.isa)
+
+    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
+        """Bytes of activations that a run on [n, 3, h, w] takes."""
+        return int(self._network.workspace_bytes(n, h, w, threads))
+
+    def kept(self) -> tuple[int, int]:
+        """What stays for later calls: plans of image sizes, bytes of workspaces. Both are bounded."""
+        plans, workspaces = self._network.kept()
+        return int(plans), int(workspaces)
+
+    def run(self, x: Tensor, threads: int | None = None) -> Tensor:
+        """The network's answer.
+
+        Args:
+            x: float32 [N, 3, H, W] of any strides, or uint8 [N, H, W, 3].
+            threads: at most this many; torch's number by default.
+
+        Returns:
+            float32 [N, classes].
+
+        Raises:
+            UserError: x does not fit the network or is larger than it can plan for.
+            ValueError: a value of x is NaN or infinite.
+            MemoryError: there is less memory than the call needs; nothing has been worked on.
+        """
+        if threads is None:
+            threads = torch.get_num_threads()
+        bytes_ = x.dtype == torch.uint8
+        if x.dtype not in (torch.uint8, torch.float32) or x.device.type != "cpu" or x.layout != torch.strided:
+            raise UserError(f"int8 takes float32 or uint8 images on the CPU, got {x.dtype} on {x.device}")
+        if x.dim() != 4 or x.shape[3 if bytes_ else 1] != 3:
+            raise UserError(
+                f"int8 takes float32 [N, 3, H, W] or uint8 [N, H, W, 3], got the shape {tuple(x.shape)}"
+            )
+        if max(x.shape) > _MAX_SIZE:
+            raise UserError(f"a size is over 2**31 - 1 in {tuple(x.shape)}: use smaller images or batches")
+        n, c, h, w = (0, 3, 1, 2) if bytes_ else (0, 1, 2, 3)
+        strides = (x.stride(n), x.stride(c), x.stride(h), x.stride(w))
+        size = (x.shape[n], x.shape[h], x.shape[w])
+        try:
+            need = self.workspace_bytes(*size, threads) + 4 * size[0] * self._classes
+            if not machine.fits_memory(need):
+                raise MemoryError
+            y = torch.empty((size[0], self._classes), dtype=torch.float32, device="cpu")
+            finite = self._network.run(x.data_ptr(), bytes_, strides, size, y.data_ptr(), threads)
+        except MemoryError:
+            raise machine.no_memory(need, *size) from None
+        except ValueError as error:
+            raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
+        if not finite:
+            raise ValueError(NOT_FINITE)
+        return y
 
 
 def _dense(t: Tensor) -> Tensor:

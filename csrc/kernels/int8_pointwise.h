@@ -1,0 +1,180 @@
+// The 1x1 layers in int8: expand, project, the head with its pool, the classifier.
+#pragma once
+
+namespace mnv2::MNV2_ISA {
+namespace {
+
+// Calls f(row group, its rows, first vector, its weights, vectors) over all of a matrix product: vectors outside, so
+// that a tile's weights stay in L1 while the pixels pass.
+template <class F> inline void int8_matrix(const Int8Matrix &m, const F &f) {
+    for (int v = m.vector_begin; v < m.vector_end; v += kInt8Vecs) {
+        const std::int8_t *const weight = m.weight + static_cast<std::ptrdiff_t>(v) * m.quads * kLanes * 4;
+        for (int g = 0; g < m.x.groups; ++g)
+            f(g, g + 1 == m.x.groups ? m.x.last_rows : kGroup, v, weight, min(m.vector_end - v, kInt8Vecs));
+    }
+}
+
+template <class Output>
+inline void int8_tiles(const Int8Matrix &m, int group, int rows, int vector, const std::int8_t *weight, int vectors,
+                       const Output &output) {
+    const Int8Columns input{m.x.x + group * m.x.group, m.x.column};
+    if (vectors == kInt8Vecs)
+        int8_group<kInt8Vecs>(rows, input, weight, m.quads, output, vector, m.x.columns);
+    else
+        int8_group<1>(rows, input, weight, m.quads, output, vector, m.x.columns);
+}
+
+void int8_expand(const Int8ExpandArgs &a) {
+    int8_matrix(a.m, [&](int g, int rows, int v, const std::int8_t *weight, int vectors) {
+        int8_tiles(a.m, g, rows, v, weight, vectors,
+                   Int8Relu6{a.m.scales, a.y.y + g * a.y.group, a.y.vector, a.y.column, a.y.hidden});
+    });
+}
+
+struct Int8Linear {
+    Int8Scales scales;
+    std::uint8_t *y; // of the row group
+    std::ptrdiff_t y_vector, y_column;
+    float *v;
+    std::ptrdiff_t v_column, v_row;
+    bool add, keep;
+
+    template <int R> inline void put(const Int (&acc)[R], int vector, int column) const {
+        const Vec scale = load(scales.scale + vector * kLanes);
+        const Vec output_scale = load(scales.output_scale + vector * kLanes);
+        float *const at = v + column * v_column + vector * kLanes;
+        Int8Four steps;
+#pragma GCC unroll 4
+        for (int r = 0; r < kGroup; ++r) {
+            if (r >= R) {
+                steps.row[r] = zero_int();
+                continue;
+            }
+            Vec value = mul(to_float(acc[r]), scale);
+            if (add)
+                value = MNV2_ISA::add(value, load(at + r * v_row));
+            if (keep)
+                store(at + r * v_row, value);
+            steps.row[r] = to_int(mul(value, output_scale));
+        }
+        const Bytes zero = load_bytes(scales.zero + vector * kLanes * 2);
+        store(y + vector * y_vector + column * y_column,
+              pack4(steps.row[0], steps.row[1], steps.row[2], steps.row[3], zero));
+    }
+};
+
+void int8_project(const Int8ProjectArgs &a) {
+    int8_matrix(a.m, [&](int g, int rows, int v, const std::int8_t *weight, int vectors) {
+        int8_tiles(a.m, g, rows, v, weight, vectors,
+                   Int8Linear{a.m.scales, a.y.y + g * a.y.group, a.y.vector, a.y.column, a.v + g * a.v_group,
+                              a.v_column, a.v_row, a.add, a.keep});
+    });
+}
+
+inline Signed4 signed_ones() {
+    std::int8_t ones[kLanes * 4];
+    for (std::int8_t &one : ones)
+        one = 1;
+    return as_signed(load_bytes(ones));
+}
+
+// Sums over rows by a dot product with ones: four rows of a channel are the four bytes of a lane.
+struct Int8Sums {
+    Int8Scales scales;
+    Int *sums; // of this tile's vectors
+    int first; // of them
+
+    template <int R> inline void put(const Int (&acc)[R], int vector, int) const {
+        const Bytes rows = transpose4(pack4(int8_steps(acc, load(scales.scale + vector * kLanes))));
+        Int &sum = sums[vector - first];
+        sum = dot4(sum, as_unsigned(rows), signed_ones());
+    }
+};
+
+void int8_head(const Int8HeadArgs &a) {
+    Int sums[kInt8Vecs];
+    int8_matrix(a.m, [&](int g, int rows, int v, const std::int8_t *weight, int vectors) {
+        if (g == 0)
+            for (Int &sum : sums)
+                sum = zero_int();
+        int8_tiles(a.m, g, rows, v, weight, vectors, Int8Sums{a.m.scales, sums, v});
+        if (g + 1 < a.m.x.groups)
+            return;
+        for (int i = 0; i < vectors; ++i) {
+            std::int32_t lanes[kLanes];
+            store(lanes, sums[i]);
+            for (int lane = 0; lane < kLanes; ++lane)
+                a.sums[(v + i) * kLanes + lane] += lanes[lane];
+        }
+    });
+}
+
+// R images x V vectors. Features have up to 13 bits: their low and high bytes are summed apart, 256 to one.
+template <int R, int V> void int8_classify_tile(const Int8ClassifyArgs &a, int image, int vector) {
+    const std::ptrdiff_t plane = static_cast<std::ptrdiff_t>(a.quads) * kGroup * 4;
+    const std::uint8_t *const low = a.features + image / kGroup * 2 * plane, *const high = low + plane;
+    const std::ptrdiff_t next = static_cast<std::ptrdiff_t>(a.quads) * kLanes * 4;
+    const std::int8_t *weight = a.weight + vector * next;
+    Int lows[V][R], highs[V][R];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            lows[v][r] = load(a.scales.bias + (vector + v) * kLanes);
+            highs[v][r] = zero_int();
+        }
+    for (int k = 0; k < a.quads; ++k, weight += kLanes * 4) {
+        Signed4 w[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v)
+            w[v] = as_signed(load_bytes(weight + v * next));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const Unsigned4 l = broadcast4(low + (k * kGroup + r) * 4), h = broadcast4(high + (k * kGroup + r) * 4);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+                lows[v][r] = dot4(lows[v][r], l, w[v]);
+                highs[v][r] = dot4(highs[v][r], h, w[v]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+        const int n = (vector + v) * kLanes, left = a.classes - n;
+        const Vec scale = load(a.scales.scale + n);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const Vec logits = mul(to_float(add(lows[v][r], shift_left<8>(highs[v][r]))), scale);
+            float *const y = a.y + (image + r) * a.y_ld + n;
+            if (left >= kLanes)
+                store(y, logits);
+            else
+                store_first(y, logits, left);
+        }
+    }
+}
+
+template <int V> void int8_classify_images(const Int8ClassifyArgs &a, int vector) {
+    for (int image = 0; image < a.images; image += kGroup) {
+        const int rows = min(a.images - image, kGroup);
+        if (rows == 4)
+            int8_classify_tile<4, V>(a, image, vector);
+        else if (rows == 3)
+            int8_classify_tile<3, V>(a, image, vector);
+        else if (rows == 2)
+            int8_classify_tile<2, V>(a, image, vector);
+        else
+            int8_classify_tile<1, V>(a, image, vector);
+    }
+}
+
+void int8_classify(const Int8ClassifyArgs &a) {
+    int v = a.vector_begin;
+    for (; v + kInt8Vecs <= a.vector_end; v += kInt8Vecs)
+        int8_classify_images<kInt8Vecs>(a, v);
+    for (; v < a.vector_end; ++v)
+        int8_classify_images<1>(a, v);
+}
+
+} // namespace
+} // namespace mnv2::MNV2_ISA

@@ -1,0 +1,84 @@
+// The image in int8: its rows onto the network's grid, and the 3x3 stride-2 convolution of them.
+#pragma once
+
+namespace mnv2::MNV2_ISA {
+namespace {
+
+// Four bytes are a pixel, R, G, B, 0, so that a tap of all colours is one lane of a dot product.
+struct Int8Taps {
+    const std::uint8_t *x;
+    std::ptrdiff_t row; // from an output row to the next: two input rows
+    const std::ptrdiff_t *offsets;
+
+    static constexpr std::ptrdiff_t column = 8;
+    const std::uint8_t *quad(int k) const { return x + offsets[k]; }
+    Int8Taps from(int c) const { return {x + c * column, row, offsets}; }
+};
+
+void int8_stem(const Int8StemArgs &a) {
+    std::ptrdiff_t offsets[kInt8StemQuads];
+    for (int k = 0; k < kInt8StemQuads; ++k)
+        offsets[k] = k / 3 * a.row + k % 3 * 4;
+    const Int8Taps input{a.rows, 2 * a.row, offsets};
+    const Int8Relu6 output{a.scales, a.y.y, a.y.vector, a.y.column, a.y.hidden};
+    for (int v = 0; v < a.vectors; v += kInt8Vecs) {
+        const std::int8_t *const weight = a.weight + static_cast<std::ptrdiff_t>(v) * kInt8StemQuads * kLanes * 4;
+        if (v + kInt8Vecs <= a.vectors)
+            int8_group<kInt8Vecs>(a.output_rows, input, weight, kInt8StemQuads, output, v, a.columns);
+        else
+            int8_group<1>(a.output_rows, input, weight, kInt8StemQuads, output, v, a.columns);
+    }
+}
+
+// q = clamp(rne(x * scale) + zero, 0, 255). Clamping x * scale to -zero..255 - zero first is the same: both ends are
+// integers.
+struct Int8Grid {
+    Vec scale, low, high;
+    Int zero;
+
+    Int8Grid(float steps, std::uint8_t at) {
+        const float first = -static_cast<float>(at), last = 255.0f - static_cast<float>(at);
+        std::int32_t zeros[kLanes];
+        for (std::int32_t &z : zeros)
+            z = at;
+        scale = broadcast(&steps);
+        low = broadcast(&first);
+        high = broadcast(&last);
+        zero = load(zeros);
+    }
+    Int quantize(Vec x) const { return add(to_int(clamp(mul(x, scale), low, high)), zero); }
+};
+
+void int8_load(const Int8LoadArgs &a) {
+    const Int8Grid red(a.scale[0], a.zero[0]), green(a.scale[1], a.zero[1]), blue(a.scale[2], a.zero[2]);
+    const float none = 0.0f;
+    const Vec zero_float = broadcast(&none);
+    Vec probe = zero_float; // x * 0 is NaN where x is not finite
+    float pixels[3][kLanes];
+    for (int w = 0; w < a.width; w += kLanes) {
+        const int left = min(a.width - w, kLanes);
+        Vec x[3];
+        for (int c = 0; c < 3; ++c) {
+            const float *const from = a.colours[c] + w * a.step;
+            if (a.step == 1) {
+                x[c] = left == kLanes ? load(from) : load_first(from, left);
+            } else {
+                for (int i = 0; i < kLanes; ++i)
+                    pixels[c][i] = i < left ? from[i * a.step] : 0.0f;
+                x[c] = load(pixels[c]);
+            }
+            probe = fma(x[c], zero_float, probe);
+        }
+        const Int q =
+            add(add(red.quantize(x[0]), shift_left<8>(green.quantize(x[1]))), shift_left<16>(blue.quantize(x[2])));
+        store(reinterpret_cast<std::int32_t *>(a.y) + w, q);
+    }
+    float found[kLanes];
+    store(found, probe);
+    for (float f : found)
+        if (!(f == 0.0f))
+            *a.finite = false;
+}
+
+} // namespace
+} // namespace mnv2::MNV2_ISA
