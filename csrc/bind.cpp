@@ -38,17 +38,17 @@ Kind kind(const std::string &name) {
     throw std::invalid_argument("no layer kind '" + name + "': stem, depthwise, pointwise or linear");
 }
 
-std::unique_ptr<Network> make_network(const std::vector<Desc> &layers, bool pool, Address table,
-                                      const std::string &isa) {
+std::unique_ptr<Network> make_network(const std::vector<Desc> &layers, bool pool, Address table, const std::string &isa,
+                                      Arithmetic arithmetic) {
     std::vector<LayerDesc> descs;
     for (const auto &[name, cin, cout, stride, relu6, residual, weight, bias] : layers)
         descs.push_back({kind(name), cin, cout, stride, relu6, residual, at<float>(weight), at<float>(bias)});
-    return std::make_unique<Network>(isa.empty() ? kernels() : kernels(isa), descs, pool, at<float>(table));
+    return std::make_unique<Network>(isa.empty() ? kernels() : kernels(isa), descs, pool, at<float>(table), arithmetic);
 }
 
-void run(const Network &network, Address x, bool bytes, const std::array<std::ptrdiff_t, 4> &strides,
+void run(const Network &network, Address x, Element element, const std::array<std::ptrdiff_t, 4> &strides,
          const std::array<int, 3> &size, Address residual, Address y, int threads) {
-    const Call call{at<void>(x), bytes,   strides[0], strides[1],         strides[2], strides[3],
+    const Call call{at<void>(x), element, strides[0], strides[1],         strides[2], strides[3],
                     size[0],     size[1], size[2],    at<void>(residual), at<void>(y)};
     const py::gil_scoped_release release;
     network.run(call, threads);
@@ -118,6 +118,9 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Kernels of mnv2_fast. Addresses are of float32 tensors unless said otherwise.";
     m.def("isas", &runnable_isas, "Instruction sets that run here, best first.");
     m.def("isa", [] { return std::string(kernels().isa); });
+    m.def(
+        "dot2", [](const std::string &isa) { return (isa.empty() ? kernels() : kernels(isa)).dot2; },
+        py::arg("isa") = "");
     m.def("select_isa", &select_isa, py::arg("name"));
     m.def("cpu_features", [] {
         py::dict features;
@@ -138,13 +141,22 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<const py::list &, const py::list &, const py::list &>(), py::arg("entries"), py::arg("sizes"),
              py::arg("classes"))
         .def("unchanged", &Watch::unchanged);
+    py::enum_<Element>(m, "Element")
+        .value("float32", Element::float32)
+        .value("uint8", Element::uint8)
+        .value("bf16", Element::bf16);
+    py::enum_<Arithmetic>(m, "Arithmetic")
+        .value("float32", Arithmetic::float32)
+        .value("bf16", Arithmetic::bf16)
+        .value("bf16_weights", Arithmetic::bf16_weights);
     py::class_<Network>(m, "Network")
         .def(py::init(&make_network), py::arg("layers"), py::arg("pool") = true, py::arg("table") = 0,
-             py::arg("isa") = "")
-        .def("run", &run, py::arg("x"), py::arg("bytes"), py::arg("strides"), py::arg("size"), py::arg("residual"),
+             py::arg("isa") = "", py::arg("arithmetic") = Arithmetic::float32)
+        .def("run", &run, py::arg("x"), py::arg("element"), py::arg("strides"), py::arg("size"), py::arg("residual"),
              py::arg("y"), py::arg("threads"))
         .def("workspace_bytes", &Network::workspace_bytes, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads"))
         .def("kept", &Network::kept)
+        .def_property_readonly("activations", &Network::activations)
         .def_property_readonly("isa", [](const Network &n) { return std::string(n.isa()); });
     py::class_<Int8Network>(m, "Int8Network")
         .def(py::init(&make_int8_network), py::arg("layers"), py::arg("input_scale"), py::arg("input_zero"),

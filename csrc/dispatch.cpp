@@ -25,6 +25,13 @@ std::uint64_t xgetbv() {
     return (static_cast<std::uint64_t>(high) << 32) | low;
 }
 
+// vdpbf16ps does 45 GMAC/s on a core of Intel's Emerald Rapids, where float32 does 92, and 118 on AMD's Zen 4, where
+// float32 does 59.
+bool intel() {
+    std::uint32_t a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
+}
+
 // Intel SDM vol. 1, 14.3 and 15.2: an instruction set needs its CPUID bit and its registers saved by the system (XCR0).
 std::uint32_t detect() {
     std::uint32_t a, b, c, d;
@@ -48,7 +55,7 @@ std::uint32_t detect() {
         found |= kAvx512vnni;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         if (zmm && (a & (1u << 5)))
-            found |= kAvx512bf16;
+            found |= intel() ? kAvx512bf16 : kAvx512bf16 | kFastBf16;
         if (ymm && (a & (1u << 4)))
             found |= kAvxVnni;
     }

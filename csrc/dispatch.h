@@ -17,6 +17,7 @@ enum Feature : std::uint32_t {
     kAvx512vnni = 1u << 4,
     kAvx512bf16 = 1u << 5,
     kAvxVnni = 1u << 6,
+    kFastBf16 = 1u << 7, // kAvx512bf16, and worth using
 };
 
 // Features of this processor that its operating system lets programs use, by name.

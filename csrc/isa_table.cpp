@@ -6,9 +6,11 @@
 
 #include "kernels/gemm_tile.h"
 
+#include "kernels/convert.h"
 #include "kernels/depthwise.h"
 #include "kernels/head.h"
 #include "kernels/pointwise.h"
+#include "kernels/pointwise_bf16.h"
 #include "kernels/stem.h"
 
 #include "kernels/int8_tile.h"
@@ -30,6 +32,7 @@ const KernelTable table = {
     kLanes,
     kPanel,
     kTileRows,
+    kDot2,
 #define KERNEL(name, Args) name,
 #include "kernels.def"
 #undef KERNEL

@@ -16,34 +16,43 @@ constexpr std::size_t kKeptBytes = 256u << 20; // of all that are kept: what is 
 
 int depth(const LayerDesc &d) { return d.kind == Kind::stem ? kStemTaps : d.cin; }
 
-std::size_t packed_size(const KernelTable &kernels, const LayerDesc &d) {
-    return d.kind == Kind::depthwise ? packed_depthwise_size(kernels, d.cin)
-                                     : packed_gemm_size(kernels, d.cout, depth(d));
+// Whether a layer's weights lie in bf16 pairs. Without an instruction for pairs only the classifier's do, whose every
+// weight is read once an image: half the bytes take 2.5% off an image, and widening costs other layers what it gains.
+bool in_pairs(const LayerDesc &d, Arithmetic arithmetic) {
+    return arithmetic == Arithmetic::bf16 ? d.kind == Kind::pointwise || d.kind == Kind::linear
+                                          : arithmetic == Arithmetic::bf16_weights && d.kind == Kind::linear;
 }
 
-Packed pack(const KernelTable &kernels, const LayerDesc &d, std::byte *out) {
-    return d.kind == Kind::depthwise ? pack_depthwise(kernels, d.weight, d.bias, d.cin, out)
-                                     : pack_gemm(kernels, d.weight, d.bias, d.cout, depth(d), out);
+std::size_t packed_size(const KernelTable &kernels, const LayerDesc &d, Arithmetic arithmetic) {
+    return d.kind == Kind::depthwise ? packed_depthwise_size(kernels, d.cin)
+                                     : packed_gemm_size(kernels, d.cout, depth(d), in_pairs(d, arithmetic));
+}
+
+Packed pack(const KernelTable &kernels, const LayerDesc &d, Arithmetic arithmetic, std::byte *out) {
+    return d.kind == Kind::depthwise
+               ? pack_depthwise(kernels, d.weight, d.bias, d.cin, out)
+               : pack_gemm(kernels, d.weight, d.bias, d.cout, depth(d), in_pairs(d, arithmetic), out);
 }
 
 } // namespace
 
-Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layers, bool pool, const float *table)
-    : kernels_(kernels) {
+Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layers, bool pool, const float *table,
+                 Arithmetic arithmetic)
+    : kernels_(kernels), arithmetic_(arithmetic) {
     for (const LayerDesc &d : layers)
         layers_.push_back({d, {}});
     steps_ = make_steps(layers_, pool);
     free_.reserve(kWorkspaces); // so that giving memory back after the work cannot fail
     std::size_t bytes = 0;
     for (const Layer &layer : layers_)
-        bytes += packed_size(kernels, layer.desc);
+        bytes += packed_size(kernels, layer.desc, arithmetic);
     // One block in the order of use: a kernel that prefetches past its own weights reaches the next layer's (7% of an
     // image on one core, together with the prefetching).
     weights_ = allocate(bytes);
     std::byte *out = weights_.get();
     for (Layer &layer : layers_) {
-        layer.packed = pack(kernels, layer.desc, out);
-        out += packed_size(kernels, layer.desc);
+        layer.packed = pack(kernels, layer.desc, arithmetic, out);
+        out += packed_size(kernels, layer.desc, arithmetic);
         layer.desc.weight = layer.desc.bias = nullptr; // the caller's, gone after this
     }
     if (table)
@@ -52,14 +61,14 @@ Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layer
 
 std::shared_ptr<const Plan> Network::plan(int h, int w, int threads) const {
     if (forked_child()) // the mutex may be locked for ever
-        return std::make_shared<const Plan>(make_plan(layers_, steps_, h, w, threads, sizeof(float)));
+        return std::make_shared<const Plan>(make_plan(layers_, steps_, h, w, threads, element_bytes()));
     const std::lock_guard<std::mutex> lock(mutex_);
     for (std::size_t i = 0; i < plans_.size(); ++i)
         if (plans_[i]->h == h && plans_[i]->w == w && plans_[i]->threads == threads) {
             std::rotate(plans_.begin(), plans_.begin() + i, plans_.begin() + i + 1); // most recent first
             return plans_.front();
         }
-    auto made = std::make_shared<const Plan>(make_plan(layers_, steps_, h, w, threads, sizeof(float)));
+    auto made = std::make_shared<const Plan>(make_plan(layers_, steps_, h, w, threads, element_bytes()));
     if (plans_.size() == kPlans)
         plans_.pop_back();
     plans_.insert(plans_.begin(), std::move(made));
@@ -111,7 +120,7 @@ std::size_t Network::workspace_bytes(int n, int h, int w, int threads) const {
     if (n < 1 || h < 1 || w < 1)
         return 0;
     const std::size_t features = sizeof(float) * n * layers_.back().desc.cin;
-    return Runner<float>::memory(*plan(h, w, usable_threads(threads)), n) + features;
+    return workspace(*plan(h, w, usable_threads(threads)), n) + features;
 }
 
 void Network::run(const Call &call, int threads) const {
@@ -119,11 +128,11 @@ void Network::run(const Call &call, int threads) const {
         throw std::invalid_argument("threads must be 1 or more");
     if (call.n < 0 || call.h < 1 || call.w < 1)
         throw std::invalid_argument("H and W must be 1 or more");
-    if (call.bytes && table_.empty())
+    if (call.element == Element::uint8 && table_.empty())
         throw std::invalid_argument("uint8 images need the network's normalization");
     if (steps_.front().form == Step::Form::linear && (call.h != 1 || call.w != 1))
         throw std::invalid_argument("a linear layer alone takes pooled features, H = W = 1");
-    if (call.bytes && layers_.front().desc.kind != Kind::stem)
+    if (call.element == Element::uint8 && layers_.front().desc.kind != Kind::stem)
         throw std::invalid_argument("uint8 images need a network that begins with a stem");
     if (call.n == 0)
         return;
@@ -131,12 +140,18 @@ void Network::run(const Call &call, int threads) const {
     const std::shared_ptr<const Plan> plan = this->plan(call.h, call.w, threads);
     const bool classifies = steps_.back().form == Step::Form::linear && steps_.size() > 1;
     const std::size_t features = classifies ? sizeof(float) * call.n * layers_.back().desc.cin : 0;
-    const std::size_t bytes = Runner<float>::memory(*plan, call.n);
+    const std::size_t bytes = workspace(*plan, call.n);
     std::size_t capacity = 0;
     Memory memory = take_workspace(bytes + features, capacity);
-    const Runner<float> runner(kernels_, layers_, steps_, *plan, call, table_.empty() ? nullptr : table_.data());
     void *const pooled = classifies ? memory.get() + bytes : call.y;
-    parallel(threads, [&](Team &team) { runner.run(team, memory.get(), pooled); });
+    const float *const table = table_.empty() ? nullptr : table_.data();
+    const auto run = [&](const auto &runner) {
+        parallel(threads, [&](Team &team) { runner.run(team, memory.get(), pooled); });
+    };
+    if (arithmetic_ == Arithmetic::bf16)
+        run(Runner<bf16>(kernels_, layers_, steps_, *plan, call, table));
+    else
+        run(Runner<float>(kernels_, layers_, steps_, *plan, call, table));
     give_workspace(std::move(memory), capacity);
 }
 

@@ -13,10 +13,14 @@
 
 namespace mnv2 {
 
-// The caller's tensors. Strides are in elements; `bytes` images are uint8 and looked up in the network's table.
+// Elements of a call's images. uint8 ones are looked up in the network's table.
+enum class Element { float32, uint8, bf16 };
+
+// The caller's tensors. Strides are in elements. `x` may be of any where a stem reads it, and else is, as `residual`,
+// of the network's activations; so is `y` but for pooled features and logits, which are float32.
 struct Call {
     const void *x;
-    bool bytes;
+    Element element;
     std::ptrdiff_t stride_n, stride_c, stride_h, stride_w;
     int n, h, w;
     const void *residual; // NHWC, dense, for a network of one pointwise layer
@@ -27,7 +31,8 @@ class Network {
   public:
     // `pool`: the last pointwise layer is averaged over H and W, as it always is before a linear one. `table`: the 256
     // values of a uint8 for each colour, [3, 256], or null. Throws std::invalid_argument where the layers do not chain.
-    Network(const KernelTable &kernels, const std::vector<LayerDesc> &layers, bool pool, const float *table);
+    Network(const KernelTable &kernels, const std::vector<LayerDesc> &layers, bool pool, const float *table,
+            Arithmetic arithmetic);
 
     // y = network(x). Throws std::invalid_argument, std::bad_alloc before any work.
     void run(const Call &call, int threads) const;
@@ -35,13 +40,17 @@ class Network {
     std::size_t workspace_bytes(int n, int h, int w, int threads) const;
     std::pair<std::size_t, std::size_t> kept() const; // plans, and bytes of workspaces, for later calls
     const char *isa() const { return kernels_.isa; }
+    Element activations() const { return arithmetic_ == Arithmetic::bf16 ? Element::bf16 : Element::float32; }
 
   private:
     std::shared_ptr<const Plan> plan(int h, int w, int threads) const;
     Memory take_workspace(std::size_t bytes, std::size_t &capacity) const;
     void give_workspace(Memory memory, std::size_t capacity) const;
 
+    std::size_t element_bytes() const { return arithmetic_ == Arithmetic::bf16 ? sizeof(bf16) : sizeof(float); }
+
     const KernelTable &kernels_;
+    const Arithmetic arithmetic_;
     std::vector<Layer> layers_;
     std::vector<Step> steps_;
     Memory weights_;

@@ -32,19 +32,22 @@ inline Memory allocate(std::size_t bytes) {
 }
 
 struct Packed {
-    const float *weight;
-    const float *bias; // padded with zeros to whole panels; null for depthwise, whose blocks hold it
-    int depth;         // weights of a channel in the panels
+    const void *weight; // float, or bf16 where `pairs`
+    const float *bias;  // padded with zeros to whole panels; null for depthwise, whose blocks hold it
+    int depth;          // weights of a channel in the panels
+    bool pairs;
 };
 
 // Bytes of a packed layer, weights and bias, a multiple of a cache line.
-std::size_t packed_gemm_size(const KernelTable &table, int cout, int depth);
+std::size_t packed_gemm_size(const KernelTable &table, int cout, int depth, bool pairs);
 std::size_t packed_depthwise_size(const KernelTable &table, int channels);
 
 // weight [cout, depth] row-major -> panels [cout / panel][depth][panel]. The last panel is one vector wide where one is
 // enough; where one and a half are, its half stands twice, for two pixels at once. Missing channels are zero. Writes
-// packed_gemm_size bytes at `out`.
-Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, std::byte *out);
+// packed_gemm_size bytes at `out`. `pairs`: as bf16, two inputs of a channel together, [cout / panel][depth / 2][panel]
+// [2], with a zero after an odd depth's last; a weight that is no bf16 loses its lower half.
+Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, bool pairs,
+                 std::byte *out);
 
 // weight [channels, 9] -> blocks [channels / lanes][9 taps + bias][lanes]. Writes packed_depthwise_size bytes at
 // `out`.

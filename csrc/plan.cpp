@@ -130,6 +130,13 @@ Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps,
         } else if (s.form == Step::Form::single) {
             p.ho = out_size(h, last.stride);
             p.wo = out_size(w, last.stride);
+            // What is no float32 passes through rows that are: the depthwise layer's input, the stem's output.
+            p.ring = std::min(3, h);
+            const bool filters = last.kind == Kind::depthwise;
+            if (element != sizeof(float) && last.kind != Kind::pointwise)
+                plan.scratch =
+                    std::max(plan.scratch, sizeof(float) * (filters ? p.ring * static_cast<std::size_t>(w) : p.wo) *
+                                               padded(filters ? last.cin : last.cout));
         } else if (s.form == Step::Form::head) {
             plan.scratch = std::max(plan.scratch, sizeof(float) * kPoolChunk * 2 * kChannelPad);
         }

@@ -10,9 +10,21 @@ namespace {
 
 constexpr int kMaxPanel = 2 * kChannelPad; // channels, of any instruction set
 
+void to_floats(float *to, const float *from, std::ptrdiff_t count) { std::memcpy(to, from, sizeof(float) * count); }
+void to_floats(float *to, const bf16 *from, std::ptrdiff_t count) {
+    for (std::ptrdiff_t i = 0; i < count; ++i) {
+        const std::uint32_t bits = static_cast<std::uint32_t>(from[i].bits) << 16;
+        std::memcpy(to + i, &bits, sizeof bits);
+    }
+}
+
 // What a kernel of the table takes says which one it is.
 void call(const KernelTable &kernels, const Pointwise<float> &args) { kernels.pointwise(args); }
+void call(const KernelTable &kernels, const Pointwise<bf16> &args) { kernels.pointwise_bf16(args); }
+void call(const KernelTable &kernels, const Pointwise<bf16, bf16, float> &args) { kernels.pointwise_bf16_float(args); }
+void call(const KernelTable &kernels, const Pointwise<float, bf16, float> &args) { kernels.pointwise_mixed(args); }
 void call(const KernelTable &kernels, const Depthwise<float> &args) { kernels.depthwise(args); }
+void call(const KernelTable &kernels, const Depthwise<bf16> &args) { kernels.depthwise_bf16(args); }
 
 } // namespace
 
@@ -98,7 +110,7 @@ void Runner<T>::depthwise_row(const Layer &layer, const Rows &in, long row, T *y
     const long h = row * d.stride;
     call(kernels_, Depthwise<T>{{in.at(h - 1), in.at(h), in.at(h + 1)},
                                 in.ld,
-                                layer.packed.weight,
+                                static_cast<const float *>(layer.packed.weight),
                                 y,
                                 y_ld,
                                 in.width,
@@ -122,6 +134,16 @@ void Runner<T>::expand_panel(const Layer &layer, const Ends &t, const Rows &ring
     }
 }
 
+// Rows [from, to) of a step's input, into the ring of the depthwise layer that follows.
+template <class T>
+void Runner<T>::widen_rows(const Ends &t, const Rows &ring, float *out, int from, int to, int channels) const {
+    const std::ptrdiff_t width = ring.width;
+    if constexpr (!kFloat)
+        for (; from < to; ++from)
+            kernels_.widen({t.x + from * width * t.x_ld, t.x_ld, out + from % ring.ring * width * ring.ld, ring.ld,
+                            width, channels});
+}
+
 // A strip of output rows for each member; p.rows of them at a time, their hidden rows in a ring.
 template <class T> void Runner<T>::block_by_rows(Team &team, const Arena &arena, int step, const Ends &t) const {
     const Step &s = steps_[step];
@@ -134,8 +156,10 @@ template <class T> void Runner<T>::block_by_rows(Team &team, const Arena &arena,
     float *const input = reinterpret_cast<float *>(arena.scratch); // of the stem
     float *const ring = input + (layers_.front().desc.kind == Kind::stem ? (kStemRing + 1) * stem_row(plan_.w) : 0);
     T *const filtered = reinterpret_cast<T *>(ring + static_cast<std::ptrdiff_t>(p.ring) * p.hidden_w * ld);
-    const Rows hidden = produce ? Rows{ring, ld, p.hidden_h, p.hidden_w, p.ring}
-                                : Rows{t.x, t.x_ld, p.hidden_h, p.hidden_w, p.hidden_h};
+    Rows hidden{ring, ld, p.hidden_h, p.hidden_w, p.ring};
+    if constexpr (kFloat)
+        if (!produce)
+            hidden = {t.x, t.x_ld, p.hidden_h, p.hidden_w, p.hidden_h};
 
     long begin, end;
     team.share(p.ho, 1, begin, end);
@@ -147,6 +171,8 @@ template <class T> void Runner<T>::block_by_rows(Team &team, const Arena &arena,
         for (; stem && made < needed; ++made)
             stem_rows(*produce, t.image, made, made + 1, p.hidden_w,
                       ring + static_cast<std::ptrdiff_t>(made % p.ring) * p.hidden_w * ld, ld, input, loaded);
+        if (!kFloat && !produce)
+            widen_rows(t, hidden, ring, made, needed, depthwise.desc.cin);
         // A panel of channels is expanded and filtered before the next one, its rows still in L1: the depthwise layers
         // of an image took 383 us row by row, 330 so.
         for (int block = 0; block < blocks; block += per_panel) {
@@ -205,15 +231,32 @@ template <class T> void Runner<T>::single(Team &team, const Arena &arena, int st
     }
     long begin, end;
     team.share(p.ho, 1, begin, end);
+    float *const rows = reinterpret_cast<float *>(arena.scratch);
     if (d.kind == Kind::stem) {
         int loaded = -1;
-        stem_rows(layer, t.image, static_cast<int>(begin), static_cast<int>(end), p.wo, t.y + begin * p.wo * t.y_ld,
-                  t.y_ld, reinterpret_cast<float *>(arena.scratch), loaded);
+        for (int o = static_cast<int>(begin); o < end; ++o) {
+            T *const y = t.y + static_cast<std::ptrdiff_t>(o) * p.wo * t.y_ld;
+            if constexpr (kFloat) {
+                stem_rows(layer, t.image, o, o + 1, p.wo, y, t.y_ld, rows, loaded);
+            } else {
+                float *const row = rows + (kStemRing + 1) * stem_row(plan_.w);
+                stem_rows(layer, t.image, o, o + 1, p.wo, row, padded(d.cout), rows, loaded);
+                kernels_.narrow({row, padded(d.cout), y, t.y_ld, p.wo, d.cout});
+            }
+        }
         return;
     }
-    const Rows in{t.x, t.x_ld, p.h, p.w, p.h};
-    for (long o = begin; o < end; ++o)
-        depthwise_row(layer, in, o, t.y + o * p.wo * t.y_ld, t.y_ld, 0, blocks(layer));
+    Rows in{rows, padded(d.cin), p.h, p.w, p.ring};
+    if constexpr (kFloat)
+        in = {t.x, t.x_ld, p.h, p.w, p.h};
+    int made = std::max(0, static_cast<int>(begin) * d.stride - 1); // the next row to widen
+    for (int o = static_cast<int>(begin); o < end; ++o) {
+        const int needed = std::min(p.h, o * d.stride + 2);
+        if (!kFloat)
+            widen_rows(t, in, rows, made, needed, d.cin);
+        made = needed;
+        depthwise_row(layer, in, o, t.y + static_cast<std::ptrdiff_t>(o) * p.wo * t.y_ld, t.y_ld, 0, blocks(layer));
+    }
 }
 
 // The last 1x1 layer a panel of channels at a time, summed at once: its output, 250 KB an image, is never written.
@@ -231,19 +274,19 @@ template <class T> void Runner<T>::head(Team &team, const Arena &arena, int step
         double total[kMaxPanel] = {}; // of the chunks: one long float32 sum would lose digits on a large map
         for (std::ptrdiff_t at = 0; at < pixels; at += kPoolChunk) {
             const std::ptrdiff_t chunk = std::min<std::ptrdiff_t>(kPoolChunk, pixels - at);
-            call(kernels_,
-                 Pointwise<T, T, float>{t.x + at * t.x_ld, t.x_ld,
-                                        layer.packed.weight + static_cast<std::ptrdiff_t>(n) * layer.packed.depth,
-                                        layer.packed.bias + n, nullptr, 0, tile, kernels_.panel, chunk, d.cin, channels,
-                                        0, 1, d.relu6});
+            multiply<T, float>(layer, n, channels, {t.x + at * t.x_ld, t.x_ld, tile, kernels_.panel, 0}, chunk, nullptr,
+                               0, 0, 1);
             kernels_.pool({tile, kernels_.panel, sum, chunk, channels});
             for (int c = 0; c < channels; ++c)
                 total[c] += sum[c];
         }
         for (int c = 0; c < channels; ++c)
             sum[c] = static_cast<float>(total[c] / static_cast<double>(pixels));
-        std::memcpy(static_cast<float *>(features) + static_cast<std::ptrdiff_t>(t.image) * d.cout + n, sum,
-                    sizeof(float) * channels);
+        const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(t.image) * d.cout + n;
+        if (kFloat || steps_.back().form == Step::Form::head)
+            std::memcpy(static_cast<float *>(features) + at, sum, sizeof(float) * channels);
+        else
+            kernels_.narrow({sum, 0, static_cast<bf16 *>(features) + at, 0, 1, channels});
     }
 }
 
@@ -259,10 +302,27 @@ template <class X, class Y>
 void Runner<T>::pointwise(const Layer &layer, const Tensors<X, Y> &t, std::ptrdiff_t from, std::ptrdiff_t to,
                           const Y *residual, std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const {
     if (from < to && panel_begin < panel_end)
-        call(kernels_, Pointwise<X, T, Y>{t.x + from * t.x_ld, t.x_ld, layer.packed.weight, layer.packed.bias,
-                                          residual ? residual + from * residual_ld : nullptr, residual_ld,
-                                          t.y + from * t.y_ld, t.y_ld, to - from, layer.desc.cin, layer.desc.cout,
-                                          panel_begin, panel_end, layer.desc.relu6});
+        multiply<X, Y>(layer, 0, layer.desc.cout, {t.x + from * t.x_ld, t.x_ld, t.y + from * t.y_ld, t.y_ld, 0},
+                       to - from, residual ? residual + from * residual_ld : nullptr, residual_ld, panel_begin,
+                       panel_end);
+}
+
+// `cout` output channels of a pointwise layer from channel `n` on, which begins a panel.
+template <class T>
+template <class X, class Y>
+void Runner<T>::multiply(const Layer &layer, int n, int cout, const Tensors<X, Y> &t, std::ptrdiff_t pixels,
+                         const Y *residual, std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const {
+    const Packed &packed = layer.packed;
+    const auto run = [&](const auto *weight) {
+        using W = std::remove_const_t<std::remove_pointer_t<decltype(weight)>>;
+        call(kernels_, Pointwise<X, W, Y>{t.x, t.x_ld, weight + static_cast<std::ptrdiff_t>(n) * packed.depth,
+                                          packed.bias + n, residual, residual_ld, t.y, t.y_ld, pixels, layer.desc.cin,
+                                          cout, panel_begin, panel_end, layer.desc.relu6});
+    };
+    if (packed.pairs)
+        run(static_cast<const bf16 *>(packed.weight));
+    else if constexpr (kFloat)
+        run(static_cast<const float *>(packed.weight));
 }
 
 // All of a pointwise layer, shared by a team.
@@ -312,8 +372,15 @@ void Runner<T>::stem_rows(const Layer &layer, int image, int begin, int end, int
     for (int o = begin; o < end; ++o, y += width * y_ld) {
         for (; loaded < std::min(plan_.h - 1, 2 * o + 1); ++loaded)
             load_row(image, loaded + 1, rows + (loaded + 1) % kStemRing * size);
-        StemArgs args{{},    planar() ? 2 : 6, layer.packed.weight, layer.packed.bias, y, y_ld,
-                      width, layer.desc.cout,  layer.desc.relu6};
+        StemArgs args{{},
+                      planar() ? 2 : 6,
+                      static_cast<const float *>(layer.packed.weight),
+                      layer.packed.bias,
+                      y,
+                      y_ld,
+                      width,
+                      layer.desc.cout,
+                      layer.desc.relu6};
         for (int k = 0; k < kStemTaps; ++k) {
             const int c = k / 9, kh = k / 3 % 3, kw = k % 3, h = 2 * o + kh - 1;
             const float *row = h < 0 || h >= plan_.h ? zeros : rows + h % kStemRing * size;
@@ -323,39 +390,48 @@ void Runner<T>::stem_rows(const Layer &layer, int image, int begin, int end, int
     }
 }
 
-// One input row behind its left pixel of padding: colour after colour, or interleaved where the image is. The rows
-// after the next one are prefetched, which no hardware prefetcher does across their gaps (25 of the stem's 145 us).
+// One input row behind its left pixel of padding: colour after colour, or interleaved where the image is.
 template <class T> void Runner<T>::load_row(int image, int row, float *out) const {
     const std::ptrdiff_t at = image * call_.stride_n + row * call_.stride_h;
+    if (call_.element == Element::uint8)
+        load_row(static_cast<const std::uint8_t *>(call_.x) + at, out);
+    else if (call_.element == Element::bf16)
+        load_row(static_cast<const bf16 *>(call_.x) + at, out);
+    else
+        load_row(static_cast<const float *>(call_.x) + at, out);
+}
+
+template <class T> template <class X> void Runner<T>::load_row(const X *in, float *out) const {
     const std::ptrdiff_t width = plan_.w;
-    const auto copy = [this](float *to, const float *from, std::ptrdiff_t count) {
-        std::memcpy(to, from, sizeof(float) * count);
-        for (std::ptrdiff_t i = 0; i < count; i += kChannelPad)
-            __builtin_prefetch(from + 2 * call_.stride_h + i);
-    };
-    if (call_.bytes) {
-        const std::uint8_t *in = static_cast<const std::uint8_t *>(call_.x) + at;
+    if constexpr (std::is_same_v<X, std::uint8_t>) {
         for (std::ptrdiff_t w = 0; w < width; ++w)
             for (int c = 0; c < 3; ++c)
                 out[3 * (w + 1) + c] = table_[256 * c + in[w * call_.stride_w + c * call_.stride_c]];
-        return;
-    }
-    const float *in = static_cast<const float *>(call_.x) + at;
-    if (!planar()) {
-        copy(out + 3, in, 3 * width);
-        return;
-    }
-    for (int c = 0; c < 3; ++c) {
-        float *line = out + c * (width + 2) + 1;
-        const float *from = in + c * call_.stride_c;
-        if (call_.stride_w == 1)
-            copy(line, from, width);
-        else
-            for (std::ptrdiff_t w = 0; w < width; ++w)
-                line[w] = from[w * call_.stride_w];
+    } else {
+        // The rows after the next one are prefetched, which no hardware prefetcher does across their gaps (25 of the
+        // stem's 145 us).
+        const auto copy = [this](float *to, const X *from, std::ptrdiff_t count) {
+            to_floats(to, from, count);
+            for (std::ptrdiff_t i = 0; i < count; i += static_cast<std::ptrdiff_t>(kCacheLine / sizeof(X)))
+                __builtin_prefetch(from + 2 * call_.stride_h + i);
+        };
+        if (!planar()) {
+            copy(out + 3, in, 3 * width);
+            return;
+        }
+        for (int c = 0; c < 3; ++c) {
+            float *line = out + c * (width + 2) + 1;
+            const X *from = in + c * call_.stride_c;
+            if (call_.stride_w == 1)
+                copy(line, from, width);
+            else
+                for (std::ptrdiff_t w = 0; w < width; ++w)
+                    to_floats(line + w, from + w * call_.stride_w, 1);
+        }
     }
 }
 
 template class Runner<float>;
+template class Runner<bf16>;
 
 } // namespace mnv2

@@ -1,6 +1,8 @@
 // Runs the steps of a network over images, in one thread or a team of them.
 #pragma once
 
+#include <type_traits>
+
 #include "network.h"
 #include "parallel.h"
 
@@ -37,14 +39,9 @@ template <class T> class Runner {
     // `features`: room for the pooled ones of every image, T where a linear layer follows and else float32.
     void run(Team &team, std::byte *memory, void *features) const;
 
-    // Bytes of memory for n images: an arena a thread where each has images of its own, or one for all.
-    static std::size_t memory(const Plan &plan, int n) {
-        const std::size_t alone = n >= plan.threads ? plan.threads * plan.arena(1) : 0;
-        const std::size_t together = plan.arena(plan.threads);
-        return alone > together ? alone : together;
-    }
-
   private:
+    static constexpr bool kFloat = std::is_same_v<T, float>;
+
     using Ends = Tensors<T, T>; // of a step
 
     struct Arena {
@@ -71,6 +68,9 @@ template <class T> class Runner {
     template <class X, class Y>
     void pointwise(const Layer &layer, const Tensors<X, Y> &t, std::ptrdiff_t from, std::ptrdiff_t to,
                    const Y *residual, std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const;
+    template <class X, class Y>
+    void multiply(const Layer &layer, int n, int cout, const Tensors<X, Y> &t, std::ptrdiff_t pixels, const Y *residual,
+                  std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const;
     int panels(const Layer &layer) const { return blocks(layer, kernels_.panel); }
     void depthwise_row(const Layer &layer, const Rows &in, long row, T *y, std::ptrdiff_t y_ld, int block_begin,
                        int block_end) const;
@@ -79,8 +79,10 @@ template <class T> class Runner {
     void stem_rows(const Layer &layer, int image, int begin, int end, int width, float *y, std::ptrdiff_t y_ld,
                    float *rows, int &loaded) const;
     void load_row(int image, int row, float *out) const;
+    template <class X> void load_row(const X *x, float *out) const;
+    void widen_rows(const Ends &t, const Rows &ring, float *out, int from, int to, int channels) const;
 
-    bool planar() const { return !call_.bytes && !(call_.stride_c == 1 && call_.stride_w == 3); }
+    bool planar() const { return call_.element != Element::uint8 && !(call_.stride_c == 1 && call_.stride_w == 3); }
     int blocks(const Layer &layer) const { return blocks(layer, kernels_.lanes); }
     static int blocks(const Layer &layer, int size) { return (layer.desc.cout + size - 1) / size; }
 

@@ -40,6 +40,9 @@ template <class X, class W = X, class Y = X> struct Pointwise {
     bool relu6;
 };
 using PointwiseArgs = Pointwise<float>;
+using PointwiseBf16Args = Pointwise<bf16>;
+using PointwiseBf16FloatArgs = Pointwise<bf16, bf16, float>;
+using PointwiseMixedArgs = Pointwise<float, bf16, float>;
 
 // One output row of the 3x3 stride-2 convolution from 3 colours.
 struct StemArgs {
@@ -69,6 +72,7 @@ template <class Y> struct Depthwise {
     bool relu6;
 };
 using DepthwiseArgs = Depthwise<float>;
+using DepthwiseBf16Args = Depthwise<bf16>;
 
 // sum[c] = sum over pixels of x[p, c]
 struct PoolArgs {
@@ -78,6 +82,18 @@ struct PoolArgs {
     std::ptrdiff_t pixels;
     int channels;
 };
+
+// y[p, c] = x[p, c] in the elements Y.
+template <class X, class Y> struct Convert {
+    const X *x;
+    std::ptrdiff_t x_ld;
+    Y *y;
+    std::ptrdiff_t y_ld;
+    std::ptrdiff_t pixels;
+    int channels;
+};
+using WidenArgs = Convert<bf16, float>;
+using NarrowArgs = Convert<float, bf16>;
 
 } // namespace mnv2
 
@@ -90,6 +106,7 @@ struct KernelTable {
     int lanes;     // floats in a vector
     int panel;     // output channels of a full panel of packed weights
     int tile_rows; // pixels a full register tile computes at once
+    bool dot2;     // bf16 multiplied as it lies beats widening it to float32 first
 #define KERNEL(name, Args) void (*name)(const Args &);
 #include "kernels.def"
 #undef KERNEL

@@ -156,7 +156,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="of the network; torch's number by default"
     )
-    parser.add_argument("--dtype", metavar="DTYPE", help="arithmetic of the network: fp32")
+    parser.add_argument("--dtype", metavar="DTYPE", help="arithmetic of the network: fp32 or bf16")
     parser.add_argument("--backend", choices=env.BACKENDS, help=f"instead of {env.BACKEND.name}")
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import arch, env, machine, weights
 from .arch import KINDS, LayerSpec
 from .backends import cpu, eager
-from .chain import Chain, Link
+from .chain import Chain, Link, weight_dtype
 from .errors import UserError
 from .model import InputError, MobileNetV2, accelerate
 from .nn import Declined
@@ -31,7 +31,7 @@ from .weights import Preprocessing
 
 log = logging.getLogger("mnv2_fast")
 
-DTYPES = ("fp32",)
+DTYPES = ("fp32", "bf16")
 
 MAX_THREADS = 1024  # as csrc/parallel.h says
 
@@ -53,7 +53,7 @@ class _EagerNetwork:
     def __init__(self, layers: Sequence[LayerSpec], tensors: Folded, table: Tensor) -> None:
         self._layers = tuple(layers)
         self._spec = Chain(tuple(Link(spec, bias=True, norm=False) for spec in layers)).encode()
-        self._tensors = [tensor for pair in tensors for tensor in pair]
+        self._tensors = [tensor.float() for pair in tensors for tensor in pair]
         self._table = table
 
     @torch.no_grad()
@@ -115,7 +115,7 @@ class Engine:
             log.debug("engine in plain torch: %s", reason)
             self._network = _EagerNetwork(self.layers, self._tensors, table)
         else:
-            self._network = cpu.Network(self.layers, self._tensors, table=table)
+            self._network = cpu.Network(self.layers, self._tensors, table=table, dtype=self.dtype)
 
     @property
     def num_classes(self) -> int:
@@ -204,7 +204,8 @@ def compile(
 
     Args:
         model: a MobileNetV2 of this package, of torchvision or of timm, on the CPU.
-        dtype: arithmetic of the network: "fp32".
+        dtype: arithmetic of the network: "fp32", or "bf16", whose sums are float32 (on a processor without
+            instructions for it the weights alone are bf16).
         threads: at most this many; by default torch's number at each call.
         calibration: images for dtypes that need them; none does yet.
 
@@ -234,7 +235,7 @@ def compile(
         if tensor.device.type != "cpu":
             raise UserError(f"cannot compile a model on {tensor.device}: move it with model.cpu()")
     chain = reading.chain
-    folded = chain.fold(reading.tensors)
+    folded = chain.fold(reading.tensors, dtype)
     classes = chain.specs[-1].cout
     labels = getattr(model, "labels", None)
     if labels is None and classes == len(weights.imagenet_labels()):
@@ -272,17 +273,21 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
     for spec in layers:
         expected[f"{spec.conv}.weight"], expected[f"{spec.conv}.bias"] = spec.weight_shape, (spec.cout,)
     weights.check_state_dict(state, expected, str(path))
-    for key, tensor in state.items():
-        if tensor.dtype != torch.float32:
-            raise UserError(
-                f"{path}: {key} is {tensor.dtype}, an engine's tensors are torch.float32: save it again"
-            )
     try:
+        dtype = check_dtype(metadata.get("dtype", "fp32"))
+        for spec in layers:
+            wanted = {"weight": weight_dtype(spec.kind, dtype), "bias": torch.float32}
+            for name, kept in wanted.items():
+                found = state[f"{spec.conv}.{name}"].dtype
+                if found != kept:
+                    raise UserError(
+                        f"{spec.conv}.{name} is {found}, in an engine of {dtype} it is {kept}: save it again"
+                    )
         return Engine(
             layers,
             # Memory of the file itself would change with the file.
             [(state[f"{spec.conv}.weight"].clone(), state[f"{spec.conv}.bias"].clone()) for spec in layers],
-            dtype=metadata.get("dtype", "fp32"),
+            dtype=dtype,
             threads=threads,
             labels=weights.labels_of(metadata, layers[-1].cout),
             preprocessing=weights.preprocessing_of(metadata),

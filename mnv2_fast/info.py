@@ -69,7 +69,7 @@ def _processor() -> dict[str, Any]:
 def _kernels() -> dict[str, Any]:
     if not cpu.available():
         return {"isa": None, "reason": cpu.unavailable_reason()}
-    return {"isa": cpu.isa(), "isas": cpu.isas(), **cpu.build_info()}
+    return {"isa": cpu.isa(), "isas": cpu.isas(), "bf16": cpu.bf16_arithmetic(), **cpu.build_info()}
 
 
 def _gpus() -> dict[str, Any]:

@@ -202,8 +202,10 @@ def test_a_wrong_command_line(args: list[str], words: str, capsys: pytest.Captur
 def test_an_unknown_dtype_lists_the_valid_ones(
     engine_file: str, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "use one of fp32" in _fails(capsys, "predict", photos, "--weights", engine_file, "--dtype", "fp8")
-    assert "use one of fp32" in _fails(capsys, "bench", "--dtype", "fp8")
+    assert "use one of fp32, bf16" in _fails(
+        capsys, "predict", photos, "--weights", engine_file, "--dtype", "fp8"
+    )
+    assert "use one of fp32, bf16" in _fails(capsys, "bench", "--dtype", "fp8")
 
 
 def test_weights_that_are_not_to_be_had(

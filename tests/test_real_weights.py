@@ -11,6 +11,7 @@ from torch import Tensor
 
 import mnv2_fast
 from mnv2_fast import MobileNetV2, data
+from mnv2_fast.backends import cpu
 from mnv2_fast.weights import Preprocessing, load_state_dict
 
 
@@ -60,6 +61,20 @@ def test_error_is_at_most_twice_torchs_and_no_answer_changes(judged: Judged) -> 
         print(f"largest error of a logit on {len(logits)} photos: {name} {ours:.2e}, torch {torchs:.2e}")
         assert ours <= 2 * torchs, name
         assert torch.equal(logits.argmax(1), judged.exact.argmax(1)), name
+
+
+def test_bf16_keeps_the_answers(judged: Judged) -> None:
+    classes = judged.exact.argmax(1)
+    engine = mnv2_fast.compile(judged.model, dtype="bf16")
+    networks = {"engine": engine}
+    for arithmetic in ("bf16", "bf16_weights"):
+        network = cpu.Network(engine.layers, engine._tensors, dtype="bf16", arithmetic=arithmetic)
+        networks[arithmetic] = network.run
+    for name, network in networks.items():
+        logits = torch.cat([network(x) for x in judged.images.split(50)])
+        agreement = (logits.argmax(1) == classes).float().mean().item()
+        print(f"bf16 {name}: agreement {agreement:.1%}, largest error of a logit {error(logits, judged):.2f}")
+        assert agreement >= 0.99, name
 
 
 def test_top1_on_the_photos(judged: Judged, photos: list[Path], wnids: list[str]) -> None:

@@ -9,10 +9,10 @@ namespace {
 
 constexpr int kColumns = 2; // rows in L1, GMAC/s on AVX-512: 85 with 2, 83 with 3, 78 with 4, 76 with 6
 
-struct DepthwiseRow {
+template <class Y> struct DepthwiseRow {
     const float *rows[3];
     std::ptrdiff_t ld;
-    float *y;
+    Y *y;
     std::ptrdiff_t y_ld;
     int left; // channels of this block that exist, kLanes or fewer
     bool relu6;
@@ -21,9 +21,9 @@ struct DepthwiseRow {
 // Rows kh0..kh1-1 of the window are inside the image. Whole: all kLanes channels of the block exist. Both are template
 // arguments and the row is a member, so that the loop tests nothing and reads no pointer from memory: 53 to 64 GMAC/s,
 // and 78 with columns that are loaded once (load_once).
-template <int kh0, int kh1, int S, bool Whole> class DepthwiseBlock {
+template <int kh0, int kh1, int S, bool Whole, class Y> class DepthwiseBlock {
   public:
-    DepthwiseBlock(const DepthwiseRow &row, const float *weight) : row_(row) {
+    DepthwiseBlock(const DepthwiseRow<Y> &row, const float *weight) : row_(row) {
 #pragma GCC unroll 9
         for (int i = 0; i < 9; ++i)
             w_[i] = load(weight + i * kLanes);
@@ -50,7 +50,7 @@ template <int kh0, int kh1, int S, bool Whole> class DepthwiseBlock {
                 }
             }
         }
-        float *y = row_.y + o * row_.y_ld;
+        Y *y = row_.y + o * row_.y_ld;
 #pragma GCC unroll 8
         for (int c = 0; c < N; ++c, y += row_.y_ld) {
             const Vec r = row_.relu6 ? relu6(acc[c]) : acc[c];
@@ -79,17 +79,17 @@ template <int kh0, int kh1, int S, bool Whole> class DepthwiseBlock {
     }
 
   private:
-    const DepthwiseRow row_;
+    const DepthwiseRow<Y> row_;
     Vec w_[9];
     Vec bias_;
 };
 
-template <int kh0, int kh1, int S, bool Whole>
-void depthwise_block(const DepthwiseRow &row, const float *weight, int width) {
-    DepthwiseBlock<kh0, kh1, S, Whole>(row, weight).run(width);
+template <int kh0, int kh1, int S, bool Whole, class Y>
+void depthwise_block(const DepthwiseRow<Y> &row, const float *weight, int width) {
+    DepthwiseBlock<kh0, kh1, S, Whole, Y>(row, weight).run(width);
 }
 
-template <int S, bool Whole> void depthwise_rows(const DepthwiseRow &row, const float *weight, int width) {
+template <int S, bool Whole, class Y> void depthwise_rows(const DepthwiseRow<Y> &row, const float *weight, int width) {
     if (row.rows[0] && row.rows[2])
         depthwise_block<0, 3, S, Whole>(row, weight, width);
     else if (row.rows[2])
@@ -100,17 +100,17 @@ template <int S, bool Whole> void depthwise_rows(const DepthwiseRow &row, const 
         depthwise_block<1, 2, S, Whole>(row, weight, width);
 }
 
-template <int S> void depthwise_rows(const DepthwiseRow &row, const float *weight, int width) {
+template <int S, class Y> void depthwise_rows(const DepthwiseRow<Y> &row, const float *weight, int width) {
     if (row.left >= kLanes)
         depthwise_rows<S, true>(row, weight, width);
     else
         depthwise_rows<S, false>(row, weight, width);
 }
 
-void depthwise(const DepthwiseArgs &a) {
+template <class Y> void depthwise_to(const Depthwise<Y> &a) {
     for (int block = a.block_begin; block < a.block_end; ++block) {
         const std::ptrdiff_t c = static_cast<std::ptrdiff_t>(block) * kLanes;
-        DepthwiseRow row{{}, a.x_ld, a.y + c, a.y_ld, static_cast<int>(a.channels - c), a.relu6};
+        DepthwiseRow<Y> row{{}, a.x_ld, a.y + c, a.y_ld, static_cast<int>(a.channels - c), a.relu6};
         for (int kh = 0; kh < 3; ++kh)
             row.rows[kh] = a.rows[kh] ? a.rows[kh] + c : nullptr;
         const float *weight = a.weight + c * kDepthwiseBlock;
@@ -120,6 +120,9 @@ void depthwise(const DepthwiseArgs &a) {
             depthwise_rows<2>(row, weight, a.width);
     }
 }
+
+void depthwise(const DepthwiseArgs &a) { depthwise_to(a); }
+void depthwise_bf16(const DepthwiseBf16Args &a) { depthwise_to(a); }
 
 } // namespace
 } // namespace mnv2::MNV2_ISA

@@ -13,24 +13,25 @@ constexpr int kHalf = kLanes / 2;
 constexpr int kChunk = 512;
 static_assert(kTileVecs == 2, "a panel is two vectors wide, or one where one is enough");
 
-struct Epilogue {
-    const float *residual;
+template <class Y> struct EpilogueTo {
+    const Y *residual;
     std::ptrdiff_t residual_ld;
-    float *y;
+    Y *y;
     std::ptrdiff_t y_ld;
     int channels; // of the tensor, from y on
     bool relu6;
     bool accumulate; // y holds the sum over earlier inputs, bias included: add to it
 };
+using Epilogue = EpilogueTo<float>;
 
 // The loops over R and V are unrolled by name: left to itself the compiler keeps the accumulators in memory around the
 // epilogue (16 inputs: 66 GMAC/s instead of 105 on a core whose peak is 129).
-template <int R, int V> inline void finish(Vec (&acc)[R][V], const Epilogue &e) {
+template <int R, int V, class Y> inline void finish(Vec (&acc)[R][V], const EpilogueTo<Y> &e) {
     if (e.accumulate) {
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
             const int left = e.channels - v * kLanes;
-            const float *const y = e.y + v * kLanes;
+            const Y *const y = e.y + v * kLanes;
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r)
                 acc[r][v] = add(acc[r][v], left >= kLanes ? load(y + r * e.y_ld) : load_first(y + r * e.y_ld, left));
@@ -46,8 +47,8 @@ template <int R, int V> inline void finish(Vec (&acc)[R][V], const Epilogue &e) 
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
         const int left = e.channels - v * kLanes;
-        float *const y = e.y + v * kLanes;
-        const float *const residual = e.residual ? e.residual + v * kLanes : nullptr;
+        Y *const y = e.y + v * kLanes;
+        const Y *const residual = e.residual ? e.residual + v * kLanes : nullptr;
         if (left >= kLanes) {
             if (e.residual != nullptr) {
 #pragma GCC unroll 16
@@ -105,10 +106,10 @@ inline void gemm_tile(const Input &input, const float *w, const float *bias, int
 }
 
 // The epilogue of one channel vector and a half: `high` holds the half of two pixels each.
-template <int R> inline void finish_halves(Vec (&high)[(R + 1) / 2], const Epilogue &e) {
+template <int R, class Y> inline void finish_halves(Vec (&high)[(R + 1) / 2], const EpilogueTo<Y> &e) {
     const int channels = e.channels - kLanes;
-    float *const y = e.y + kLanes;
-    const float *const residual = e.residual ? e.residual + kLanes : nullptr;
+    Y *const y = e.y + kLanes;
+    const Y *const residual = e.residual ? e.residual + kLanes : nullptr;
 #pragma GCC unroll 8
     for (int i = 0; i < (R + 1) / 2; ++i) {
         Vec a = high[i];
@@ -127,8 +128,8 @@ template <int R> inline void finish_halves(Vec (&high)[(R + 1) / 2], const Epilo
             // The half of this pixel first, then as any other tail.
             Vec one[1][1] = {{half == 0 ? a : upper(a)}};
             const std::ptrdiff_t row = r + half;
-            finish<1, 1>(one, {residual ? residual + row * e.residual_ld : nullptr, 0, y + row * e.y_ld, 0, channels,
-                               e.relu6, e.accumulate});
+            finish<1, 1>(one, EpilogueTo<Y>{residual ? residual + row * e.residual_ld : nullptr, 0, y + row * e.y_ld, 0,
+                                            channels, e.relu6, e.accumulate});
         }
     }
 }

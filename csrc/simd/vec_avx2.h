@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include "types.h"
+
 namespace mnv2::MNV2_ISA {
 namespace {
 
@@ -14,6 +16,7 @@ constexpr int kLanes = 8;
 // 6 x 2 accumulators + 2 weights + 1 broadcast = 15 registers.
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = 2;
+constexpr bool kDot2 = false;
 
 inline __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -39,6 +42,56 @@ inline Vec join(Vec low, Vec high) { return {_mm256_blend_ps(low.v, high.v, 0xf0
 inline Vec upper(Vec a) { return {_mm256_permute2f128_ps(a.v, a.v, 1)}; } // in the lower half
 inline Vec load_halves(const float *low, const float *high) { return {_mm256_loadu2_m128(high, low)}; }
 inline void store_halves(float *low, float *high, Vec a) { _mm256_storeu2_m128(high, low, a.v); }
+
+// bfloat16: widened by the loads, rounded to the nearest, ties to even, by the stores; a NaN stays one.
+inline Vec widened(__m128i a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16))}; }
+inline __m128i rounded(Vec a) {
+    const __m256i bits = _mm256_castps_si256(a.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i near = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+    const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(near, nan, is_nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+}
+inline Vec load(const bf16 *p) { return widened(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
+inline Vec load_first(const bf16 *p, int n) {
+    alignas(16) bf16 few[kLanes] = {};
+    for (int i = 0; i < n; ++i)
+        few[i] = p[i];
+    return load(few);
+}
+inline void store(bf16 *p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i *>(p), rounded(a)); }
+inline void store_first(bf16 *p, Vec a, int n) {
+    alignas(16) bf16 few[kLanes];
+    store(few, a);
+    for (int i = 0; i < n; ++i)
+        p[i] = few[i];
+}
+inline Vec load_halves(const bf16 *low, const bf16 *high) {
+    return widened(_mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(low)),
+                                      _mm_loadl_epi64(reinterpret_cast<const __m128i *>(high))));
+}
+inline void store_halves(bf16 *low, bf16 *high, Vec a) {
+    const __m128i r = rounded(a);
+    _mm_storel_epi64(reinterpret_cast<__m128i *>(low), r);
+    _mm_storel_epi64(reinterpret_cast<__m128i *>(high), _mm_unpackhi_epi64(r, r));
+}
+
+// Pairs: each lane holds two bf16, the first in its lower half.
+inline Vec load_pairs(const bf16 *p) { return load(reinterpret_cast<const float *>(p)); }
+inline Vec broadcast_pair(const bf16 *p) {
+    int pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return {_mm256_castsi256_ps(_mm256_set1_epi32(pair))};
+}
+inline Vec broadcast_single(const bf16 *p) { return {_mm256_castsi256_ps(_mm256_set1_epi32(p->bits))}; }
+inline Vec firsts(Vec pairs) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs.v), 16))}; }
+inline Vec seconds(Vec pairs) {
+    return {_mm256_and_ps(pairs.v, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+// acc + the dot product of a lane's pairs, its second product first as the instruction has it.
+inline Vec dot2(Vec acc, Vec a, Vec b) { return fma(firsts(a), firsts(b), fma(seconds(a), seconds(b), acc)); }
 
 // min(max(a, 0), 6). The instructions return their second operand when either is NaN, so a NaN stays.
 inline Vec relu6(Vec a) { return {_mm256_min_ps(_mm256_set1_ps(6.0f), _mm256_max_ps(_mm256_setzero_ps(), a.v))}; }

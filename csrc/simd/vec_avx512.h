@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include "types.h"
+
 namespace mnv2::MNV2_ISA {
 namespace {
 
@@ -44,6 +46,58 @@ inline Vec load_halves(const float *low, const float *high) {
 inline void store_halves(float *low, float *high, Vec a) {
     _mm256_storeu_ps(low, _mm512_castps512_ps256(a.v));
     _mm256_storeu_pd(reinterpret_cast<double *>(high), _mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1));
+}
+
+// bfloat16: widened by the loads, rounded to the nearest, ties to even, by the stores; a NaN stays one.
+inline Vec widened(__m256i a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16))}; }
+
+// Pairs: each lane holds two bf16, the first in its lower half.
+inline Vec load_pairs(const bf16 *p) { return {_mm512_loadu_ps(p)}; }
+inline Vec broadcast_pair(const bf16 *p) {
+    int pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return {_mm512_castsi512_ps(_mm512_set1_epi32(pair))};
+}
+inline Vec broadcast_single(const bf16 *p) { return {_mm512_castsi512_ps(_mm512_set1_epi32(p->bits))}; }
+inline Vec firsts(Vec pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs.v), 16))}; }
+inline Vec seconds(Vec pairs) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs.v), upper))};
+}
+
+#ifdef __AVX512BF16__
+constexpr bool kDot2 = true;
+
+inline __m256i rounded(Vec a) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)); }
+// acc + the dot product of a lane's pairs.
+inline Vec dot2(Vec acc, Vec a, Vec b) {
+    return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+#else
+constexpr bool kDot2 = false;
+
+inline __m256i rounded(Vec a) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(near, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+}
+// acc + the dot product of a lane's pairs, its second product first as the instruction has it.
+inline Vec dot2(Vec acc, Vec a, Vec b) { return fma(firsts(a), firsts(b), fma(seconds(a), seconds(b), acc)); }
+#endif
+
+inline Vec load(const bf16 *p) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
+inline Vec load_first(const bf16 *p, int n) { return widened(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline void store(bf16 *p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), rounded(a)); }
+inline void store_first(bf16 *p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first(n), rounded(a)); }
+inline Vec load_halves(const bf16 *low, const bf16 *high) {
+    return widened(
+        _mm256_loadu2_m128i(reinterpret_cast<const __m128i *>(high), reinterpret_cast<const __m128i *>(low)));
+}
+inline void store_halves(bf16 *low, bf16 *high, Vec a) {
+    _mm256_storeu2_m128i(reinterpret_cast<__m128i *>(high), reinterpret_cast<__m128i *>(low), rounded(a));
 }
 
 // min(max(a, 0), 6). The instructions return their second operand when either is NaN, so a NaN stays.

@@ -1,6 +1,8 @@
 // Portable C++: four floats in an array, for a processor none of the other rows fits and as their twin in tests.
 #pragma once
 
+#include "types.h"
+
 namespace mnv2::MNV2_ISA {
 namespace {
 
@@ -11,6 +13,7 @@ struct Vec {
 constexpr int kLanes = 4;
 constexpr int kTileRows = 3;
 constexpr int kTileVecs = 2;
+constexpr bool kDot2 = true; // no float32 form is faster than bf16's own
 
 template <class F> inline Vec each(F f) {
     Vec r;
@@ -62,9 +65,68 @@ inline void store_halves(float *low, float *high, Vec a) {
     }
 }
 
+// bfloat16: widened by the loads, rounded to the nearest, ties to even, by the stores; a NaN stays one.
+inline float float_of(std::uint32_t bits) {
+    float f;
+    __builtin_memcpy(&f, &bits, sizeof f);
+    return f;
+}
+inline std::uint32_t bits_of(float f) {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &f, sizeof bits);
+    return bits;
+}
+inline float widened(bf16 a) { return float_of(static_cast<std::uint32_t>(a.bits) << 16); }
+inline bf16 rounded(float f) {
+    const std::uint32_t bits = bits_of(f);
+    if (f != f)
+        return {static_cast<std::uint16_t>(bits >> 16 | 0x40)};
+    return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline Vec load(const bf16 *p) {
+    return each([p](int i) { return widened(p[i]); });
+}
+inline Vec load_first(const bf16 *p, int n) {
+    return each([p, n](int i) { return i < n ? widened(p[i]) : 0.0f; });
+}
+inline void store(bf16 *p, Vec a) {
+    for (int i = 0; i < kLanes; ++i)
+        p[i] = rounded(a.v[i]);
+}
+inline void store_first(bf16 *p, Vec a, int n) {
+    for (int i = 0; i < n; ++i)
+        p[i] = rounded(a.v[i]);
+}
+
+// Pairs: each lane holds two bf16, the first in its lower half.
+inline Vec load_pairs(const bf16 *p) {
+    return each([p](int i) { return float_of(p[2 * i].bits | static_cast<std::uint32_t>(p[2 * i + 1].bits) << 16); });
+}
+inline Vec broadcast_pair(const bf16 *p) {
+    return each([p](int) { return float_of(p[0].bits | static_cast<std::uint32_t>(p[1].bits) << 16); });
+}
+inline Vec broadcast_single(const bf16 *p) {
+    return each([p](int) { return float_of(p[0].bits); });
+}
+inline Vec firsts(Vec pairs) {
+    return each([&](int i) { return float_of(bits_of(pairs.v[i]) << 16); });
+}
+inline Vec seconds(Vec pairs) {
+    return each([&](int i) { return float_of(bits_of(pairs.v[i]) & 0xffff0000u); });
+}
+// acc + the dot product of a lane's pairs, its second product first as the instruction has it.
+inline Vec dot2(Vec acc, Vec a, Vec b) { return fma(firsts(a), firsts(b), fma(seconds(a), seconds(b), acc)); }
+
 // Both comparisons are false for a NaN, which stays.
 inline Vec relu6(Vec a) {
     return each([&](int i) { return a.v[i] < 0.0f ? 0.0f : a.v[i] > 6.0f ? 6.0f : a.v[i]; });
+}
+inline void store_halves(bf16 *low, bf16 *high, Vec a) {
+    store_first(low, a, kLanes / 2);
+    store_first(high, upper(a), kLanes / 2);
+}
+inline Vec load_halves(const bf16 *low, const bf16 *high) {
+    return each([&](int i) { return widened(i < kLanes / 2 ? low[i] : high[i - kLanes / 2]); });
 }
 
 } // namespace

@@ -1,4 +1,4 @@
-"""The operators on `_C`, our C++ kernels: float32 tensors on the CPU.
+"""The operators on `_C`, our C++ kernels: float32 and bfloat16 tensors on the CPU.
 
 Every function takes and returns what its operator in `ops` does; `declines` says which calls are not for it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import math
 import os
 import types
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from .. import env, machine
 from ..arch import LayerSpec
+from ..chain import weight_dtype
 from ..errors import UserError
 from ..int8 import NOT_FINITE, QuantizedNetwork
 
 OPERATORS = ("stem", "depthwise", "pointwise", "head")
+
+log = logging.getLogger("mnv2_fast")
 
 # 32-bit sizes in the kernels' interface; a tensor past them is for eager.
 _MAX_SIZE = 2**31 - 1
@@ -95,6 +99,18 @@ def openmp() -> dict[str, object]:
     return {"runtimes": runtimes, "version": _c().openmp_version(), "threads": _c().default_threads()}
 
 
+def bf16_arithmetic() -> str:
+    """How bf16 is computed with the instruction set in use."""
+    if _c().dot2():
+        return "bf16 weights and activations, fp32 sums"
+    return "bf16 storage, fp32 arithmetic: no instruction for bf16 is faster here"
+
+
+@functools.cache
+def _say_of_bf16() -> None:
+    log.info("%s", bf16_arithmetic())
+
+
 def declines(op: str, *args: object) -> str | None:
     """Why this backend does not serve a call of the operator `op`, or None."""
     if op not in OPERATORS:
@@ -126,6 +142,8 @@ class Network:
         pool: average the last pointwise layer over H and W, as is always done before a linear layer.
         table: [3, 256] float32, the value of each uint8 for R, G and B; needed for uint8 images only.
         isa: an instruction set of `isas()`, the one in use by default.
+        dtype: "fp32" or "bf16"; weights that are not as `chain.weight_dtype` says are rounded.
+        arithmetic: of bf16, "bf16" or "bf16_weights" as csrc/layer.h says; by default the faster one.
     """
 
     def __init__(
@@ -134,7 +152,10 @@ class Network:
         tensors: Sequence[tuple[Tensor, Tensor]],
         pool: bool = True,
         table: Tensor | None = None,
+        *,
         isa: str = "",
+        dtype: str = "fp32",
+        arithmetic: str | None = None,
     ) -> None:
         rows = []
         keep = []  # alive until the extension has copied them
@@ -144,7 +165,7 @@ class Network:
                     f"{spec.conv}: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit "
                     f"{spec.weight_shape} and {(spec.cout,)}"
                 )
-            w, b = _dense(weight), _dense(bias)
+            w, b = _dense(weight.to(weight_dtype(spec.kind, dtype))), _dense(bias)
             keep += [w, b]
             rows.append(
                 (
@@ -159,7 +180,22 @@ class Network:
                 )
             )
         lookup = None if table is None else _dense(table)
-        self._network = _c().Network(rows, pool, lookup.data_ptr() if lookup is not None else 0, isa)
+        c = _c()
+        if dtype == "fp32":
+            arithmetic = "float32"
+        elif arithmetic is None:
+            arithmetic = "bf16" if c.dot2(isa) else "bf16_weights"
+            if arithmetic == "bf16_weights":
+                _say_of_bf16()
+        self.arithmetic = arithmetic
+        self._activations = torch.bfloat16 if arithmetic == "bf16" else torch.float32
+        self._elements = {
+            torch.float32: c.Element.float32,
+            torch.uint8: c.Element.uint8,
+            torch.bfloat16: c.Element.bf16,
+        }
+        table_at = lookup.data_ptr() if lookup is not None else 0
+        self._network = c.Network(rows, pool, table_at, isa, getattr(c.Arithmetic, arithmetic))
         self._first, self._last, self._pool = layers[0], layers[-1], pool
         self._strides = [spec.stride for spec in layers]
 
@@ -181,13 +217,13 @@ class Network:
         """The network's answer.
 
         Args:
-            x: float32 [N, C, H, W] of any strides, or uint8 [N, H, W, 3].
+            x: float32 or bfloat16 [N, C, H, W] of any strides, or uint8 [N, H, W, 3].
             threads: at most this many; torch's number by default.
-            residual: float32 [N, Cout, H, W], for the one pointwise layer that asked for it.
+            residual: [N, Cout, H, W], for the one pointwise layer that asked for it.
 
         Returns:
-            float32 [N, classes], or [N, C] pooled features, or [N, C, Ho, Wo] in channels_last where the
-            network ends in a convolution.
+            float32 [N, classes], or [N, C] pooled features; or [N, C, Ho, Wo] in channels_last, float32 or
+            bfloat16 as the activations are, where the network ends in a convolution.
 
         Raises:
             UserError: x does not fit the network or is larger than it can plan for.
@@ -201,10 +237,10 @@ class Network:
             strides = (x.stride(0), x.stride(3), x.stride(1), x.stride(2))
         else:
             if self._first.kind != "stem":
-                x = _nhwc(x)
+                x = _nhwc(x.to(self._activations))
             n, _, h, w = x.shape
             strides = (x.stride(0), x.stride(1), x.stride(2), x.stride(3))
-        given = None if residual is None else _nhwc(residual)
+        given = None if residual is None else _nhwc(residual.to(self._activations))
         try:
             need = self.workspace_bytes(n, h, w, threads) + 4 * math.prod(self._output_shape(n, h, w))
             if not machine.fits_memory(need):
@@ -212,7 +248,7 @@ class Network:
             y = self._output(n, h, w)
             self._network.run(
                 x.data_ptr(),
-                x.dtype == torch.uint8,
+                self._elements[x.dtype],
                 strides,
                 (n, h, w),
                 0 if given is None else given.data_ptr(),
@@ -247,8 +283,9 @@ class Network:
     def _output(self, n: int, h: int, w: int) -> Tensor:
         shape = self._output_shape(n, h, w)
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        dtype = self._activations if len(shape) == 4 else torch.float32
         # Named type and device: torch's defaults may be others.
-        return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
+        return torch.empty(shape, dtype=dtype, device="cpu", memory_format=layout)
 
 
 class Int8Network:
