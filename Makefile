@@ -36,10 +36,10 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	$(PY) -m pytest --durations=20 $(PYTEST_ARGS)
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.bench
 	$(PY) -m bench.kernels
 	$(PY) -m bench.roofline
-	$(PY) -m bench.model
+	$(PY) -m bench.peers
 	$(PY) -m bench.plot --readme
 
 lint: $(VENV)/.dev
@@ -82,3 +82,8 @@ $(VENV)/.dev: $(VENV)/.tools $(INPUTS)
 	$(EDITABLE) '.[dev]'
 	@$(PY) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' || $(PIP) install triton==3.6.0
 	@touch $(VENV)/.demo $@
+
+# The other engines and what quantizes for them: 1.5 GB and most of a minute that no test waits for.
+$(VENV)/.bench: $(VENV)/.dev
+	$(EDITABLE) '.[bench]'
+	@touch $@

@@ -239,7 +239,8 @@ def main(arguments_: Sequence[str] | None = None) -> int:
     rows: list[results.Row] = []
     try:
         for name in (OURS, TORCH):
-            workers[name] = Worker("kernels", {"contender": name, "batch": options.batch}, cores, env)
+            request = {"contender": name, "batch": options.batch}
+            workers[name] = Worker("kernels", request, cores, env).ready()
         print(
             f"{shared['processor']}; {workers[OURS].isa}; batch {options.batch}, {options.threads} thread(s)"
         )

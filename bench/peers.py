@@ -1,240 +1,415 @@
-"""PEERS: everyone who runs the network, one row each, every one in its own best configuration.
+"""`python -m bench.peers`: the network by everyone, in three precisions: speed, answers, size, memory.
 
-A row's `make` is called in a process of its own (bench.workers), pinned to as many cores as it has threads,
-with its environment set before anything is imported and gradients off. It returns the call to time. A row
-whose packages are not installed is named and left out.
+Every contender runs in its own process; they take turns of 20 calls, and each is timed once more with all
+the others stopped. A row whose two medians differ by more than 10% is marked. At batch 16 on two cores each
+engine also runs as two one-thread streams, each with half of the batch, at once or image by image.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
 import os
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+from mnv2_fast import arch
+
+from . import bars, build, contenders, limits, material, results, timing
+from .build import Built
+from .contenders import Contender
+from .workers import Worker, WorkerError, alone
+
+OUTPUT = results.FOLDER / "peers.csv"
+STREAMS = 2
+ROUNDS = {1: 5, 16: 2}  # turns at each batch: a turn at 16 is as long as sixteen at 1
+START_SECONDS, STARTS = 10.0, 3  # starts of a contender: three, or as many as fit
+QUICK_PHOTOS = 32
+MACS = sum(layer.macs for layer in arch.layers())
 
 
 @dataclass(frozen=True)
-class Case:
-    """One setting: `batch` images, `size` pixels squared, on `threads` threads; `folder` has the ONNX."""
+class Setting:
+    """A batch on a number of cores: as one session, or as streams that share it, at once or one by one."""
 
     batch: int
-    threads: int
-    size: int = 224
-    folder: str = ""
+    cores: int
+    streams: bool = False
+    singly: bool = False
+
+    @property
+    def form(self) -> str:
+        if not self.streams:
+            return "session"
+        return f"{STREAMS} streams" + (", one by one" if self.singly else "")
+
+    @property
+    def key(self) -> str:
+        """What a process is asked for."""
+        share = self.batch // STREAMS if self.streams else self.batch
+        return f"{share} singly" if self.singly else str(share)
 
 
-Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One contender. `slow`: at batch 1 only, and not in a quick run; `onnx`: reads the ONNX file."""
-
-    name: str
-    needs: tuple[str, ...]
-    make: Callable[[Case], Call]
-    env: Mapping[str, str] = field(default_factory=dict)
-    slow: bool = False
-    onnx: bool = False
-
-    def missing(self) -> list[str]:
-        """Packages it needs that are not installed."""
-        return [name for name in self.needs if importlib.util.find_spec(name) is None]
-
-
-def images(case: Case) -> torch.Tensor:
-    """The same normalized random images for everyone, [N, 3, H, W] contiguous."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(case.batch, 3, case.size, case.size, generator=generator)
-
-
-def weights_source() -> str:
-    """Which weights everyone runs: real ones where they are found without a download, else seeded ones."""
-    from mnv2_fast import weights
-
-    for row in weights.WEIGHTS:
-        if weights.find_local(row) is not None:
-            return row.name
-    return "seeded"
-
-
-def state_dict() -> dict[str, torch.Tensor]:
-    """The tensors of `weights_source()`."""
-    import torch
-
-    from mnv2_fast import MobileNetV2, weights
-
-    source = weights_source()
-    if source != "seeded":
-        return weights.load_state_dict(source)[0]
-    torch.manual_seed(0)
-    return MobileNetV2().state_dict()
-
-
-def torchvision_model() -> torch.nn.Module:
-    """torchvision's MobileNetV2 in eval mode."""
-    from mnv2_fast._torchvision import torchvision
-
-    model: torch.nn.Module = torchvision().models.mobilenet_v2()
-    model.load_state_dict(state_dict())
-    return model.eval()
-
-
-def our_model() -> torch.nn.Module:
-    """Our MobileNetV2 in eval mode."""
-    from mnv2_fast import MobileNetV2
-
-    model = MobileNetV2()
-    model.load_state_dict(state_dict())
-    return model.eval()
-
-
-def channels_last(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with its weights in channels_last: torch's faster layout for this network."""
-    import torch
-
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _engine(case: Case) -> Call:
-    from mnv2_fast import compile
-
-    engine = compile(our_model(), threads=case.threads)
-    x = images(case)
-    return lambda: engine(x)
-
-
-def _automatic(case: Case) -> Call:
-    model, x = our_model(), images(case)
-    return lambda: model(x)
-
-
-def _torch_eager(case: Case) -> Call:
-    import torch
-
-    model, x = torchvision_model(), images(case)
-    model, x = channels_last(model), x.contiguous(memory_format=torch.channels_last)
-    return lambda: model(x)
-
-
-def _torch_compile(case: Case) -> Call:
-    import torch
-    import torch._inductor.config as inductor
-
-    inductor.freezing = True  # folds batch norm and packs the weights for oneDNN
-    x = images(case).contiguous(memory_format=torch.channels_last)
-    compiled = torch.compile(channels_last(torchvision_model()))
-    compiled(x)
-    return lambda: compiled(x)
-
-
-ONNX_FILE = "mobilenet_v2.onnx"
-ONNX_INPUT = "input"
-
-
-def export_onnx(folder: str) -> None:
-    """Write the network as ONNX with a dynamic batch, for those that read it."""
-    import torch
-
-    batch = torch.export.Dim("batch")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's exporter warns of its own use of torch
-        torch.onnx.export(
-            torchvision_model(),
-            (images(Case(2, 1)),),
-            Path(folder) / ONNX_FILE,
-            dynamo=True,
-            external_data=False,
-            input_names=[ONNX_INPUT],
-            dynamic_shapes={"x": {0: batch}},
-            verbose=False,
-        )
-
-
-def _onnxruntime(case: Case) -> Call:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = case.threads
-    options.inter_op_num_threads = 1
-    options.add_free_dimension_override_by_name("batch", case.batch)
-    session = onnxruntime.InferenceSession(
-        Path(case.folder) / ONNX_FILE, options, providers=["CPUExecutionProvider"]
-    )
-    feed = {ONNX_INPUT: images(case).numpy()}
-    return lambda: session.run(None, feed)
-
-
-def _openvino(case: Case) -> Call:
-    import openvino
-
-    core = openvino.Core()
-    model = core.read_model(Path(case.folder) / ONNX_FILE)
-    model.reshape([case.batch, 3, case.size, case.size])
-    compiled = core.compile_model(
-        model,
-        "CPU",
-        {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": case.threads,
-            "NUM_STREAMS": 1,
-        },
-    )
-    request = compiled.create_infer_request()
-    x = images(case).numpy()
-    request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
-
-    def call(keep: object = x) -> None:  # the request reads x's memory without owning it
-        request.infer()
-
-    return call
-
-
-ENGINE = "mnv2_fast"
-AUTOMATIC = "mnv2_fast model(x)"
-ENGINE_AVX2 = "mnv2_fast avx2"
-ENGINE_SCALAR = "mnv2_fast scalar"
-TORCH_COMPILE = "torch.compile"
-
-PEERS: tuple[Peer, ...] = (
-    Peer(ENGINE, ("torch",), _engine),
-    Peer(AUTOMATIC, ("torch",), _automatic),
-    Peer(ENGINE_AVX2, ("torch",), _engine, {"MNV2_FORCE_ISA": "avx2"}),
-    Peer(ENGINE_SCALAR, ("torch",), _engine, {"MNV2_FORCE_ISA": "scalar"}, slow=True),
-    Peer(
-        "ONNX Runtime", ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime"), _onnxruntime, onnx=True
-    ),
-    Peer("OpenVINO", ("torch", "torchvision", "onnx", "onnxscript", "openvino"), _openvino, onnx=True),
-    Peer(TORCH_COMPILE, ("torch", "torchvision"), _torch_compile),
-    Peer("torch eager", ("torch", "torchvision"), _torch_eager),
+SETTINGS = (
+    Setting(1, 1),
+    Setting(16, 1),
+    Setting(1, 2),
+    Setting(16, 2),
+    Setting(16, 2, streams=True),
+    Setting(16, 2, streams=True, singly=True),
 )
 
 
-def by_name(name: str) -> Peer:
-    """The row of that name."""
-    for peer in PEERS:
-        if peer.name == name:
-            return peer
-    raise ValueError(f"no contender {name!r}: one of {', '.join(peer.name for peer in PEERS)}")
+class Team:
+    """One contender's processes on some cores: one, or one for each stream."""
+
+    def __init__(self, built: Built, cores: int, streams: bool, keys: Sequence[str]) -> None:
+        self.built = built
+        self.workers: list[Worker] = []
+        parts = STREAMS if streams else 1
+        threads = cores // parts
+        case = replace(built.case, threads=threads)
+        request = {"title": built.contender.title, "case": asdict(case), "keys": list(keys)}
+        env = contenders.environment(built.contender, case.material)
+        for part in range(parts):
+            self.workers.append(Worker("contenders", request, limits.cores(threads, part * threads), env))
+
+    def ready(self) -> None:
+        """Wait until it has started.
+
+        Raises:
+            WorkerError: it has not.
+        """
+        for worker in self.workers:
+            worker.ready()
+
+    def turn(self, key: str) -> list[float]:
+        """Milliseconds a batch of each counted call; streams run together and share the batch."""
+        for worker in self.workers:
+            worker.begin(timing.CALLS, key)
+        times = [worker.finish() for worker in self.workers]
+        # Streams make part of the batch each: their rates add up.
+        return [len(call) / sum(1 / ms for ms in call) for call in zip(*times, strict=True)]
+
+    def close(self) -> None:
+        """End its processes."""
+        for worker in self.workers:
+            worker.close()
 
 
-def environment(peer: Peer) -> dict[str, str]:
-    """What its process is started with: this environment, but of our own settings only those of its row."""
-    ours = ("MNV2_FORCE_ISA", "MNV2_BACKEND", "MNV2_STRICT")
-    return {**{name: value for name, value in os.environ.items() if name not in ours}, **peer.env}
+def served(contender: Contender, setting: Setting) -> bool:
+    """Whether the contender is timed there: slow ones at batch 1, and no form twice."""
+    return (setting.batch == 1 or not contender.slow) and not (contender.singly and setting.singly)
 
 
-def serve(peer: str, case: dict[str, Any]) -> Callable[[str], Call]:
-    """For bench.workers: the contender's one call, whatever the key."""
-    call = by_name(peer).make(Case(**case))
-    return lambda key: call
+def keyed(contender: Contender, setting: Setting) -> str:
+    """The key of a setting for a contender."""
+    if contender.singly and setting.batch > 1:
+        return replace(setting, singly=True).key
+    return setting.key
+
+
+def time_all(
+    built: Sequence[Built],
+    chosen: Sequence[Setting],
+    rounds: int | None,
+    bounds: Mapping[int, limits.Limits],
+    weights: str,
+) -> list[results.Row]:
+    """One precision in all settings; processes are shared by the settings of the same cores."""
+    rows: list[results.Row] = []
+    for cores, streams in dict.fromkeys((setting.cores, setting.streams) for setting in chosen):
+        settings = [setting for setting in chosen if (setting.cores, setting.streams) == (cores, streams)]
+        teams = _start(built, cores, streams, settings)
+        try:
+            for setting in settings:
+                there = [team for team in teams if served(team.built.contender, setting)]
+                if there:
+                    times = measure(there, setting, rounds or ROUNDS[setting.batch], teams)
+                    measured = [_row(team, facts, setting, bounds[cores], weights) for team, facts in times]
+                    show(measured)
+                    rows += measured
+        finally:
+            for team in teams:
+                team.close()
+    return rows
+
+
+def _start(built: Sequence[Built], cores: int, streams: bool, settings: Sequence[Setting]) -> list[Team]:
+    """The teams that start, all at once; the others are named with the reason."""
+    starting = []
+    for one in built:
+        keys = [keyed(one.contender, setting) for setting in settings if served(one.contender, setting)]
+        if keys:
+            starting.append(Team(one, cores, streams, keys))
+    teams = []
+    for team in starting:
+        try:
+            team.ready()
+            teams.append(team)
+        except WorkerError as error:
+            print(f"left out: {team.built.contender.title}: {error}", flush=True)
+            team.close()
+    return teams
+
+
+def measure(
+    teams: Sequence[Team], setting: Setting, rounds: int, everyone: Sequence[Team]
+) -> list[tuple[Team, tuple[timing.Summary, float]]]:
+    """Each one alone, then all in turns; the order turns round, so that nobody always follows the same."""
+    processes = [worker for team in everyone for worker in team.workers]
+    single, turns = [], [list[float]() for _ in teams]
+    for team in teams:
+        with alone(team.workers, processes):
+            single.append(timing.summarize(team.turn(keyed(team.built.contender, setting))).median)
+    for number in range(rounds):
+        order = range(len(teams))
+        for i in order if number % 2 == 0 else reversed(order):
+            turns[i] += teams[i].turn(keyed(teams[i].built.contender, setting))
+    facts = zip(map(timing.summarize, turns), single, strict=True)
+    return list(zip(teams, facts, strict=True))
+
+
+def _row(
+    team: Team,
+    facts: tuple[timing.Summary, float],
+    setting: Setting,
+    bounds: limits.Limits,
+    weights: str,
+) -> results.Row:
+    summary, ms_alone = facts
+    rate = setting.batch / summary.median * 1e3
+    gmacs = rate * MACS / 1e9
+    contender = team.built.contender
+    return results.Row(
+        bench="peers",
+        name="network",
+        contender=contender.name,
+        dtype=contender.dtype,
+        isa=team.workers[0].isa if contender.ours else "",
+        batch=setting.batch,
+        threads=setting.cores,
+        form=setting.form,
+        ms=summary.median,
+        ms_p20=summary.p20,
+        ms_p80=summary.p80,
+        ms_alone=ms_alone,
+        noisy=timing.differ(summary.median, ms_alone),
+        images_per_s=rate,
+        gmacs=gmacs,
+        gmacs_peak=bounds.gmacs,
+        gmacs_share=gmacs / bounds.gmacs,
+        gbs_copy=bounds.gbs,
+        weights=weights,
+        note=team.built.note,
+    )
+
+
+def show(rows: Sequence[results.Row]) -> None:
+    """One setting's table."""
+    first = rows[0]
+    print(
+        f"\n{first.dtype}, batch {first.batch}, {first.threads} core(s), {first.form}: "
+        f"fp32 peak {first.gmacs_peak:.1f} GMAC/s"
+    )
+    print(f"{'':24} {'ms':>8} {'20%':>8} {'80%':>8} {'alone':>8}   {'img/s':>7} {'of peak':>7}")
+    for row in sorted(rows, key=lambda row: row.ms):
+        mark = "*" if row.noisy else " "
+        print(
+            f"{row.contender:24} {row.ms:8.3f} {row.ms_p20:8.3f} {row.ms_p80:8.3f} "
+            f"{row.ms_alone:8.3f} {mark} {row.images_per_s:7.1f} {row.gmacs_share:7.1%}  {row.note}".rstrip(),
+            flush=True,
+        )
+
+
+def judge(built: Sequence[Built], folder: str, weights: str) -> results.Row:
+    """How right the answers are: over all photos; int8's over those that did not calibrate it, both ways."""
+    import numpy as np
+
+    exact = np.load(material.path(folder, material.EXACT))
+    labels_file = material.path(folder, material.LABELS)
+    labels = np.load(labels_file) if labels_file.exists() else None
+    agreement, top1, error = [], [], 0.0
+    for one in built:
+        logits = np.load(one.logits)
+        judged = slice(1 - one.case.calibration, None, 2) if one.contender.dtype == "int8" else slice(None)
+        first = logits.argmax(1)[judged]
+        agreement.append(float((first == exact.argmax(1)[judged]).mean()))
+        if labels is not None:
+            top1.append(float((first == labels[judged]).mean()))
+        error = max(error, float(np.abs(logits - exact).max()))
+    contender = built[0].contender
+    return results.Row(
+        bench="peers",
+        name="answers",
+        contender=contender.name,
+        dtype=contender.dtype,
+        # Noise has no classes to agree on.
+        agreement=statistics.mean(agreement) if labels is not None else None,
+        top1=statistics.mean(top1) if top1 else None,
+        logit_error=error if contender.dtype != "int8" else None,
+        file_mb=built[0].bytes / 1e6,
+        weights=weights,
+        note=built[0].note,
+    )
+
+
+def start(one: Built, once: bool) -> dict[str, float]:
+    """Medians of a few fresh processes, on one core.
+
+    Raises:
+        BuildError: one failed.
+    """
+    order = {"title": one.contender.title, "case": asdict(one.case)}
+    found: list[dict[str, float]] = []
+    while not found or (
+        not once and len(found) < STARTS and sum(f["start_ms"] for f in found) < 1e3 * START_SECONDS
+    ):
+        found.append(build.run("start", order, contenders.environment(one.contender, one.case.material)))
+    return {key: statistics.median(f[key] for f in found) for key in found[0]}
+
+
+def describe(
+    everyone: Mapping[Contender, Sequence[Built]], folder: str, weights: str, once: bool
+) -> list[results.Row]:
+    """Answers, sizes, starts and memory: a row for each contender, printed."""
+    rows = []
+    print(
+        f"\n{'':30} {'agree':>7} {'top-1':>6} {'error':>8} {'MB':>6} "
+        f"{'start ms':>9} {'first ms':>9} {'peak MB':>8}"
+    )
+    for contender, built in everyone.items():
+        row = judge(built, folder, weights)
+        try:
+            found = start(built[0], once)
+            row = replace(
+                row,
+                start_ms=found["start_ms"],
+                first_ms=found["first_ms"],
+                peak_mb=found["memory"] / 1e6,
+            )
+        except build.BuildError as error:
+            print(f"does not start alone: {contender.title}: {error}", flush=True)
+        cells = (
+            _cell(row.agreement, "7.1%"),
+            _cell(row.top1, "6.1%"),
+            _cell(row.logit_error, "8.1e"),
+            _cell(row.file_mb, "6.2f"),
+            _cell(row.start_ms, "9.0f"),
+            _cell(row.first_ms, "9.0f"),
+            _cell(row.peak_mb, "8.1f"),
+        )
+        print(f"{contender.title:30}", *cells, f" {row.note}".rstrip(), flush=True)
+        rows.append(row)
+    return rows
+
+
+def _cell(value: float | None, form: str) -> str:
+    width = int(form.split(".", maxsplit=1)[0])
+    return " " * width if value is None else format(value, form)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"under two minutes: batch 1, one round, {QUICK_PHOTOS} photos, nobody slow; no CSV by default",
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders only")
+    parser.add_argument("--dtype", nargs="+", choices=contenders.DTYPES, help="these precisions only")
+    parser.add_argument("--batch", type=int, nargs="+", help="these batches only (1, 16)")
+    parser.add_argument("--cores", type=int, nargs="+", help="these numbers of cores only (1, 2)")
+    parser.add_argument(
+        "--rounds", type=int, help="turns of each contender (default: 5 at batch 1, 2 at batch 16)"
+    )
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        default=material.default_photos(),
+        help="folder of photos WNID_name.JPEG, imagenet_wnids.txt beside it (default: data/imagenet_sample "
+        "in MNV2_SHARED or ../shared)",
+    )
+    parser.add_argument("--output", type=Path, help="CSV file that the rows are added to")
+    options = parser.parse_args(arguments)
+    if options.rounds is not None and options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if unknown := sorted(set(options.only or ()) - set(contenders.names())):
+        parser.error(f"no contender {unknown[0]!r}: one of {', '.join(contenders.names())}")
+    return options
+
+
+def settings(options: argparse.Namespace) -> list[Setting]:
+    """The settings asked for that this machine has the cores for."""
+    usable = len(os.sched_getaffinity(0))
+    batches = options.batch or ([1] if options.quick else None)
+    chosen = [
+        setting
+        for setting in SETTINGS
+        if (not batches or setting.batch in batches) and (not options.cores or setting.cores in options.cores)
+    ]
+    for cores in sorted({setting.cores for setting in chosen if setting.cores > usable}):
+        print(f"left out: {cores} cores, {usable} may be used here")
+    return [setting for setting in chosen if setting.cores <= usable]
+
+
+def contestants(options: argparse.Namespace) -> list[Contender]:
+    """The rows asked for whose packages are installed; the others are named with the reason."""
+    present = []
+    for contender in contenders.CONTENDERS:
+        if options.only and contender.name not in options.only:
+            continue
+        if options.dtype and contender.dtype not in options.dtype:
+            continue
+        if missing := contender.missing():
+            print(f"left out: {contender.title}: not installed: {', '.join(missing)}; pip install '.[bench]'")
+        elif not (options.quick and (contender.slow or contender.tedious)):
+            present.append(contender)
+    return present
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and add the rows to the CSV file."""
+    options = parse(arguments)
+    shared, chosen, places = results.context(), contestants(options), settings(options)
+    weights = material.source()
+    print(
+        f"{shared['processor']}, {shared['cores']} cores; {shared['versions']}; weights: {weights}",
+        flush=True,
+    )
+    rows: list[results.Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        build.shared(
+            folder,
+            options.photos,
+            QUICK_PHOTOS if options.quick else None,
+            onnx=any("onnx" in contender.makes for contender in chosen),
+        )
+        if not material.path(folder, material.LABELS).exists():
+            print(f"no photos with known classes in {options.photos}: speed is of noise or of those there")
+        halves = (0,) if options.quick else (0, 1)
+        everyone = build.everyone(chosen, folder, halves, lambda line: print(line, flush=True))
+        rows += describe(everyone, folder, weights, once=options.quick)
+        bounds: dict[int, limits.Limits] = {}
+        for dtype in contenders.DTYPES:
+            built = [found[0] for contender, found in everyone.items() if contender.dtype == dtype]
+            again = not (options.quick and bounds)
+            for cores in dict.fromkeys(setting.cores for setting in places if again):
+                seen = limits.measure(cores)
+                bounds[cores] = seen | bounds.get(cores, seen)
+            rounds = options.rounds or (1 if options.quick else None)
+            rows += time_all(built, places, rounds, bounds, weights)
+    if options.output or not options.quick:
+        results.append(options.output or OUTPUT, rows, shared)
+    print("\n" + "\n".join(bars.verdicts(rows)))
+    if any(row.noisy for row in rows):
+        print("* alone and in turns the medians differ by more than 10%")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

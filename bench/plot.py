@@ -1,4 +1,4 @@
-"""`python -m bench.plot`: charts from the last runs of bench.model and bench.kernels.
+"""`python -m bench.plot`: charts from the last runs of bench.peers and bench.kernels.
 
 With `--readme` the measured table of README.md, between its two markers, is written from the same rows, so
 that no number there is typed by hand.
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import kernels, model, peers, results
+from . import contenders, kernels, peers, results
+from .contenders import CONTENDERS, Contender
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,64 +25,87 @@ OURS, OTHERS = "#1f6f4a", "#9aa5b1"
 
 CsvRow = dict[str, str]
 
+# Columns of speed: heading, batch, cores, whether images a second are shown instead of milliseconds.
+_SPEEDS = (
+    ("1 image, 1 core, ms", 1, 1, False),
+    ("1 image, 2 cores, ms", 1, 2, False),
+    ("16 images, 2 cores, images/s", 16, 2, True),
+)
 
-def fastest(rows: Sequence[CsvRow], contender: str, batch: int, cores: int) -> CsvRow | None:
+
+def fastest(rows: Sequence[CsvRow], who: Contender, batch: int, cores: int) -> CsvRow | None:
     """The contender's best form at a batch and a number of cores."""
-    found = [
-        r for r in rows if (r["contender"], r["batch"], r["threads"]) == (contender, str(batch), str(cores))
-    ]
+    wanted = ("network", who.name, who.dtype, str(batch), str(cores))
+    found = [r for r in rows if (r["name"], r["contender"], r["dtype"], r["batch"], r["threads"]) == wanted]
     return min(found, key=lambda row: float(row["ms"])) if found else None
 
 
-def contenders(rows: Sequence[CsvRow]) -> list[str]:
-    """Everyone in the rows, in the order of `peers.PEERS`."""
-    present = {row["contender"] for row in rows}
-    return [peer.name for peer in peers.PEERS if peer.name in present]
+def answers(rows: Sequence[CsvRow], who: Contender) -> CsvRow | None:
+    """What is known of the contender's answers, file, start and memory."""
+    wanted = ("answers", who.name, who.dtype)
+    return next((r for r in rows if (r["name"], r["contender"], r["dtype"]) == wanted), None)
 
 
-# Columns of the table: heading, batch, cores, whether images a second are shown instead of milliseconds.
-_COLUMNS = (
-    ("batch 1, 1 core, ms", 1, 1, False),
-    ("batch 1, 2 cores, ms", 1, 2, False),
-    ("batch 16, 1 core, images/s", 16, 1, True),
-    ("batch 16, 2 cores, images/s", 16, 2, True),
-)
+def present(rows: Sequence[CsvRow]) -> list[Contender]:
+    """Everyone in the rows, in the order of `CONTENDERS`."""
+    titles = {(row["contender"], row["dtype"]) for row in rows}
+    return [who for who in CONTENDERS if (who.name, who.dtype) in titles]
 
 
 def table(rows: Sequence[CsvRow]) -> str:
     """The rows as Markdown. A * marks rows whose medians alone and in turns differ by more than 10%."""
-    columns = [
-        column for column in _COLUMNS if any(_cell(rows, name, *column[1:]) for name in contenders(rows))
-    ]
-    first = rows[0]
-    lines = [
-        "| fp32, 224x224 | " + " | ".join(column[0] for column in columns) + " |",
-        "|---|" + "---:|" * len(columns),
-    ]
-    for name in contenders(rows):
-        lines.append(f"| {name} | " + " | ".join(_cell(rows, name, *column[1:]) for column in columns) + " |")
+    timed = [row for row in rows if row["name"] == "network"]
+    headings = [heading for heading, *_ in _SPEEDS]
+    headings += ["float's first class", "file, MB", "first answer, ms", "memory, MB"]
+    lines = ["| | | " + " | ".join(headings) + " |", "|---|---|" + "---:|" * len(headings)]
+    dtype = ""
+    for who in present(rows):
+        cells = [_speed(rows, who, *speed[1:]) for speed in _SPEEDS]
+        lines.append(
+            f"| {who.dtype if who.dtype != dtype else ''} | {who.name} | "
+            + " | ".join([*cells, *_facts(answers(rows, who))])
+            + " |"
+        )
+        dtype = who.dtype
+    first = timed[0]
     peak = ", ".join(
-        f"{float(row['gmacs_peak']):.0f} GMAC/s on {row['threads']} core(s)"
-        for row in {row["threads"]: row for row in rows}.values()
+        f"{float(row['gmacs_peak']):.0f} on {row['threads']} core(s)"
+        for row in {row["threads"]: row for row in timed}.values()
     )
     lines += [
         "",
-        f"Medians in turns on {first['processor']}, {first['cores']} cores, measured peak {peak}; "
+        f"Medians in turns on {first['processor']}, {first['cores']} cores, fp32 peak {peak} GMAC/s; "
         f"{first['versions']}; weights {first['weights']}; commit {first['commit']}, {first['run'][:10]}. "
-        "At batch 16 on two cores: the better of one two-thread session and two one-thread streams.",
+        "16 images on two cores: the best of one two-thread session and two one-thread streams, these given "
+        "their share at once or one by one. First class: of the float network, on photos that int8 was not "
+        "calibrated on. First answer: of a fresh process, without imports. Memory: the most at one image "
+        "over what the process held before loading.",
     ]
-    if any(row["noisy"] == "True" for row in rows):
+    if any(row["noisy"] == "True" for row in timed):
         lines[-1] += " \\*: the median with all others stopped differs by more than 10%."
+    notes: dict[str, list[str]] = {}
+    for who in present(rows):
+        row = answers(rows, who)
+        if row is not None and row["note"]:
+            notes.setdefault(row["note"], []).append(who.title)
+    lines[-1] += "".join(f" {' and '.join(titles)}: {note}." for note, titles in notes.items())
     return "\n".join(lines)
 
 
-def _cell(rows: Sequence[CsvRow], name: str, batch: int, cores: int, rate: bool) -> str:
-    row = fastest(rows, name, batch, cores)
+def _speed(rows: Sequence[CsvRow], who: Contender, batch: int, cores: int, rate: bool) -> str:
+    row = fastest(rows, who, batch, cores)
     if row is None:
         return ""
     text = f"{float(row['images_per_s']):.0f}" if rate else f"{float(row['ms']):.2f}"
-    form = f" ({row['form']})" if row["form"] != "session" else ""
-    return text + ("\\*" if row["noisy"] == "True" else "") + form
+    return text + ("\\*" if row["noisy"] == "True" else "")
+
+
+def _facts(row: CsvRow | None) -> list[str]:
+    """Agreement, file, first answer and memory, empty where not measured."""
+    if row is None:
+        return [""] * 4
+    forms = (("agreement", "{:.1%}"), ("file_mb", "{:.1f}"), ("first_ms", "{:.0f}"), ("peak_mb", "{:.0f}"))
+    return [form.format(float(row[name])) if row[name] else "" for name, form in forms]
 
 
 def write_readme(text: str, readme: Path) -> None:
@@ -106,42 +130,83 @@ def _pyplot() -> Any:
     return plt
 
 
-def _bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str, digits: int) -> None:
-    colours = [OURS if name.startswith(peers.ENGINE) else OTHERS for name in names]
-    bars = axes.barh(range(len(names)), values, color=colours)
-    axes.bar_label(bars, labels=[f"{value:.{digits}f}" for value in values], padding=3, fontsize=8)
-    axes.set_yticks(range(len(names)), labels=list(names), fontsize=8)
-    axes.invert_yaxis()
-    axes.set_title(title, fontsize=9)
-    axes.margins(x=0.15)
+def draw_peers(rows: Sequence[CsvRow], path: Path) -> None:
+    """A panel for each speed and one for the answers; a line for each contender, by precision and speed."""
+    plt = _pyplot()
+    # The scalar kernels are there to be correct: their bar would flatten all the others.
+    shown = [who for who in present(rows) if who.name != contenders.ENGINE_SCALAR]
+    shown = [who for who in shown if fastest(rows, who, 1, 1)]
+    shown.sort(key=lambda who: (contenders.DTYPES.index(who.dtype), _value(rows, who, 1, 1, False) or 0.0))
+    places = [i + contenders.DTYPES.index(who.dtype) for i, who in enumerate(shown)]  # a gap between groups
+    figure, panels = plt.subplots(
+        1,
+        4,
+        sharey=True,
+        figsize=(14, 0.3 * len(places) + 1.8),
+        layout="constrained",
+        width_ratios=(3, 3, 3, 2),
+    )
+    colours = [OURS if who.ours else OTHERS for who in shown]
+    for axes, (heading, batch, cores, rate) in zip(panels, _SPEEDS, strict=False):
+        values = [_value(rows, who, batch, cores, rate) for who in shown]
+        _bars(axes, places, values, colours, 0 if rate else 2)
+        axes.set_title(f"{heading}\n({'more' if rate else 'less'} is better)", fontsize=10)
+    agreements = [row["agreement"] if (row := answers(rows, who)) else "" for who in shown]
+    _dots(panels[-1], places, [100 * float(text) if text else None for text in agreements], colours)
+    panels[0].set_yticks(places, labels=[who.name for who in shown], fontsize=9)
+    panels[0].invert_yaxis()
+    for dtype in contenders.DTYPES:
+        group = [place for place, who in zip(places, shown, strict=True) if who.dtype == dtype]
+        if group:
+            panels[0].text(
+                0.99,
+                group[-1],
+                dtype,
+                transform=panels[0].get_yaxis_transform(),
+                ha="right",
+                fontsize=13,
+                weight="bold",
+                color="#555555",
+            )
+    figure.suptitle(f"MobileNetV2 1.0, 224x224, {rows[0]['processor']}", fontsize=11)
+    _save(figure, path)
+
+
+def _value(rows: Sequence[CsvRow], who: Contender, batch: int, cores: int, rate: bool) -> float | None:
+    row = fastest(rows, who, batch, cores)
+    return float(row["images_per_s" if rate else "ms"]) if row else None
+
+
+def _bars(
+    axes: Axes, places: Sequence[int], values: Sequence[float | None], colours: Sequence[str], digits: int
+) -> None:
+    """Bars with their values; those far beyond the rest are cut off and say so."""
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return
+    end = min(1.25 * known[-1], 3.2 * known[len(known) // 2])
+    drawn = [0.0 if value is None else min(value, 0.8 * end) for value in values]
+    axes.barh(places, drawn, color=colours)
+    for place, value, width in zip(places, values, drawn, strict=True):
+        text = "not measured" if value is None else f"{value:.{digits}f}"
+        if value is not None and value > width:
+            text += " »"
+        axes.text(width + 0.015 * end, place, text, va="center", fontsize=8)
+    axes.set_xlim(0, end)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_model(rows: Sequence[CsvRow], path: Path) -> None:
-    """One panel for each column of the table."""
-    plt = _pyplot()
-    columns = [c for c in _COLUMNS if any(fastest(rows, name, c[1], c[2]) for name in contenders(rows))]
-    figure, panels = plt.subplots(
-        (len(columns) + 1) // 2, min(2, len(columns)), figsize=(10, 5.5), layout="constrained", squeeze=False
-    )
-    for axes, (heading, batch, cores, rate) in zip(panels.flat, columns, strict=False):
-        found = [(name, fastest(rows, name, batch, cores)) for name in contenders(rows)]
-        # The scalar kernels are there to be correct: their bar would flatten all the others.
-        shown = [(name, row) for name, row in found if row is not None and name != peers.ENGINE_SCALAR]
-        values = [float(row["images_per_s" if rate else "ms"]) for _, row in shown]
-        order = sorted(range(len(shown)), key=values.__getitem__, reverse=rate)
-        better = "more is better" if rate else "less is better"
-        _bars(
-            axes,
-            [shown[i][0] for i in order],
-            [values[i] for i in order],
-            f"{heading} ({better})",
-            0 if rate else 2,
-        )
-    for axes in panels.flat[len(columns) :]:
-        axes.set_visible(False)
-    figure.suptitle(f"MobileNetV2 1.0, 224x224, fp32, {rows[0]['processor']}", fontsize=10)
-    _save(figure, path)
+def _dots(axes: Axes, places: Sequence[int], values: Sequence[float | None], colours: Sequence[str]) -> None:
+    """Shares of photos in percent, on a scale that shows what the last few lose."""
+    known = [(p, v, c) for p, v, c in zip(places, values, colours, strict=True) if v is not None]
+    low = min((value for _, value, _ in known), default=90.0) - 3
+    for place, value, colour in known:
+        axes.hlines(place, low, value, color=colour, linewidth=1)
+        axes.scatter([value], [place], s=30, color=colour)
+        axes.text(value + 0.4, place, f"{value:.1f}", va="center", fontsize=8)
+    axes.set_xlim(low, 102)
+    axes.set_title("float's first class, %\n(more is better)", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_kernels(rows: Sequence[CsvRow], path: Path) -> None:
@@ -190,14 +255,14 @@ def _save(figure: Any, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw what there are rows for; write the README's table where asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=model.OUTPUT, help="CSV file of bench.model")
+    parser.add_argument("--peers", type=Path, default=peers.OUTPUT, help="CSV file of bench.peers")
     parser.add_argument("--kernels", type=Path, default=kernels.OUTPUT, help="CSV file of bench.kernels")
     parser.add_argument("--folder", type=Path, default=results.FOLDER, help="where the pictures go")
     parser.add_argument("--readme", action="store_true", help="write the table and the chart into README.md")
     options = parser.parse_args(arguments)
     drawn = 0
     for path, draw, name in (
-        (options.model, draw_model, "model.png"),
+        (options.peers, draw_peers, "peers.png"),
         (options.kernels, draw_kernels, "kernels.png"),
     ):
         if path.exists():
@@ -205,12 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             drawn += 1
     if not drawn:
         parser.error(
-            f"neither {options.model} nor {options.kernels} is there: run bench.model or bench.kernels"
+            f"neither {options.peers} nor {options.kernels} is there: run bench.peers or bench.kernels"
         )
     if options.readme:
-        chart = os.path.relpath(options.folder / "model.png", README.parent)
+        chart = os.path.relpath(options.folder / "peers.png", README.parent)
         try:
-            text = table(results.read_last_run(options.model))
+            text = table(results.read_last_run(options.peers))
             write_readme(f"{text}\n\n![The same as a chart]({chart})", README)
         except (FileNotFoundError, ValueError) as error:
             parser.error(str(error))

@@ -18,7 +18,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
-PACKAGES = ("torch", "torchvision", "triton", "onnxruntime", "openvino", "onnx", "numpy")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "executorch",
+    "torchao",
+    "ncnn",
+    "pnnx",
+    "onnx",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,11 @@ class Row:
     did it and `form` how (a session, streams, ...). `ms_alone` is the median with every other contender
     stopped; `noisy` says that it differs from `ms` by more than 10%. `gmacs` are 10^9 multiply-accumulates a
     second, `gbs` 10^9 bytes read and written a second, each tensor counted once.
+
+    Of a network's answers: `agreement` is the share of photos with the first class of the float network,
+    `top1` that with the right one, `logit_error` the largest error of a logit. `file_mb` are 10^6 bytes of
+    its files; `start_ms` the time of a fresh process from nothing imported to the first answer, `first_ms`
+    that without the imports; `peak_mb` 10^6 bytes of memory over what the process held before loading.
     """
 
     bench: str
@@ -53,6 +71,13 @@ class Row:
     gbs: float | None = None
     gbs_copy: float | None = None
     gbs_share: float | None = None
+    agreement: float | None = None
+    top1: float | None = None
+    logit_error: float | None = None
+    file_mb: float | None = None
+    start_ms: float | None = None
+    first_ms: float | None = None
+    peak_mb: float | None = None
     weights: str = ""
     note: str = ""
 
@@ -119,21 +144,34 @@ def append(path: Path, rows: Iterable[Row], shared: Mapping[str, str]) -> None:
     """Append rows to a CSV file, made with its header where it is absent.
 
     Raises:
-        ValueError: the file there has other columns.
+        ValueError: the file there has a column that is none of ours.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size:
-        with path.open(newline="", encoding="utf-8") as file:
-            if tuple(next(csv.reader(file), ())) != COLUMNS:
-                raise ValueError(
-                    f"{path} has other columns: move it away, or name another file with --output"
-                )
+        _widen(path)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         for row in rows:
             writer.writerow({name: _text(value) for name, value in {**asdict(row), **shared}.items()})
+
+
+def _widen(path: Path) -> None:
+    """Give a file of fewer columns those that came since; their cells are empty."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        found, rows = tuple(reader.fieldnames or ()), list(reader)
+    if found == COLUMNS:
+        return
+    if not set(found) <= set(COLUMNS):
+        raise ValueError(f"{path} has other columns: move it away, or name another file with --output")
+    beside = path.with_name(f".{path.name}.new")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, path)
 
 
 def read_last_run(path: Path) -> list[dict[str, str]]:

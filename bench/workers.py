@@ -27,7 +27,7 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """One contender in one process.
+    """One contender in one process, which begins to start at once; `ready` waits for it.
 
     Args:
         module: the one in bench whose `serve(**request)` returns a function from a key to the call to time.
@@ -50,11 +50,20 @@ class Worker:
             stderr=self._stderr,
             text=True,
         )
+        self.isa = ""
+
+    def ready(self) -> Worker:
+        """Wait until its calls are built. `isa` is then the instruction set of our kernels in it, if any.
+
+        Raises:
+            WorkerError: it could not be started.
+        """
         try:
             self.isa = str(self._read()["isa"])
         except WorkerError:
             self.close()
             raise
+        return self
 
     @property
     def pid(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -13,22 +14,35 @@ from mnv2_fast import arch, ops
 
 sys.path.insert(0, str(ROOT))  # bench is not installed
 
-from bench import kernels, limits, model, peers, plot, results, roofline, timing
+from bench import bars, build, contenders, kernels, limits, material, peers, plot, results, roofline, timing
+from bench.contenders import CONTENDERS, Contender
+from bench.engines import Case
 from bench.workers import Worker, WorkerError, alone
 
 CORE = sorted(os.sched_getaffinity(0))[:1]
 
 
 def rows() -> list[results.Row]:
-    """A run of bench.model with a bar reached and a bar missed."""
-    common = {"bench": "model", "name": "network", "gmacs_peak": 100.0, "weights": "seeded", "batch": 1}
+    """A run of bench.peers with bars reached and bars missed, on a core of twice the nominal speed."""
+    common = {"bench": "peers", "name": "network", "gmacs_peak": 117.6, "weights": "seeded", "batch": 1}
+    bulk = {**common, "batch": 16, "threads": 2, "gmacs_peak": 235.2}
+    said = {"bench": "peers", "name": "answers"}
     return [
-        results.Row(contender=peers.ENGINE, ms=2.0, images_per_s=500.0, **common),
-        results.Row(contender=peers.AUTOMATIC, ms=2.1, images_per_s=476.0, **common),
+        results.Row(contender=contenders.ENGINE, ms=2.0, images_per_s=500.0, **common),
+        results.Row(contender=contenders.AUTOMATIC, ms=2.1, images_per_s=476.0, **common),
         results.Row(contender="OpenVINO", ms=3.0, ms_alone=4.0, noisy=True, images_per_s=333.0, **common),
-        results.Row(contender=peers.ENGINE, threads=2, ms=2.0, images_per_s=500.0, **common),
-        results.Row(contender="OpenVINO", threads=2, ms=2.1, images_per_s=476.0, **common),
-        results.Row(contender="OpenVINO", threads=2, form="2 streams", ms=1.5, images_per_s=666.0, **common),
+        results.Row(contender=contenders.ENGINE, threads=2, ms=1.2, images_per_s=833.0, **common),
+        results.Row(contender=contenders.ENGINE, dtype="bf16", ms=2.0, images_per_s=500.0, **common),
+        results.Row(
+            contender="OpenVINO", dtype="bf16", ms=9.0, images_per_s=111.0, note="emulated", **common
+        ),
+        results.Row(contender=contenders.ENGINE, ms=20.0, images_per_s=800.0, **bulk),
+        results.Row(contender="OpenVINO", ms=40.0, images_per_s=400.0, **bulk),
+        results.Row(contender="OpenVINO", ms=25.0, form="2 streams", images_per_s=640.0, **bulk),
+        results.Row(contender=contenders.ENGINE, agreement=1.0, file_mb=14.0, first_ms=30.0, **said),
+        results.Row(contender=contenders.ENGINE, dtype="int8", agreement=0.975, **said),
+        results.Row(contender="XNNPACK", dtype="int8", agreement=0.98, **said),
+        results.Row(contender="OpenVINO", dtype="bf16", agreement=0.95, note="emulated", **said),
     ]
 
 
@@ -63,6 +77,11 @@ def test_rows_come_back_from_the_csv(tmp_path: Path) -> None:
     ]
     assert found[0]["ms_alone"] == ""
     assert all(found[0][name] for name in ("run", "machine", "processor", "cores", "versions"))
+    path.write_text("run,contender,ms\n2019,old,1.5\n")  # written before there were more columns
+    results.append(path, rows()[:1], {**shared, "run": "2018"})
+    assert [(row["contender"], row["ms"], row["batch"]) for row in results.read_last_run(path)] == [
+        ("old", "1.5", "")
+    ]
     path.write_text("other,columns\n1,2\n")
     with pytest.raises(ValueError, match="other columns"):
         results.append(path, rows(), shared)
@@ -100,21 +119,100 @@ def test_our_side_and_torchs_compute_the_same() -> None:
 
 
 def test_bars_compare_the_best_forms() -> None:
-    lines = model.verdicts(rows())
-    assert (
-        lines[0] == "batch 1, 1 core(s): mnv2_fast (session) 1.50x OpenVINO (session), asked 1.15x: reached"
+    lines = bars.verdicts(rows())
+    assert len(lines) == len(bars.BARS) + len(bars.ANSWERS) + 2
+
+    def said(*texts: str) -> bool:
+        return any(all(text in line for text in texts) for line in lines)
+
+    # Half the nominal milliseconds and twice the images, for the core has twice the nominal speed.
+    assert said(
+        "fp32, batch 1, 1 core(s)",
+        "1.50x OpenVINO (fp32, session), asked 1.30x: reached; 2.00 ms, asked 2.95",
     )
-    assert (
-        lines[1] == "batch 1, 2 core(s): mnv2_fast (session) 0.75x OpenVINO (2 streams), asked 1.10x: MISSED"
+    assert said(
+        "fp32, batch 16, 2 core(s)", "1.25x OpenVINO (fp32, 2 streams), asked 1.30x: MISSED", "asked 670"
     )
-    assert "not measured" in lines[2]
-    assert lines[-1] == "the automatic path costs 100 us over the engine"
+    # In bf16 the best peer is the one that is faster in fp32.
+    assert said("bf16, batch 1, 1 core(s)", "1.50x OpenVINO (fp32, session)", "2.00 ms, asked 1.70", "MISSED")
+    assert said("int8, batch 1, 1 core(s): mnv2_fast against the best peer: not measured")
+    assert said("fp32, first class", "100.0%, asked 100%: reached")
+    assert said("int8, first class", "97.5%, asked 97%: reached; above XNNPACK with 98.0%: MISSED")
+    assert said("one core to two: 1.67x, asked 1.85x: MISSED")
+    assert said("the automatic path costs 100 us over the engine")
+
+
+def test_every_bar_names_contenders_and_settings_there_are() -> None:
+    places = {(setting.batch, setting.cores) for setting in peers.SETTINGS}
+    for bar in bars.BARS:
+        assert (bar.batch, bar.cores) in places
+        assert {bar.ours, *bar.against} <= set(contenders.names())
+        assert any(row.name == bar.ours and row.dtype == bar.dtype for row in CONTENDERS)
+    assert len({row.title for row in CONTENDERS}) == len(CONTENDERS)
+
+
+def test_every_contender_is_timed_in_every_setting_or_says_why_not() -> None:
+    for row in CONTENDERS:
+        for setting in peers.SETTINGS:
+            expected = (setting.batch == 1 or not row.slow) and not (setting.singly and row.singly)
+            assert peers.served(row, setting) == expected
+            key = peers.keyed(row, setting)
+            share = setting.batch // 2 if setting.streams else setting.batch
+            assert int(key.split()[0]) == share
+            assert key.endswith("singly") == (setting.singly or (row.singly and setting.batch > 1))
+        assert callable(row.module.prepare)
+        assert callable(row.module.load)
+
+
+def test_a_contender_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = Contender("Other", "fp32", "ours", ("torch", "no_such_engine.runtime"), ("no_such_tool",))
+    monkeypatch.setattr(contenders, "CONTENDERS", (CONTENDERS[0], absent))
+    assert peers.contestants(peers.parse([])) == [CONTENDERS[0]]
+    printed = capsys.readouterr().out
+    assert "left out: Other, fp32: not installed: no_such_engine, no_such_tool" in printed
+
+
+def test_wrong_names_and_numbers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        (["--only", "nobody"], "no contender 'nobody': one of mnv2_fast"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--dtype", "fp8"], "invalid choice"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            peers.parse(arguments)
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_answers_are_judged_on_the_photos_that_did_not_calibrate(tmp_path: Path) -> None:
+    import numpy as np
+
+    exact = np.eye(4)
+    wrong = np.roll(exact, 1, axis=1)
+    np.save(tmp_path / material.EXACT, exact)
+    np.save(tmp_path / material.LABELS, np.array([0, 1, 2, 0]))
+    built = []
+    for half in (0, 1):  # each is right on the other half alone: all of what it is judged on
+        logits = np.where((np.arange(4) % 2 == half)[:, None], wrong, exact)
+        np.save(tmp_path / f"{half}.npy", logits.astype(np.float32))
+        case = Case(str(tmp_path), str(tmp_path), "int8", calibration=half)
+        int8 = contenders.find("mnv2_fast, int8")
+        built.append(build.Built(int8, case, 3_600_000, tmp_path / f"{half}.npy", ""))
+    row = peers.judge(built, str(tmp_path), "seeded")
+    assert (row.agreement, row.top1, row.file_mb) == (1.0, 0.75, 3.6)
+    fp32 = dataclasses.replace(built[0], contender=contenders.find("mnv2_fast, fp32"))
+    row = peers.judge([fp32], str(tmp_path), "seeded")  # judged on all photos
+    assert (row.agreement, row.top1, row.logit_error) == (0.5, 0.25, 1.0)
 
 
 def test_the_readme_gets_its_table(tmp_path: Path) -> None:
-    results.append(tmp_path / "model.csv", rows(), results.context())
-    table = plot.table(results.read_last_run(tmp_path / "model.csv"))
-    assert "| OpenVINO | 3.00\\* | 1.50 (2 streams) |" in table
+    results.append(tmp_path / "peers.csv", rows(), results.context())
+    table = plot.table(results.read_last_run(tmp_path / "peers.csv"))
+    assert "| fp32 | mnv2_fast | 2.00 | 1.20 | 800 | 100.0% | 14.0 | 30 |  |" in table
+    assert "|  | OpenVINO | 3.00\\* |  | 640 |  |  |  |  |" in table
+    assert "OpenVINO, bf16: emulated." in table
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
     plot.write_readme(table, readme)
@@ -123,6 +221,12 @@ def test_the_readme_gets_its_table(tmp_path: Path) -> None:
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="put them where the table belongs"):
         plot.write_readme(table, readme)
+
+
+def test_the_chart_is_drawn_of_what_there_is(tmp_path: Path) -> None:
+    results.append(tmp_path / "peers.csv", rows(), results.context())
+    plot.draw_peers(results.read_last_run(tmp_path / "peers.csv"), tmp_path / "peers.png")
+    assert (tmp_path / "peers.png").stat().st_size > 10_000
 
 
 def test_the_readme_has_the_markers_once() -> None:
@@ -137,29 +241,63 @@ def test_roof_is_the_slower_of_the_two_limits() -> None:
     assert (memory.bound, memory.roof_ms) == ("memory", pytest.approx(1.0))
 
 
-@pytest.mark.usefixtures("native")
-def test_workers_take_turns_and_stop_for_each_other() -> None:
-    case = {"batch": 1, "threads": 1, "size": 32}
-    request = {"peer": peers.ENGINE_SCALAR, "case": case}
+def scalar_case(folder: Path) -> Case:
+    """Our scalar kernels' file of seeded weights, and noise for photos."""
+    import numpy as np
+
+    folder.mkdir()
+    material.make(str(folder), folder / "nothing", None)
+    np.save(folder / material.PHOTOS, material.photos(str(folder), 2)[:, :, :32, :32].copy())
+    case = build.case_of(contenders.find(f"{contenders.ENGINE_SCALAR}, fp32"), str(folder))
+    Path(case.files).mkdir()
+    contenders.find(f"{contenders.ENGINE}, fp32").module.prepare(case)
+    return case
+
+
+@pytest.fixture
+def seeded_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No published weights are found."""
+    monkeypatch.setattr(material, "source", lambda: "seeded")
+
+
+@pytest.mark.usefixtures("native", "seeded_weights")
+def test_workers_take_turns_and_stop_for_each_other(tmp_path: Path) -> None:
+    case = scalar_case(tmp_path / "shared")
+    scalar = contenders.find(f"{contenders.ENGINE_SCALAR}, fp32")
+    request = {"title": scalar.title, "case": dataclasses.asdict(case), "keys": ["1", "2", "2 singly"]}
     workers: list[Worker] = []
     try:
         for _ in range(2):
-            env = peers.environment(peers.by_name(peers.ENGINE_SCALAR))
-            workers.append(Worker("peers", request, CORE, env))
-        assert [worker.isa for worker in workers] == ["scalar", "scalar"]
+            env = contenders.environment(scalar, str(tmp_path))
+            workers.append(Worker("contenders", request, CORE, env))
+        assert [worker.ready().isa for worker in workers] == ["scalar", "scalar"]
         with alone(workers[:1], workers):
-            assert len(workers[0].turn(3)) == 3
+            assert len(workers[0].turn(3, "1")) == 3
             stopped = Path(f"/proc/{workers[1].pid}/stat").read_text().rpartition(")")[2].split()[0]
             assert stopped == "T"
-        assert all(ms > 0 for ms in workers[1].turn(2))
+        assert all(ms > 0 for key in ("2", "2 singly") for ms in workers[1].turn(2, key))
     finally:
         for worker in workers:
             worker.close()
 
 
+@pytest.mark.usefixtures("native", "seeded_weights")
+def test_a_start_is_timed_and_weighed_in_a_process_of_its_own(tmp_path: Path) -> None:
+    case = scalar_case(tmp_path / "shared")
+    title = f"{contenders.ENGINE_SCALAR}, fp32"
+    order = {"title": title, "case": dataclasses.asdict(case)}
+    found = build.run("start", order, contenders.environment(contenders.find(title), str(tmp_path)))
+    assert found["start_ms"] > found["first_ms"] > 0
+    assert found["memory"] > 13e6  # the weights alone
+
+
 def test_a_contender_that_does_not_start_says_why() -> None:
+    request = {"title": "nobody", "case": {"material": "", "files": ""}, "keys": []}
     with pytest.raises(WorkerError, match="no contender 'nobody': one of mnv2_fast"):
-        Worker("peers", {"peer": "nobody", "case": {"batch": 1, "threads": 1}}, CORE, dict(os.environ))
+        Worker("contenders", request, CORE, dict(os.environ)).ready()
+    order = {"do": "build", "title": "nobody", "case": {"material": "", "files": "x"}}
+    with pytest.raises(build.BuildError, match="no contender 'nobody'"):
+        build.run("build", order)
 
 
 def test_cores_asked_for_have_to_be_there() -> None:

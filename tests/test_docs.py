@@ -77,4 +77,4 @@ def test_speed_is_stated_where_it_was_measured() -> None:
     )
     assert len(speed) == 1
     rows = re.findall(r"^\|.*\d.*\|$", speed[0], re.MULTILINE)
-    assert bool(rows) <= (ROOT / "bench" / "results" / "model.csv").exists()
+    assert bool(rows) <= (ROOT / "bench" / "results" / "peers.csv").exists()
