@@ -76,7 +76,7 @@ std::vector<Int8Step> make_int8_steps(const std::vector<Int8Layer> &layers) {
 }
 
 bool by_channels(const std::vector<Int8Layer> &layers, const Int8Step &s, const Int8StepPlan &p, int threads) {
-    return threads > 1 && layers[s.produce].desc.kind == Kind::pointwise && groups(p.ho) < 4 * threads;
+    return threads > 1 && layers[s.produce].desc.kind == Kind::pointwise && groups(p.ho) < 2 * threads;
 }
 
 Int8Plan make_int8_plan(const KernelTable &table, const std::vector<Int8Layer> &layers,
@@ -101,13 +101,18 @@ Int8Plan make_int8_plan(const KernelTable &table, const std::vector<Int8Layer> &
             p.wo = out_size(p.hidden_w, stride);
             const std::size_t vector = static_cast<std::size_t>(p.hidden_w) * table.lanes * 4; // of a row group
             const std::size_t filtered = static_cast<std::size_t>(p.wo) * int8_column(dw.desc.cout);
-            const std::size_t row = vector * dw.vectors * stride + filtered, fixed = 2 * vector * dw.vectors;
-            const std::size_t fits = kFusedBytes > fixed ? (kFusedBytes - fixed) / row : 0;
             const int all = groups(p.hidden_h), made = groups(p.ho);
-            p.chunk = static_cast<int>(std::clamp<std::size_t>(fits, 1, made));
+            const bool expands = layers[s.produce].desc.kind == Kind::pointwise;
+            if (expands && 2 * all * vector + made * filtered <= kFusedBytes) {
+                p.chunk = made;
+                p.kept = std::min(2, dw.vectors);
+            } else {
+                const std::size_t row = vector * dw.vectors * stride + filtered, fixed = 2 * vector * dw.vectors;
+                const std::size_t fits = kFusedBytes > fixed ? (kFusedBytes - fixed) / row : 0;
+                p.chunk = static_cast<int>(std::clamp<std::size_t>(fits, 1, made));
+                p.kept = dw.vectors;
+            }
             p.ring = std::min(all, stride == 1 ? p.chunk + 2 : 2 * p.chunk + 1);
-            const bool whole = p.chunk == made && layers[s.produce].desc.kind == Kind::pointwise;
-            p.kept = whole ? std::min(2, dw.vectors) : dw.vectors;
             plan.zeros = std::max(plan.zeros, whole_lines(vector));
             plan.block = std::max(plan.block, whole_lines(p.kept * p.ring * vector) + p.chunk * filtered);
             if (by_channels(layers, s, p, threads)) {

@@ -6,7 +6,9 @@
 
 namespace mnv2 {
 
-Int8Runner::Arena Int8Runner::arena(std::uint8_t *memory, const Team &team) const {
+constexpr std::ptrdiff_t kAhead = 1 << 20; // bytes of weights fetched before their use, half of an L2
+
+Int8Runner::Arena Int8Runner::arena(std::uint8_t *memory, const Team &team, Int8Ahead &ahead) const {
     Arena a;
     const auto take = [&memory](std::size_t bytes) {
         std::uint8_t *p = memory;
@@ -22,22 +24,24 @@ Int8Runner::Arena Int8Runner::arena(std::uint8_t *memory, const Team &team) cons
     a.zeros = take(plan_.zeros);
     a.sums = reinterpret_cast<std::int64_t *>(take(plan_.sums));
     a.block = take(plan_.block);
+    a.ahead = &ahead;
     std::memset(a.zeros, 0, plan_.zeros);
     return a;
 }
 
 void Int8Runner::run(Team &team, std::uint8_t *memory) const {
     // Whole images to every thread, which then never waits; what is left over is shared image by image.
+    Int8Ahead ahead{};
     const int each = call_.n >= plan_.threads ? call_.n / team.size() : 0; // as memory() was told
     if (each > 0) {
         Team alone = Team::solo();
-        const Arena own = arena(memory + team.rank() * plan_.arena(1), alone);
+        const Arena own = arena(memory + team.rank() * plan_.arena(1), alone, ahead);
         for (int k = 0; k < each; ++k)
             image(alone, own, team.rank() * each + k);
         team.sync();
     }
     if (each * team.size() < call_.n) {
-        const Arena together = arena(memory, team);
+        const Arena together = arena(memory, team, ahead);
         for (int k = each * team.size(); k < call_.n; ++k)
             image(team, together, k);
     }
@@ -46,6 +50,7 @@ void Int8Runner::run(Team &team, std::uint8_t *memory) const {
 
 void Int8Runner::image(Team &team, const Arena &arena, int image) const {
     Tensor x{nullptr, 0, 0, 0};
+    arena.ahead->next = layers_.front().weight;
     for (std::size_t i = 0; i < steps_.size(); ++i) {
         const int step = static_cast<int>(i);
         const Int8Step &s = steps_[i];
@@ -64,11 +69,22 @@ void Int8Runner::image(Team &team, const Arena &arena, int image) const {
     }
 }
 
+// Lets a kernel fetch the weights of the layers after its own: of 3.5 MB that lie in L3, each image needs them all.
+Int8Ahead *Int8Runner::fetch(const Arena &arena, const Int8Layer &layer) const {
+    Int8Ahead &ahead = *arena.ahead;
+    const Int8Layer &last = layers_.back();
+    const std::int8_t *const end =
+        last.weight + static_cast<std::ptrdiff_t>(last.vectors) * last.quads * vector_bytes();
+    ahead.next = std::max(ahead.next, layer.weight);
+    ahead.end = end - layer.weight < kAhead ? end : layer.weight + kAhead;
+    return &ahead;
+}
+
 void Int8Runner::stem(Team &team, const Arena &arena, int step, int image, const Tensor &y) const {
     long begin, end;
     team.share(groups(y.h), 1, begin, end);
     int loaded = -1;
-    const Int8Target target{y.data, vector_bytes(), y.group(), y.column, false};
+    const Int8Target target{y.data, vector_bytes(), y.group(), y.column};
     stem_groups(layers_[steps_[step].last], image, arena, static_cast<int>(begin), static_cast<int>(end), y.h, y.w,
                 target, groups(y.h), loaded);
 }
@@ -93,15 +109,18 @@ void Int8Runner::block_by_rows(Team &team, const Arena &arena, int step, int ima
     for (int g = static_cast<int>(begin); g < end; g += p.chunk) {
         const int last = std::min(g + p.chunk, static_cast<int>(end));
         const int needed = std::min(hidden_groups, stride == 1 ? last + 1 : 2 * last);
+        // Below a member's strip only the first row of a group is looked at.
+        const int height = last < end ? p.hidden_h : std::min(p.hidden_h, (stride * last * kGroup + 2 - stride));
         if (from_image)
-            stem_groups(produce, image, arena, made, needed, p.hidden_h, p.hidden_w,
-                        {hidden, hidden_vector, hidden_group, vector_bytes(), true}, p.ring, loaded);
+            stem_groups(produce, image, arena, made, needed, height, p.hidden_w,
+                        {hidden, hidden_vector, hidden_group, vector_bytes()}, p.ring, loaded);
         // Two vectors of channels are expanded and filtered before the next ones, their rows still in L1.
         for (int v = 0; v < vectors; v += 2) {
             const int v_end = std::min(v + 2, vectors);
             std::uint8_t *const panel = hidden + (p.kept == vectors ? v * hidden_vector : 0);
             if (!from_image)
-                expand(produce, x, made, needed, v, v_end, panel, p.ring, p.hidden_w);
+                expand(produce, arena, {x.data, height, x.w, x.column}, made, needed, v, v_end, panel, p.ring,
+                       p.hidden_w);
             kernels_.int8_depthwise({panel, hidden_vector, hidden_group, p.ring, hidden_groups, arena.zeros,
                                      depthwise.weight, depthwise.scales, v, v_end, p.hidden_w, stride, g, last,
                                      filtered.data, filtered.group(), filtered.column});
@@ -125,7 +144,7 @@ void Int8Runner::block_by_channels(Team &team, const Arena &arena, int step, con
     team.share(depthwise.vectors, 1, begin, end);
     for (int v = static_cast<int>(begin); v < end; v += 2) {
         const int v_end = std::min(v + 2, static_cast<int>(end));
-        expand(layers_[s.produce], x, 0, hidden_groups, v, v_end, arena.block, hidden_groups, p.hidden_w);
+        expand(layers_[s.produce], arena, x, 0, hidden_groups, v, v_end, arena.block, hidden_groups, p.hidden_w);
         kernels_.int8_depthwise({arena.block, hidden_vector, hidden_group, hidden_groups, hidden_groups, arena.zeros,
                                  depthwise.weight, depthwise.scales, v, v_end, p.hidden_w, depthwise.desc.stride, 0,
                                  made, filtered.data, filtered.group(), filtered.column});
@@ -143,14 +162,14 @@ void Int8Runner::block_by_channels(Team &team, const Arena &arena, int step, con
 }
 
 // Vectors of hidden row groups [begin, end), into a ring that starts with vector_begin.
-void Int8Runner::expand(const Int8Layer &layer, const Tensor &x, int begin, int end, int vector_begin, int vector_end,
-                        std::uint8_t *hidden, int ring, int width) const {
+void Int8Runner::expand(const Int8Layer &layer, const Arena &arena, const Tensor &x, int begin, int end,
+                        int vector_begin, int vector_end, std::uint8_t *hidden, int ring, int width) const {
     const std::ptrdiff_t group = width * vector_bytes(), vector = ring * group;
     while (begin < end) {
         const int slot = begin % ring, next = std::min(end, begin + ring - slot);
-        kernels_.int8_expand(
-            {{x.part(begin, next, 0, width), layer.weight, layer.quads, layer.scales, vector_begin, vector_end},
-             {hidden + slot * group - vector_begin * vector, vector, group, vector_bytes(), true}});
+        kernels_.int8_expand({{x.part(begin, next, 0, width), layer.weight, layer.quads, layer.scales, vector_begin,
+                               vector_end, fetch(arena, layer)},
+                              {hidden + slot * group - vector_begin * vector, vector, group, vector_bytes()}});
         begin = next;
     }
 }
@@ -164,14 +183,15 @@ void Int8Runner::project(const Int8Step &s, const Arena &arena, const Tensor &fi
     Int8Pixels x = filtered.part(part.group_begin, part.group_end, part.column_begin, part.column_end);
     x.x -= first * filtered.group();
     const std::ptrdiff_t at = part.group_begin * y.group() + part.column_begin * y.column; // bytes, and floats
-    kernels_.int8_project({{x, layer.weight, layer.quads, layer.scales, part.vector_begin, part.vector_end},
-                           {y.data + at, vector_bytes(), y.group(), y.column, false},
-                           arena.residual + at,
-                           y.group(),
-                           y.column,
-                           y.column / kGroup,
-                           layer.desc.residual != 0,
-                           s.keep});
+    kernels_.int8_project(
+        {{x, layer.weight, layer.quads, layer.scales, part.vector_begin, part.vector_end, fetch(arena, layer)},
+         {y.data + at, vector_bytes(), y.group(), y.column},
+         arena.residual + at,
+         y.group(),
+         y.column,
+         y.column / kGroup,
+         layer.desc.residual != 0,
+         s.keep});
 }
 
 // The last 1x1 layer, summed at once; its output is never written.
@@ -189,9 +209,10 @@ void Int8Runner::head(Team &team, const Arena &arena, int step, int image, const
         const int columns = std::min(kColumns, x.w - column);
         const int chunk = static_cast<int>(kInt8HeadPixels / (kGroup * static_cast<std::ptrdiff_t>(columns)));
         for (int g = 0; g < groups(x.h); g += chunk)
-            kernels_.int8_head({{x.part(g, std::min(g + chunk, groups(x.h)), column, column + columns), layer.weight,
-                                 layer.quads, layer.scales, static_cast<int>(begin), static_cast<int>(end)},
-                                arena.sums});
+            kernels_.int8_head(
+                {{x.part(g, std::min(g + chunk, groups(x.h)), column, column + columns), layer.weight, layer.quads,
+                  layer.scales, static_cast<int>(begin), static_cast<int>(end), fetch(arena, layer)},
+                 arena.sums});
     }
     const double steps = feature_steps(layer.desc.cout), pixels = static_cast<double>(x.h) * x.w;
     for (int c = channel_begin; c < channel_end; ++c)
@@ -221,7 +242,7 @@ void Int8Runner::stem_groups(const Int8Layer &layer, int image, const Arena &are
         loaded = g;
         target.y = y + g % ring * target.group;
         kernels_.int8_stem({arena.rows, row, layer.weight, layer.scales, layer.vectors,
-                            std::min(kGroup, height - g * kGroup), width, target});
+                            std::min(kGroup, height - g * kGroup), width, target, fetch(arena, layer)});
     }
 }
 
@@ -253,6 +274,7 @@ void Int8Runner::load_row(int image, int row, std::uint8_t *out) const {
         bool finite = true;
         kernels_.int8_load({{in, in + call_.stride_c, in + 2 * call_.stride_c},
                             call_.stride_w,
+                            2 * call_.stride_h,
                             plan_.w,
                             input_.scale.data(),
                             input_.zero.data(),

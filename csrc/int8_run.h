@@ -54,6 +54,7 @@ class Int8Runner {
         std::uint8_t *rows, *zeros;
         std::int64_t *sums;
         std::uint8_t *block;
+        Int8Ahead *ahead;
     };
     // A pixels tensor.
     struct Tensor {
@@ -76,7 +77,8 @@ class Int8Runner {
         int vector_begin, vector_end;
     };
 
-    Arena arena(std::uint8_t *memory, const Team &team) const;
+    Arena arena(std::uint8_t *memory, const Team &team, Int8Ahead &ahead) const;
+    Int8Ahead *fetch(const Arena &arena, const Int8Layer &layer) const;
     void image(Team &team, const Arena &arena, int image) const;
     void stem(Team &team, const Arena &arena, int step, int image, const Tensor &y) const;
     void block_by_rows(Team &team, const Arena &arena, int step, int image, const Tensor &x, const Tensor &y) const;
@@ -84,8 +86,8 @@ class Int8Runner {
     void head(Team &team, const Arena &arena, int step, int image, const Tensor &x) const;
     void classify(Team &team) const;
 
-    void expand(const Int8Layer &layer, const Tensor &x, int begin, int end, int vector_begin, int vector_end,
-                std::uint8_t *hidden, int ring, int width) const;
+    void expand(const Int8Layer &layer, const Arena &arena, const Tensor &x, int begin, int end, int vector_begin,
+                int vector_end, std::uint8_t *hidden, int ring, int width) const;
     void project(const Int8Step &s, const Arena &arena, const Tensor &filtered, int first, const Tensor &y,
                  const Part &part) const;
     void stem_groups(const Int8Layer &layer, int image, const Arena &arena, int begin, int end, int height, int width,

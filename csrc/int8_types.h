@@ -1,12 +1,12 @@
 // Plain structs of the int8 kernels. What the numbers mean, exactly, is said in mnv2_fast/int8.py.
 //
-// A uint8 tensor is stored four rows of a column together, a row group, in one of two layouts; channels are padded to
-// kChannelPad, and a group's rows below the image's last hold anything unless said otherwise.
-//   pixels [row group][column][channels / 4][4 rows][4 channels]: the input of 1x1 layers
-//   hidden [channels / lanes][row group][column][lanes channels][4 rows]: the input of depthwise layers; rows below the
-//          last are zero
-// Four channels of a pixel, and four rows of a channel, are thus the four bytes of one lane of a dot product. Both
-// layouts are what packing four accumulators, one a row, gives for free.
+// A uint8 tensor is stored four rows of a column together, a row group, and four channels of a row together:
+// [4 rows][4 channels], what packing the accumulators of four rows gives for free. Four channels of a pixel are thus
+// the four bytes of a lane of a dot product. Two layouts hold them, channels padded to kChannelPad:
+//   pixels [row group][column][channels / 4][4 rows][4 channels]: the input of 1x1 layers; a group's rows below the
+//          image's last hold anything
+//   hidden [channels / lanes][row group][column][lanes / 4][4 rows][4 channels]: the input of depthwise layers; rows
+//          below the last are zero
 // Strides are in bytes, but for floats, whose strides are in floats. `vectors` are of `lanes` output channels.
 #pragma once
 
@@ -28,13 +28,19 @@ struct Int8Scales {
     const std::int16_t *zero;  // [channels / 4][2][4]: its zeros, for each four channels twice
 };
 
+// Weights that are used later, fetched into L2 a cache line for every quad of a tile, while the arithmetic has the
+// ports.
+struct Int8Ahead {
+    const std::int8_t *next;
+    const std::int8_t *end; // fetch no further
+};
+
 // Where a 1x1 layer or the stem writes vector v of column c of group g: y + v * vector + g * group + c * column.
 struct Int8Target {
     std::uint8_t *y;
     std::ptrdiff_t vector;
     std::ptrdiff_t group;
     std::ptrdiff_t column;
-    bool hidden; // or pixels
 };
 
 // A rectangle of pixels in the pixels layout: row groups from `x` on, of which the last has `last_rows` rows.
@@ -55,6 +61,7 @@ struct Int8Matrix {
     Int8Scales scales;
     int vector_begin;
     int vector_end;
+    Int8Ahead *ahead;
 };
 
 // y = clamp(rne(acc * scale)): a 1x1 layer with ReLU6.
@@ -107,6 +114,7 @@ struct Int8StemArgs {
     int output_rows; // of the group
     int columns;     // of the output
     Int8Target y;
+    Int8Ahead *ahead;
 };
 
 // A group of rows of a 3x3 depthwise layer with padding 1, from the hidden to the pixels layout.
@@ -134,7 +142,8 @@ struct Int8DepthwiseArgs {
 // past the last.
 struct Int8LoadArgs {
     const float *colours[3];
-    std::ptrdiff_t step; // floats from a pixel to the next
+    std::ptrdiff_t step;  // floats from a pixel to the next
+    std::ptrdiff_t ahead; // and to a row that is read soon
     int width;
     const float *scale;       // [3]
     const std::uint8_t *zero; // [3]

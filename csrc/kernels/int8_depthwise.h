@@ -8,6 +8,9 @@
 namespace mnv2::MNV2_ISA {
 namespace {
 
+// Lanes of a channel's four rows.
+inline Unsigned4 by_rows(Bytes pixels) { return as_unsigned(transpose4(pixels)); }
+
 // For output rows 0..3 of the group, the lanes with the three rows that each reads: in bytes 0..2 of rows 0 and 2,
 // in bytes 1..3 of rows 1 and 3.
 template <int S> struct Int8Column;
@@ -17,8 +20,8 @@ template <> struct Int8Column<1> {
 
     Int8Column() : even(as_unsigned(zero_bytes())), odd(even) {}
     Int8Column(const std::uint8_t *above, const std::uint8_t *at, const std::uint8_t *below)
-        : even(as_unsigned(concat<3>(load_bytes(above), load_bytes(at)))),
-          odd(as_unsigned(concat<1>(load_bytes(at), load_bytes(below)))) {}
+        : even(by_rows(rows_from<3>(load_bytes(above), load_bytes(at)))),
+          odd(by_rows(rows_from<1>(load_bytes(at), load_bytes(below)))) {}
     Unsigned4 rows(int r) const { return r < 2 ? even : odd; }
 };
 
@@ -27,8 +30,8 @@ template <> struct Int8Column<2> {
 
     Int8Column() : lanes{as_unsigned(zero_bytes()), lanes[0], lanes[0], lanes[0]} {}
     Int8Column(const std::uint8_t *above, const std::uint8_t *at, const std::uint8_t *below)
-        : lanes{as_unsigned(concat<3>(load_bytes(above), load_bytes(at))), as_unsigned(load_bytes(at)),
-                as_unsigned(concat<3>(load_bytes(at), load_bytes(below))), as_unsigned(load_bytes(below))} {}
+        : lanes{by_rows(rows_from<3>(load_bytes(above), load_bytes(at))), by_rows(load_bytes(at)),
+                by_rows(rows_from<3>(load_bytes(at), load_bytes(below))), by_rows(load_bytes(below))} {}
     Unsigned4 rows(int r) const { return lanes[r]; }
 };
 

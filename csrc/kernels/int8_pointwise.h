@@ -19,15 +19,15 @@ inline void int8_tiles(const Int8Matrix &m, int group, int rows, int vector, con
                        const Output &output) {
     const Int8Columns input{m.x.x + group * m.x.group, m.x.column};
     if (vectors == kInt8Vecs)
-        int8_group<kInt8Vecs>(rows, input, weight, m.quads, output, vector, m.x.columns);
+        int8_group<kInt8Vecs>(rows, input, weight, m.quads, *m.ahead, output, vector, m.x.columns);
     else
-        int8_group<1>(rows, input, weight, m.quads, output, vector, m.x.columns);
+        int8_group<1>(rows, input, weight, m.quads, *m.ahead, output, vector, m.x.columns);
 }
 
 void int8_expand(const Int8ExpandArgs &a) {
     int8_matrix(a.m, [&](int g, int rows, int v, const std::int8_t *weight, int vectors) {
         int8_tiles(a.m, g, rows, v, weight, vectors,
-                   Int8Relu6{a.m.scales, a.y.y + g * a.y.group, a.y.vector, a.y.column, a.y.hidden});
+                   Int8Relu6{a.m.scales, a.y.y + g * a.y.group, a.y.vector, a.y.column});
     });
 }
 
@@ -39,7 +39,8 @@ struct Int8Linear {
     std::ptrdiff_t v_column, v_row;
     bool add, keep;
 
-    template <int R> inline void put(const Int (&acc)[R], int vector, int column) const {
+    static constexpr bool kFetches = true;
+    template <int R> inline __attribute__((always_inline)) void put(const Int (&acc)[R], int vector, int column) const {
         const Vec scale = load(scales.scale + vector * kLanes);
         const Vec output_scale = load(scales.output_scale + vector * kLanes);
         float *const at = v + column * v_column + vector * kLanes;
@@ -84,7 +85,8 @@ struct Int8Sums {
     Int *sums; // of this tile's vectors
     int first; // of them
 
-    template <int R> inline void put(const Int (&acc)[R], int vector, int) const {
+    static constexpr bool kFetches = true;
+    template <int R> inline __attribute__((always_inline)) void put(const Int (&acc)[R], int vector, int) const {
         const Bytes rows = transpose4(pack4(int8_steps(acc, load(scales.scale + vector * kLanes))));
         Int &sum = sums[vector - first];
         sum = dot4(sum, as_unsigned(rows), signed_ones());
@@ -154,6 +156,7 @@ template <int R, int V> void int8_classify_tile(const Int8ClassifyArgs &a, int i
     }
 }
 
+// Few images take more vectors, so that enough sums are under way.
 template <int V> void int8_classify_images(const Int8ClassifyArgs &a, int vector) {
     for (int image = 0; image < a.images; image += kGroup) {
         const int rows = min(a.images - image, kGroup);
@@ -170,8 +173,10 @@ template <int V> void int8_classify_images(const Int8ClassifyArgs &a, int vector
 
 void int8_classify(const Int8ClassifyArgs &a) {
     int v = a.vector_begin;
-    for (; v + kInt8Vecs <= a.vector_end; v += kInt8Vecs)
-        int8_classify_images<kInt8Vecs>(a, v);
+    for (; a.images == 1 && v + 4 <= a.vector_end; v += 4)
+        int8_classify_tile<1, 4>(a, 0, v);
+    for (; v + 2 <= a.vector_end; v += 2)
+        int8_classify_images<2>(a, v);
     for (; v < a.vector_end; ++v)
         int8_classify_images<1>(a, v);
 }

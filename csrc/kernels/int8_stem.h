@@ -7,26 +7,23 @@ namespace {
 // Four bytes are a pixel, R, G, B, 0, so that a tap of all colours is one lane of a dot product.
 struct Int8Taps {
     const std::uint8_t *x;
-    std::ptrdiff_t row; // from an output row to the next: two input rows
-    const std::ptrdiff_t *offsets;
+    std::ptrdiff_t row;
 
+    static constexpr int kInner = 3;
     static constexpr std::ptrdiff_t column = 8;
-    const std::uint8_t *quad(int k) const { return x + offsets[k]; }
-    Int8Taps from(int c) const { return {x + c * column, row, offsets}; }
+    const std::uint8_t *at(int outer, int r) const { return x + (outer + 2 * r) * row; }
+    Int8Taps from(int c) const { return {x + c * column, row}; }
 };
 
 void int8_stem(const Int8StemArgs &a) {
-    std::ptrdiff_t offsets[kInt8StemQuads];
-    for (int k = 0; k < kInt8StemQuads; ++k)
-        offsets[k] = k / 3 * a.row + k % 3 * 4;
-    const Int8Taps input{a.rows, 2 * a.row, offsets};
-    const Int8Relu6 output{a.scales, a.y.y, a.y.vector, a.y.column, a.y.hidden};
+    const Int8Taps input{a.rows, a.row};
+    const Int8Relu6 output{a.scales, a.y.y, a.y.vector, a.y.column};
     for (int v = 0; v < a.vectors; v += kInt8Vecs) {
         const std::int8_t *const weight = a.weight + static_cast<std::ptrdiff_t>(v) * kInt8StemQuads * kLanes * 4;
         if (v + kInt8Vecs <= a.vectors)
-            int8_group<kInt8Vecs>(a.output_rows, input, weight, kInt8StemQuads, output, v, a.columns);
+            int8_group<kInt8Vecs>(a.output_rows, input, weight, kInt8StemQuads, *a.ahead, output, v, a.columns);
         else
-            int8_group<1>(a.output_rows, input, weight, kInt8StemQuads, output, v, a.columns);
+            int8_group<1>(a.output_rows, input, weight, kInt8StemQuads, *a.ahead, output, v, a.columns);
     }
 }
 
@@ -62,6 +59,7 @@ void int8_load(const Int8LoadArgs &a) {
             const float *const from = a.colours[c] + w * a.step;
             if (a.step == 1) {
                 x[c] = left == kLanes ? load(from) : load_first(from, left);
+                __builtin_prefetch(from + a.ahead);
             } else {
                 for (int i = 0; i < kLanes; ++i)
                     pixels[c][i] = i < left ? from[i * a.step] : 0.0f;

@@ -14,14 +14,14 @@ struct Int8Columns {
     const std::uint8_t *x;
     std::ptrdiff_t column;
 
-    static constexpr std::ptrdiff_t row = kGroup;
-    const std::uint8_t *quad(int k) const { return x + k * kGroup * 4; }
+    static constexpr int kInner = 1; // quads that follow one another at 4 bytes
+    const std::uint8_t *at(int outer, int r) const { return x + (outer * kGroup + r) * 4; }
     Int8Columns from(int c) const { return {x + c * column, column}; }
 };
 
 template <int R, int C, int V, class Input, class Output>
-inline void int8_tile(const Input &input, const std::int8_t *weight, int quads, const Output &output, int vector,
-                      int column) {
+inline void int8_tile(const Input &input, const std::int8_t *weight, int quads, Int8Ahead &ahead, const Output &output,
+                      int vector, int column) {
     Int acc[V][C][R];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
@@ -33,22 +33,29 @@ inline void int8_tile(const Input &input, const std::int8_t *weight, int quads, 
                 acc[v][c][r] = bias;
     }
     const std::ptrdiff_t next = static_cast<std::ptrdiff_t>(quads) * kLanes * 4;
-    for (int k = 0; k < quads; ++k, weight += kLanes * 4) {
-        const std::uint8_t *const x = input.quad(k);
-        Signed4 w[V];
+    const std::int8_t *later = ahead.next;
+    for (int outer = 0; outer < quads / Input::kInner; ++outer) {
+#pragma GCC unroll 3
+        for (int inner = 0; inner < Input::kInner; ++inner, weight += kLanes * 4, later += kCacheLine) {
+            if constexpr (Output::kFetches)
+                __builtin_prefetch(later, 0, 2);
+            Signed4 w[V];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v)
-            w[v] = as_signed(load_bytes(weight + v * next));
+            for (int v = 0; v < V; ++v)
+                w[v] = as_signed(load_bytes(weight + v * next));
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c)
+            for (int c = 0; c < C; ++c)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                const Unsigned4 u = broadcast4(x + c * input.column + r * input.row);
+                for (int r = 0; r < R; ++r) {
+                    const Unsigned4 u = broadcast4(input.at(outer, r) + c * input.column + inner * 4);
 #pragma GCC unroll 2
-                for (int v = 0; v < V; ++v)
-                    acc[v][c][r] = dot4(acc[v][c][r], u, w[v]);
-            }
+                    for (int v = 0; v < V; ++v)
+                        acc[v][c][r] = dot4(acc[v][c][r], u, w[v]);
+                }
+        }
     }
+    if constexpr (Output::kFetches)
+        ahead.next = later < ahead.end ? later : ahead.end;
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v)
 #pragma GCC unroll 8
@@ -64,38 +71,39 @@ template <int R, int V> constexpr int int8_widest() {
 
 // One tile of at most `width` columns; returns how many.
 template <int R, int V, int C, class Input, class Output>
-inline int int8_tile_of(int width, const Input &input, const std::int8_t *weight, int quads, const Output &output,
-                        int vector, int column) {
+inline int int8_tile_of(int width, const Input &input, const std::int8_t *weight, int quads, Int8Ahead &ahead,
+                        const Output &output, int vector, int column) {
     if constexpr (C > 1) {
         if (width < C)
-            return int8_tile_of<R, V, C == 7 ? 4 : C - 1>(width, input, weight, quads, output, vector, column);
+            return int8_tile_of<R, V, C == 7 ? 4 : C - 1>(width, input, weight, quads, ahead, output, vector, column);
     }
-    int8_tile<R, C, V>(input, weight, quads, output, vector, column);
+    int8_tile<R, C, V>(input, weight, quads, ahead, output, vector, column);
     return C;
 }
 
 template <int R, int V, class Input, class Output>
-inline void int8_rows(const Input &input, const std::int8_t *weight, int quads, const Output &output, int vector,
-                      int columns) {
+inline void int8_rows(const Input &input, const std::int8_t *weight, int quads, Int8Ahead &ahead, const Output &output,
+                      int vector, int columns) {
     constexpr int kWidest = int8_widest<R, V>();
     for (int c = 0; c < columns;) {
         const int left = columns - c, tiles = (left + kWidest - 1) / kWidest; // as even as may be: 7 = 3 + 2 + 2
-        c += int8_tile_of<R, V, kWidest>((left + tiles - 1) / tiles, input.from(c), weight, quads, output, vector, c);
+        c += int8_tile_of<R, V, kWidest>((left + tiles - 1) / tiles, input.from(c), weight, quads, ahead, output,
+                                         vector, c);
     }
 }
 
 // All columns of a row group of `rows` rows, V vectors of them.
 template <int V, class Input, class Output>
-inline void int8_group(int rows, const Input &input, const std::int8_t *weight, int quads, const Output &output,
-                       int vector, int columns) {
+inline void int8_group(int rows, const Input &input, const std::int8_t *weight, int quads, Int8Ahead &ahead,
+                       const Output &output, int vector, int columns) {
     if (rows == 4)
-        int8_rows<4, V>(input, weight, quads, output, vector, columns);
+        int8_rows<4, V>(input, weight, quads, ahead, output, vector, columns);
     else if (rows == 3)
-        int8_rows<3, V>(input, weight, quads, output, vector, columns);
+        int8_rows<3, V>(input, weight, quads, ahead, output, vector, columns);
     else if (rows == 2)
-        int8_rows<2, V>(input, weight, quads, output, vector, columns);
+        int8_rows<2, V>(input, weight, quads, ahead, output, vector, columns);
     else
-        int8_rows<1, V>(input, weight, quads, output, vector, columns);
+        int8_rows<1, V>(input, weight, quads, ahead, output, vector, columns);
 }
 
 // The accumulators of up to four rows, the missing ones zero.
@@ -119,11 +127,10 @@ struct Int8Relu6 {
     Int8Scales scales;
     std::uint8_t *y; // of the row group
     std::ptrdiff_t y_vector, y_column;
-    bool hidden;
 
-    template <int R> inline void put(const Int (&acc)[R], int vector, int column) const {
-        const Bytes pixels = pack4(int8_steps(acc, load(scales.scale + vector * kLanes)));
-        store(y + vector * y_vector + column * y_column, hidden ? transpose4(pixels) : pixels);
+    static constexpr bool kFetches = false; // few quads: it would cost more than it saves
+    template <int R> inline __attribute__((always_inline)) void put(const Int (&acc)[R], int vector, int column) const {
+        store(y + vector * y_vector + column * y_column, pack4(int8_steps(acc, load(scales.scale + vector * kLanes))));
     }
 };
 

@@ -28,10 +28,8 @@ inline Vec clamp(Vec a, Vec low, Vec high) { return {_mm256_min_ps(_mm256_max_ps
 inline Bytes zero_bytes() { return {_mm256_setzero_si256()}; }
 inline Bytes load_bytes(const void *p) { return {_mm256_loadu_si256(static_cast<const __m256i *>(p))}; }
 inline void store(std::uint8_t *p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a.v); }
-// Bytes 0 to 3 of each lane taken from `N` bytes up in low, then high.
-template <int N> inline Bytes concat(Bytes low, Bytes high) {
-    return {_mm256_or_si256(_mm256_srli_epi32(low.v, 8 * N), _mm256_slli_epi32(high.v, 32 - 8 * N))};
-}
+// Rows N, N + 1, .. of eight: four of `low`, then four of `high`; in the pixels layout.
+template <int N> inline Bytes rows_from(Bytes low, Bytes high) { return {_mm256_alignr_epi8(high.v, low.v, 4 * N)}; }
 
 // Lanes of four rows -> bytes, saturated to 0..255: for each four channels, row after row.
 inline Bytes pack4(Int a, Int b, Int c, Int d) {

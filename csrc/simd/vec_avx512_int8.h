@@ -28,10 +28,8 @@ inline Vec clamp(Vec a, Vec low, Vec high) { return {_mm512_min_ps(_mm512_max_ps
 inline Bytes zero_bytes() { return {_mm512_setzero_si512()}; }
 inline Bytes load_bytes(const void *p) { return {_mm512_loadu_si512(p)}; }
 inline void store(std::uint8_t *p, Bytes a) { _mm512_storeu_si512(p, a.v); }
-// Bytes 0 to 3 of each lane taken from `N` bytes up in low, then high.
-template <int N> inline Bytes concat(Bytes low, Bytes high) {
-    return {_mm512_or_si512(_mm512_srli_epi32(low.v, 8 * N), _mm512_slli_epi32(high.v, 32 - 8 * N))};
-}
+// Rows N, N + 1, .. of eight: four of `low`, then four of `high`; in the pixels layout.
+template <int N> inline Bytes rows_from(Bytes low, Bytes high) { return {_mm512_alignr_epi8(high.v, low.v, 4 * N)}; }
 
 // Lanes of four rows -> bytes, saturated to 0..255: for each four channels, row after row.
 inline Bytes pack4(Int a, Int b, Int c, Int d) {
@@ -61,7 +59,11 @@ struct Signed4 {
 };
 inline Unsigned4 as_unsigned(Bytes a) { return {a.v}; }
 inline Signed4 as_signed(Bytes a) { return {a.v}; }
-inline Int dot4(Int acc, Unsigned4 u, Signed4 s) { return {_mm512_dpbusd_epi32(acc.v, u.v, s.v)}; }
+// By name: GCC 12 copies the accumulators of its own intrinsic before and after each use.
+inline Int dot4(Int acc, Unsigned4 u, Signed4 s) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(u.v), "v"(s.v));
+    return acc;
+}
 #else
 struct Unsigned4 {
     __m512i even, odd; // 16-bit

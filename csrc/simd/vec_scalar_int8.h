@@ -70,9 +70,9 @@ inline Bytes load_bytes(const void *p) {
     return a;
 }
 inline void store(std::uint8_t *p, Bytes a) { __builtin_memcpy(p, a.v, sizeof(a.v)); }
-// Bytes 0 to 3 of each lane taken from `N` bytes up in low, then high.
-template <int N> inline Bytes concat(Bytes low, Bytes high) {
-    return each_byte([&](int i) { return i % 4 + N < 4 ? low.v[i + N] : high.v[i + N - 4]; });
+// Rows N, N + 1, .. of eight: four of `low`, then four of `high`; in the pixels layout.
+template <int N> inline Bytes rows_from(Bytes low, Bytes high) {
+    return each_byte([&](int i) { return i + 4 * N < 16 ? low.v[i + 4 * N] : high.v[i + 4 * N - 16]; });
 }
 
 // Lanes of four rows -> bytes, saturated to 0..255: for each four channels, row after row.
