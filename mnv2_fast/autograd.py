@@ -21,7 +21,13 @@ _TWICE = (
 
 
 def gradients(
-    grad: Tensor, tensors: Sequence[Tensor | None], needed: Sequence[bool], op: str, rest: Sequence[Any]
+    grad: Tensor,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    op: str,
+    rest: Sequence[Any],
+    *,
+    autocast: bool = False,
 ) -> list[Tensor]:
     """Gradients of one operator, by way of its eager function.
 
@@ -31,6 +37,7 @@ def gradients(
         needed: for each, whether its gradient is asked for.
         op: the operator's name.
         rest: its other arguments.
+        autocast: recompute under autocast to bfloat16, as the call ran.
 
     Returns:
         The gradients asked for, in order.
@@ -41,7 +48,9 @@ def gradients(
     ]
     wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need and leaf is not None]
     device = grad.device.type
-    with torch.enable_grad(), torch.autocast(device, enabled=False):  # as the kernels, which know none
+    # Whatever surrounds the backward pass.
+    surroundings = torch.autocast(device, torch.bfloat16, enabled=autocast, cache_enabled=False)
+    with torch.enable_grad(), surroundings:
         if op == "network":
             y = eager.network(leaves[0], leaves[1:], rest[0])  # type: ignore[arg-type]
         else:
@@ -55,7 +64,12 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, pack: packs.Pack, tensors: Sequence[Tensor], asked: Sequence[bool], x: Tensor, *_: Tensor
+        ctx: Any,
+        pack: packs.Pack,
+        tensors: Sequence[Tensor],
+        asked: Sequence[bool],
+        x: Tensor,
+        *_: Tensor,
     ) -> Tensor:
         """The pack's answer.
 
@@ -67,7 +81,7 @@ class ChainFunction(torch.autograd.Function):
             x: the input.
             *_: the tensors that do, once more, so that autograd sees them (and only them: it takes time).
         """
-        ctx.chain, ctx.asked = pack.chain, asked
+        ctx.chain, ctx.asked, ctx.autocast = pack.chain, asked, pack.autocast
         ctx.save_for_backward(x, *tensors)
         return pack.run(x)
 
@@ -79,7 +93,8 @@ class ChainFunction(torch.autograd.Function):
         _, _, _, for_x, *of_asked = ctx.needs_input_grad
         rest = iter(of_asked)
         needed = [for_x, *(asked and next(rest) for asked in ctx.asked)]
-        found = iter(gradients(grad, ctx.saved_tensors, needed, "network", (ctx.chain.encode(),)))
+        rest_of = (ctx.chain.encode(),)
+        found = iter(gradients(grad, ctx.saved_tensors, needed, "network", rest_of, autocast=ctx.autocast))
         return None, None, None, *(next(found) if need else None for need in (for_x, *of_asked))
 
 

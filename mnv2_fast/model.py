@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import env
 from .arch import LAST_CHANNELS, SETTING, STEM_CHANNELS, make_divisible
+from .backends.cpu import DTYPES
 from .errors import UserError
 from .nn import Automatic, ConvBNReLU6, InvertedResidual, log
 from .packs import HOOKS
@@ -148,7 +149,7 @@ class MobileNetV2(Automatic):
 
         What is read of the modules here is what a later change of makes torch compile again.
         """
-        plain = x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 4
+        plain = x.dtype in DTYPES and x.device.type == "cpu" and x.dim() == 4
         if self.training or not plain or torch.is_autocast_enabled("cpu"):
             return self._run_eager(x)
         spec, keys, settings = _graph_constants(self)

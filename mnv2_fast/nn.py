@@ -65,6 +65,21 @@ class Plan:
     pack: Pack
     rest: nn.Module | None = None  # runs in torch after the chain
 
+    def decline_input(self, x: Tensor) -> None:
+        """Look whether an input fits the chain.
+
+        Raises:
+            Declined: it does not, or torch's answer would be of another dtype than the kernels'.
+        """
+        links = self.pack.chain.links
+        if x.shape[1] != links[0].spec.cin:
+            raise Declined(f"the input has {x.shape[1]} channels, not {links[0].spec.cin}")
+        held = self.tensors[0].dtype
+        if not self.pack.autocast and x.dtype is not held:
+            raise Declined(f"the input is {x.dtype}, the weights are {held}")
+        if self.pack.autocast and x.dtype is torch.float32 and links[-1].spec.residual == len(links) - 1 > 0:
+            raise Declined("autocast adds a float32 input to a bfloat16 answer")
+
 
 class Automatic(nn.Module):
     """A module that is fast by itself in eval mode. Subclasses say what chain they are."""
@@ -137,19 +152,22 @@ class Automatic(nn.Module):
         self.decline_backend()
         decline_call(x)
         self.decline_changes()
-        plan: Plan | None = self._holder.value
+        autocast = torch.is_autocast_enabled("cpu")
+        plans: dict[bool, Plan] = self._holder.value or {}
+        plan = plans.get(autocast)
         if plan is None or plan.modules.changed(self) or plan.watch.changed(plan.modules.tensors):
-            plan = self._holder.value = self._make_plan()
-        if x.shape[1] != plan.pack.chain.links[0].spec.cin:
-            raise Declined(f"the input has {x.shape[1]} channels, not {plan.pack.chain.links[0].spec.cin}")
+            plan = self._make_plan(autocast)
+            self._holder.value = {**plans, autocast: plan}
+        plan.decline_input(x)
         return plan
 
-    def _make_plan(self) -> Plan:
+    def _make_plan(self, autocast: bool) -> Plan:
         reading = self.read()
+        dtype = reading.dtype
         modules = ModuleWatch(self, reading.modules)
         # The watch comes before the weights are read: a write in between is seen at the next call.
         watch = TensorWatch(modules.tensors)
-        pack = Pack(reading.chain, reading.tensors)
+        pack = Pack(reading.chain, reading.tensors, dtype, autocast=autocast)
         return Plan(modules, watch, tuple(reading.tensors), pack, reading.rest)
 
     @torch.jit.unused

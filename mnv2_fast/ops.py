@@ -378,8 +378,12 @@ def network_declines(x: Tensor, tensors: Sequence[Tensor]) -> str | None:
     if not cpu.available():
         return cpu.unavailable_reason()
     for t in (x, *tensors):
-        if t.device.type != "cpu" or t.dtype != torch.float32 or t.layout != torch.strided or t.is_neg():
-            return f"a tensor is {t.dtype}, {t.layout} on {t.device}: the kernels take torch.float32 on cpu"
+        if t.device.type != "cpu" or t.dtype not in cpu.DTYPES or t.layout != torch.strided or t.is_neg():
+            return (
+                f"a tensor is {t.dtype}, {t.layout} on {t.device}: the kernels take {cpu.DTYPE_NAMES} on cpu"
+            )
+        if t.dtype != x.dtype:
+            return f"the input is {x.dtype}, a tensor {t.dtype}"
     return None
 
 

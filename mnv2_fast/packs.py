@@ -108,8 +108,8 @@ def within_storage(t: Tensor) -> bool:
 
 
 def _has_samples(t: Tensor) -> bool:
-    """Whether four bytes may be read at any element."""
-    plain = t.device.type == "cpu" and t.layout is torch.strided and t.element_size() >= 4
+    """Whether the memory of its elements may be read."""
+    plain = t.device.type == "cpu" and t.layout is torch.strided and t.element_size() >= 2
     try:
         return plain and t.data_ptr() != 0 and within_storage(t)
     except RuntimeError:  # a subclass without memory
@@ -120,13 +120,17 @@ def _sample_addresses(tensors: Iterable[Tensor]) -> list[int]:
     """Addresses of a few elements of each tensor, four bytes to be read at each."""
     addresses = []
     for t in filter(_has_samples, tensors):
-        last = t.numel() - 1
+        last, start = t.numel() - 1, t.untyped_storage().data_ptr()
+        end = start + t.untyped_storage().nbytes()
         for at in {last * i // (_SAMPLES - 1) for i in range(_SAMPLES)} if last >= 0 else ():
             index, offset = at, 0
             for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
                 index, position = divmod(index, size)
                 offset += position * stride
-            addresses.append(t.data_ptr() + offset * t.element_size())
+            address = t.data_ptr() + offset * t.element_size()
+            # Where the last two bytes of the storage are an element, the four that end with it.
+            if end - start >= 4:
+                addresses.append(min(address, end - 4))
     return addresses
 
 
@@ -233,15 +237,23 @@ class ModuleWatch:
 
 
 class Pack:
-    """A chain with its weights folded and packed for the CPU kernels. Immutable."""
+    """A chain with its weights folded and packed for the CPU kernels. Immutable.
 
-    def __init__(self, chain: Chain, tensors: Sequence[Tensor]) -> None:
+    Its answers are of the tensors' `dtype`, or bfloat16 where it is made for calls under autocast to that.
+    """
+
+    def __init__(
+        self, chain: Chain, tensors: Sequence[Tensor], dtype: torch.dtype, *, autocast: bool = False
+    ) -> None:
         self.chain = chain
-        self._network = cpu.Network(chain.specs, chain.fold(tensors), pool=chain.pooled)
+        self.autocast = autocast
+        self._dtype = torch.bfloat16 if autocast else dtype
+        name = cpu.DTYPES[self._dtype]
+        self._network = cpu.Network(chain.specs, chain.fold(tensors, name), pool=chain.pooled, dtype=name)
 
     def run(self, x: Tensor) -> Tensor:
-        """The chain's answer for float32 [N, C, H, W] on the CPU."""
-        return self._network.run(x)
+        """The chain's answer for float32 or bfloat16 [N, C, H, W] on the CPU."""
+        return self._network.run(x).to(self._dtype)
 
 
 class Holder:
@@ -279,9 +291,9 @@ def lookup(spec: str, tensors: Sequence[Tensor]) -> Pack:
     chain = Chain.decode(spec)
     holder = Holder.alive.get(chain.holder)
     if holder is None:
-        return Pack(chain, tensors)
+        return Pack(chain, tensors, tensors[0].dtype)
     kept = holder.compiled
     if kept is None or kept[0] != spec or kept[1].changed(list(tensors)) is not None:
         watch = TensorWatch(tensors)
-        kept = holder.compiled = spec, watch, Pack(chain, tensors)
+        kept = holder.compiled = spec, watch, Pack(chain, tensors, tensors[0].dtype)
     return kept[2]

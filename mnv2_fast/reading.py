@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .arch import LayerSpec
+from .backends.cpu import DTYPE_NAMES, DTYPES
 from .chain import Chain, Link
 from .packs import HOOKS, METHODS, methods_of, within_storage
 
@@ -51,10 +52,12 @@ def decline_call(x: Any) -> None:
         raise Declined("a global module hook is registered")
     if x.device.type != "cpu":
         raise Declined(f"the input is on {x.device}, the kernels for a whole network are on cpu")
-    if torch.is_autocast_enabled("cpu"):
-        raise Declined("autocast is on")
-    if x.dtype is not torch.float32 or x.layout is not torch.strided or x.is_neg():
-        raise Declined(f"the input is {x.dtype}, {x.layout}: the kernels take plain torch.float32")
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is not torch.bfloat16:
+        raise Declined(
+            f"autocast to {torch.get_autocast_dtype('cpu')} is on, the kernels have torch.bfloat16"
+        )
+    if x.dtype not in DTYPES or x.layout is not torch.strided or x.is_neg():
+        raise Declined(f"the input is {x.dtype}, {x.layout}: the kernels take plain {DTYPE_NAMES}")
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise Declined(f"the input has the shape {tuple(x.shape)}, the kernels take [N, C, H, W]")
 
@@ -91,8 +94,8 @@ def _check_tensors(name: str, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     for t in found:
         if type(t) is not Tensor and type(t) is not nn.Parameter:
             raise Declined(f"{name} holds a {type(t).__name__}, not a plain tensor")
-        if t.dtype is not torch.float32 or t.device.type != "cpu" or t.layout is not torch.strided:
-            raise Declined(f"{name} holds {t.dtype} on {t.device}, the kernels take torch.float32 on cpu")
+        if t.dtype not in DTYPES or t.device.type != "cpu" or t.layout is not torch.strided:
+            raise Declined(f"{name} holds {t.dtype} on {t.device}, the kernels take {DTYPE_NAMES} on cpu")
         if not within_storage(t):
             raise Declined(f"{name} holds a tensor whose memory was taken away")
     return found
@@ -209,3 +212,15 @@ class Reading:
     def tensors(self) -> list[Tensor]:
         """The chain's tensors, in its order."""
         return [t for _, tensors in self.parts for t in tensors]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one dtype of the chain's tensors.
+
+        Raises:
+            Declined: they are of several.
+        """
+        found = {t.dtype for t in self.tensors}
+        if len(found) > 1:
+            raise Declined(f"tensors are of several dtypes: {', '.join(sorted(map(str, found)))}")
+        return found.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -260,15 +261,62 @@ def test_modes_see_every_call(model: MobileNetV2, x: Tensor) -> None:
     assert counter.get_total_flops() > 1e6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(model: MobileNetV2, x: Tensor, dtype: torch.dtype) -> None:
-    with torch.autocast("cpu", dtype):
-        assert "autocast" in str(model.why_not(x))
-        assert model(x).dtype == dtype
-    check(model, x)
+def check_bf16(model: MobileNetV2, x: Tensor) -> None:
+    """The kernels serve the call, in bf16, and are at most twice as far from float64 as torch."""
+    assert model.why_not(x) is None, model.why_not(x)
+    with torch.autocast("cpu", enabled=False), torch.no_grad():
+        exact = copy.deepcopy(model).double()._forward_impl(x.double())
+    y, torchs = model(x), eager(model, x)
+    assert y.dtype == torchs.dtype == torch.bfloat16
+    assert (y.double() - exact).abs().max() <= 2 * (torchs.double() - exact).abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_autocast(model: MobileNetV2, x: Tensor) -> None:
+    for images in (x, x.bfloat16(), x.contiguous(memory_format=torch.channels_last)):
+        with torch.autocast("cpu", torch.bfloat16):
+            check_bf16(model, images)
+        check(model, images.float())
+    with torch.autocast("cpu", torch.float16):
+        assert "autocast to torch.float16" in str(model.why_not(x))
+        assert model(x).dtype == torch.float16
+
+
+def test_bf16_parameters(model: MobileNetV2, x: Tensor) -> None:
+    model.bfloat16()
+    check_bf16(model, x.bfloat16())
+    assert "the weights are torch.bfloat16" in str(model.why_not(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        check_bf16(model, x)
+    model.features[0][1].float()
+    assert "several dtypes" in str(model.why_not(x.bfloat16()))
+
+
+def test_another_classifier_in_bf16(model: MobileNetV2, x: Tensor) -> None:
+    model.classifier = nn.Sequential(nn.Linear(1280, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        check_bf16(model, x)
+    check_bf16(model.bfloat16(), x.bfloat16())
+
+
+def test_gradients_in_bf16_are_torchs(model: MobileNetV2, x: Tensor) -> None:
+    for cast, images in ((True, x), (False, x.bfloat16())):
+        found = []
+        if not cast:
+            model.bfloat16()
+        for backend in ("auto", "eager"):
+            model.backend = backend
+            model.zero_grad()
+            leaf = images.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                y = model(leaf)
+            (y * torch.linspace(-1, 1, 7)).sum().backward()  # the same gradient of y on both
+            found.append([leaf.grad, *(p.grad for p in model.parameters())])
+        for ours, torchs in zip(*found, strict=True):
+            assert ours.dtype == torchs.dtype
+            assert torch.equal(ours, torchs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes(model: MobileNetV2, x: Tensor, dtype: torch.dtype) -> None:
     model.to(dtype)
     x = x.to(dtype)

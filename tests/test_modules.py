@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import logging
 from typing import Any
 
@@ -181,6 +182,43 @@ def test_decline_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "mnv2_fast"):
         module(torch.zeros(1, 8, 8, 8))
     assert "kernel_size=(5, 5)" in caplog.text
+
+
+def randomized(block: nn.Module) -> Any:
+    """In eval mode, with batch norms away from the identity."""
+    for norm in block.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.uniform_(norm.bias, -0.5, 1.0)
+    return block.eval()
+
+
+def test_blocks_in_bf16() -> None:
+    modules = [
+        randomized(InvertedResidual(9, 9, 1, 3)),
+        randomized(InvertedResidual(9, 12, 2, 1)),
+        randomized(ConvBNReLU6(9, 17, 1)),
+        randomized(ConvBNReLU6(9, 9, 3, groups=9)),
+    ]
+    x = torch.randn(2, 9, 15, 8).bfloat16()
+    for module, cast in itertools.product(modules, (True, False)):
+        with torch.no_grad():
+            exact = copy.deepcopy(module).double()._run_eager(x.double())
+            if not cast:
+                module.bfloat16()
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                assert module.why_not(x) is None
+                y, torchs = module(x), module._run_eager(x)
+        assert (y.dtype, y.stride()) == (torchs.dtype, torchs.stride())
+        step = 2.0**-8 * exact.abs().max()
+        assert (y.double() - exact).abs().max() <= 2 * (torchs.double() - exact).abs().max() + step
+
+
+def test_autocast_adds_a_float32_input_in_float32() -> None:
+    block, x = randomized(InvertedResidual(9, 9, 1, 3)), torch.randn(2, 9, 15, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast adds a float32 input" in str(block.why_not(x))
+        assert block(x).dtype == torch.float32
 
 
 def test_empty_batch_and_pixel() -> None:

@@ -353,6 +353,36 @@ def test_data_writes(model: MobileNetV2, x: Tensor) -> None:
     changed(model, x, lambda: model.classifier[1].weight.detach().numpy().__imul__(1.5))
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_bf16_is_never_stale(model: MobileNetV2, x: Tensor, cast: bool) -> None:
+    if not cast:
+        model, x = model.bfloat16(), x.bfloat16()
+    weight = model.classifier[1].weight
+
+    def step() -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        weight.grad = None
+
+    def write_last() -> None:
+        weight.data[-1] *= 4
+
+    def read() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast), torch.no_grad():
+            assert model.why_not(x) is None
+            return model(x).float()
+
+    for change in (step, write_last, lambda: model.features[0][1].running_var.mul_(4)):
+        before = read()
+        with torch.no_grad():
+            change()
+        after = read()
+        assert (after - before).abs().max() > 1e-2
+        model.refresh()
+        assert torch.equal(read(), after)
+
+
 def test_refresh_is_the_cure_for_a_write_that_misses_every_sample(model: MobileNetV2, x: Tensor) -> None:
     before = check(model, x)
     model.classifier[1].weight.data[0, 1:9] += 5

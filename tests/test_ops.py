@@ -46,7 +46,16 @@ def test_against_float64(op: ops.Op) -> None:
 
 
 @ROWS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_bf16_against_float64(op: ops.Op) -> None:
+    for sample in itertools.islice(op.samples(), 0, None, 5):
+        args = ops.map_tensors(lambda t: t.bfloat16(), sample)
+        module, reason = ops.backend_of(op.name, *args)
+        assert op.name == "network" or module is cpu, reason
+        check(op, args)
+
+
+@ROWS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes_run_in_torch(op: ops.Op, dtype: torch.dtype) -> None:
     for args in itertools.islice(op.samples((8,), (7,), (2,)), 4):
         converted = ops.map_tensors(lambda t: t.to(dtype), args)
@@ -84,6 +93,7 @@ def test_opcheck(op: ops.Op) -> None:
     for args in itertools.islice(op.samples((3, 8), (7,), (0, 2)), 0, None, 3):
         opcheck(overload, args)
         opcheck(overload, leaves(op, args))
+        opcheck(overload, ops.map_tensors(lambda t: t.bfloat16(), args))
 
 
 @ROWS

@@ -26,6 +26,10 @@ OPERATORS = ("stem", "depthwise", "pointwise", "head")
 
 log = logging.getLogger("mnv2_fast")
 
+# Of the tensors that the operators take, and what a network of them is called.
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DTYPE_NAMES = " or ".join(map(str, DTYPES))
+
 # 32-bit sizes in the kernels' interface; a tensor past them is for eager.
 _MAX_SIZE = 2**31 - 1
 
@@ -122,11 +126,13 @@ def declines(op: str, *args: object) -> str | None:
 
 
 def _declines_tensor(tensor: Tensor) -> str | None:
-    have = {"device": tensor.device.type, "dtype": tensor.dtype, "layout": tensor.layout}
-    want = {"device": "cpu", "dtype": torch.float32, "layout": torch.strided}
+    have = {"device": tensor.device.type, "layout": tensor.layout}
+    want = {"device": "cpu", "layout": torch.strided}
     for name, value in want.items():
         if have[name] != value:
             return f"a tensor's {name} is {have[name]}, the CPU kernels' is {value}"
+    if tensor.dtype not in DTYPES:
+        return f"a tensor's dtype is {tensor.dtype}, the CPU kernels' is {DTYPE_NAMES}"
     if max(tensor.shape, default=0) > _MAX_SIZE:
         return f"a tensor of {tuple(tensor.shape)} has a size over 2**31 - 1"
     return None
@@ -412,14 +418,14 @@ def _nhwc(x: Tensor) -> Tensor:
 def stem(x: Tensor, weight: Tensor, bias: Tensor, relu6: bool) -> Tensor:
     """3x3 convolution of stride 2 from 3 channels: [N, 3, H, W] -> [N, Cout, Ho, Wo]."""
     spec = LayerSpec("stem", "stem", "", 3, weight.shape[0], 2, relu6)
-    return Network([spec], [(weight, bias)], pool=False).run(x)
+    return Network([spec], [(weight, bias)], pool=False, dtype=DTYPES[x.dtype]).run(x).to(x.dtype)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int, relu6: bool) -> Tensor:
     """3x3 depthwise convolution: [N, C, H, W] -> [N, C, Ho, Wo]."""
     channels = weight.shape[0]
     spec = LayerSpec("depthwise", "depthwise", "", channels, channels, stride, relu6)
-    return Network([spec], [(weight, bias)], pool=False).run(x)
+    return Network([spec], [(weight, bias)], pool=False, dtype=DTYPES[x.dtype]).run(x).to(x.dtype)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu6: bool) -> Tensor:
@@ -434,7 +440,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, 
         relu6,
         0 if residual is None else -1,
     )
-    return Network([spec], [(weight, bias)], pool=False).run(x, residual=residual)
+    network = Network([spec], [(weight, bias)], pool=False, dtype=DTYPES[x.dtype])
+    return network.run(x, residual=residual).to(x.dtype)
 
 
 def head(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -443,4 +450,4 @@ def head(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         LayerSpec("pointwise", "head", "", w1.shape[1], w1.shape[0], 1, True),
         LayerSpec("linear", "classifier", "", w2.shape[1], w2.shape[0]),
     ]
-    return Network(specs, [(w1, b1), (w2, b2)]).run(x)
+    return Network(specs, [(w1, b1), (w2, b2)], dtype=DTYPES[x.dtype]).run(x).to(x.dtype)
