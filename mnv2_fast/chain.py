@@ -148,7 +148,8 @@ class Chain:
 def _array(tensor: Tensor) -> np.ndarray:
     """The values of a tensor for numpy, which has no bfloat16."""
     plain = tensor.detach().resolve_neg()
-    return (plain if plain.dtype in (torch.float32, torch.float64) else plain.float()).numpy()
+    known = plain if plain.dtype in (torch.float32, torch.float64) else plain.float()
+    return np.from_dlpack(known)  # Tensor.numpy would forbid resizing the model's own storage for good
 
 
 def _break_ties(folded: np.ndarray, weight: np.ndarray, column: np.ndarray) -> None:
