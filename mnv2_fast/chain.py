@@ -87,10 +87,11 @@ class Link:
         column = scale.reshape(-1, *(1,) * (weight.ndim - 1))
         # In the precision of `dtype`, a few thousand numbers at a time: no float64 copy of the weights.
         np.multiply(weight, column, out=folded, dtype=np.float64, casting="same_kind")
-        kept = weight_dtype(self.spec.kind, dtype)
-        if kept is torch.bfloat16:
-            _break_ties(folded, weight, column)
-        return torch.from_numpy(folded).to(kept), torch.from_numpy(shift.astype(np.float32))
+        bias = torch.from_numpy(shift.astype(np.float32))
+        if weight_dtype(self.spec.kind, dtype) is torch.float32:
+            return torch.from_numpy(folded), bias
+        _break_ties(folded, weight, column)
+        return torch.from_numpy(_upper_halves(folded)).view(torch.bfloat16), bias
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,24 @@ def _array(tensor: Tensor) -> np.ndarray:
     return np.from_dlpack(known)  # Tensor.numpy would forbid resizing the model's own storage for good
 
 
+def _upper_halves(values: np.ndarray) -> np.ndarray:
+    """The bits of float32 values rounded to bfloat16, ties to even; by numpy for the reason of `fold`."""
+    bits = values.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    nan = np.isnan(values)
+    if nan.any():
+        rounded[nan] = bits[nan] >> 16 | 0x40
+    return rounded.astype(np.uint16).view(np.int16)
+
+
 def _break_ties(folded: np.ndarray, weight: np.ndarray, column: np.ndarray) -> None:
     """Move products that float32 rounded to halfway between two bfloat16 to the side where they were."""
-    ties = np.nonzero((folded.view(np.uint32) & 0xFFFF) == 0x8000)
+    low = folded.reshape(-1).view(np.uint32) & 0xFFFF
+    ties = np.unravel_index(np.flatnonzero(low == 0x8000), folded.shape)
     exact = weight[ties].astype(np.float64) * np.broadcast_to(column, weight.shape)[ties]
     rounded = folded[ties]
     side = np.where(exact > rounded, np.inf, -np.inf).astype(np.float32)
