@@ -28,8 +28,7 @@ struct Int8Scales {
     const std::int16_t *zero;  // [channels / 4][2][4]: its zeros, for each four channels twice
 };
 
-// Weights that are used later, fetched into L2 a cache line for every quad of a tile, while the arithmetic has the
-// ports.
+// Weights that are used later, fetched into L2: a cache line for every quad of a tile.
 struct Int8Ahead {
     const std::int8_t *next;
     const std::int8_t *end; // fetch no further

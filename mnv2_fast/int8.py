@@ -139,7 +139,8 @@ def check(network: QuantizedNetwork) -> None:
                 bound = bound + bounds[len(bounds) - spec.residual - 1]
             limit = bound * layer.output_scale.double()
         bounds.append(bound)
-        if largest.max() >= 2**31 or (spec.kind != "linear" and limit.max() >= 2**31):
+        # Half of an int32 for the output: it is rounded, and its zero comes on top.
+        if largest.max() >= 2**31 or (spec.kind != "linear" and limit.max() >= 2**30):
             raise UserError(f"{name}.scale or .bias is too large: an int32 would overflow: quantize again")
 
 
