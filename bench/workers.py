@@ -70,10 +70,13 @@ class Worker:
         """Of the process."""
         return self._process.pid
 
-    def begin(self, calls: int, key: str = "") -> None:
-        """Start a turn; `finish` waits for it. Two workers begun together run together."""
+    def begin(self, calls: int, key: str = "", **warming: float) -> None:
+        """Start a turn; `finish` waits for it. Two workers begun together run together.
+
+        `warming`: `warm_calls` and `warm_ms` of `timing.turn`, where its own are not meant.
+        """
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"calls": calls, "key": key}) + "\n")
+        self._process.stdin.write(json.dumps({"calls": calls, "key": key, "warming": warming}) + "\n")
         self._process.stdin.flush()
 
     def finish(self) -> list[float]:
@@ -81,9 +84,9 @@ class Worker:
         times: list[float] = self._read()["ms"]
         return times
 
-    def turn(self, calls: int, key: str = "") -> list[float]:
+    def turn(self, calls: int, key: str = "", **warming: float) -> list[float]:
         """One turn, waited for."""
-        self.begin(calls, key)
+        self.begin(calls, key, **warming)
         return self.finish()
 
     def _read(self) -> dict[str, Any]:
@@ -143,7 +146,8 @@ def _serve(order: str) -> None:
     print(json.dumps({"isa": _isa()}), file=answers)
     for line in sys.stdin:
         turn = json.loads(line)
-        print(json.dumps({"ms": timing.turn(calls(turn["key"]), turn["calls"])}), file=answers)
+        times = timing.turn(calls(turn["key"]), turn["calls"], **turn["warming"])
+        print(json.dumps({"ms": times}), file=answers)
 
 
 def _isa() -> str:
