@@ -10,6 +10,7 @@ thread, one after the other, over the same files.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import limits, peers, results
+from . import limits, material, results
 from .workers import Worker, WorkerError
 
 OUTPUT = results.FOLDER / "photos.csv"
@@ -30,6 +31,9 @@ STAGES = {
     TORCH: ("decode", "transforms", "network + labels"),
 }
 ROUNDS = 3
+
+# The engine is measured as it comes.
+_OURS_ONLY = ("MNV2_FORCE_ISA", "MNV2_BACKEND", "MNV2_STRICT")
 
 Calls = dict[str, Callable[[], object]]
 
@@ -70,11 +74,31 @@ def files_in(folder: str, count: int) -> list[Path]:
     return [path for path, _ in zip(data.iterate_inputs([folder]), range(count), strict=False)]
 
 
+def our_model() -> Any:
+    """Our network in eval mode, with published weights where they are found, else seeded ones."""
+    import torch
+
+    from mnv2_fast import mobilenet_v2
+
+    torch.manual_seed(0)
+    source = material.source()
+    return mobilenet_v2(weights=None if source == "seeded" else source).eval()
+
+
+def torchvision_model() -> Any:
+    """torchvision's, with the same weights."""
+    from mnv2_fast._torchvision import torchvision
+
+    model = torchvision().models.mobilenet_v2()
+    model.load_state_dict(our_model().state_dict())
+    return model.eval()
+
+
 def ours(files: Sequence[Path], contender: Contender) -> Calls:
     """Our calls: the whole way on all cores, and each stage on one."""
     from mnv2_fast import Predictor, compile, data
 
-    predictor = Predictor(compile(peers.our_model()), batch_size=contender.batch, top_k=1)
+    predictor = Predictor(compile(our_model()), batch_size=contender.batch, top_k=1)
     alone = Predictor(predictor.engine.with_threads(1), batch_size=contender.batch, top_k=1)
     kept: dict[str, list[Any]] = {}
 
@@ -126,7 +150,7 @@ def theirs(files: Sequence[Path], contender: Contender) -> Calls:
     from PIL import Image
     from torch.utils.data import DataLoader
 
-    dataset, model = Photos(files), peers.channels_last(peers.torchvision_model())
+    dataset, model = Photos(files), torchvision_model().to(memory_format=torch.channels_last)
     loader: DataLoader[Any] = DataLoader(dataset, contender.batch, num_workers=contender.workers)  # type: ignore[arg-type]
     threads, kept = torch.get_num_threads(), dict[str, list[Any]]()
 
@@ -165,13 +189,13 @@ def serve(files: list[str], name: str, batch: int, workers: int) -> Callable[[st
 def measure(files: Sequence[Path], cores: Sequence[int], rounds: int) -> Iterator[results.Row]:
     """The rows of one run: everyone's whole way in turns, then the stages of ours and of torch's loop."""
     started: list[tuple[Contender, Worker]] = []
+    environment = {name: value for name, value in os.environ.items() if name not in _OURS_ONLY}
     note = f"{len(files)} photos of {files[0].parent.name}"
     try:
         for contender in CONTENDERS:
             request = {"files": list(map(str, files)), **vars(contender)}
-            environment = peers.environment(peers.by_name(peers.ENGINE))
             try:
-                started.append((contender, Worker("photos", request, cores, environment)))
+                started.append((contender, Worker("photos", request, cores, environment).ready()))
             except WorkerError as error:
                 print(f"left out: {contender.name}, {contender.form}: {error}", flush=True)
         times: list[list[float]] = [[] for _ in started]
@@ -203,7 +227,7 @@ def _row(contender: Contender, name: str, passes: Sequence[float], count: int, *
         ms_p20=min(passes) / count,  # too few passes for quantiles
         ms_p80=max(passes) / count,
         images_per_s=count * 1e3 / median,
-        weights=peers.weights_source(),
+        weights=material.source(),
         **more,
     )
 
@@ -242,7 +266,7 @@ def agreement(files: Sequence[Path]) -> str:
 
     from mnv2_fast import Predictor, compile, data
 
-    predictor, model = Predictor(compile(peers.our_model()), top_k=1), peers.torchvision_model()
+    predictor, model = Predictor(compile(our_model()), top_k=1), torchvision_model()
     transform, same, apart = torch_transform(), 0, list[float]()
     with torch.inference_mode():
         for path, result in predictor.stream(files):

@@ -157,6 +157,7 @@ PYBIND11_MODULE(_C, m) {
         .def("workspace_bytes", &Network::workspace_bytes, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads"))
         .def("kept", &Network::kept)
         .def_property_readonly("activations", &Network::activations)
+        .def_property_readonly("weight_bytes", &Network::weight_bytes)
         .def_property_readonly("isa", [](const Network &n) { return std::string(n.isa()); });
     py::class_<Int8Network>(m, "Int8Network")
         .def(py::init(&make_int8_network), py::arg("layers"), py::arg("input_scale"), py::arg("input_zero"),

@@ -43,12 +43,11 @@ Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layer
         layers_.push_back({d, {}});
     steps_ = make_steps(layers_, pool);
     free_.reserve(kWorkspaces); // so that giving memory back after the work cannot fail
-    std::size_t bytes = 0;
     for (const Layer &layer : layers_)
-        bytes += packed_size(kernels, layer.desc, arithmetic);
+        weight_bytes_ += packed_size(kernels, layer.desc, arithmetic);
     // One block in the order of use: a kernel that prefetches past its own weights reaches the next layer's (7% of an
     // image on one core, together with the prefetching).
-    weights_ = allocate(bytes);
+    weights_ = allocate(weight_bytes_);
     std::byte *out = weights_.get();
     for (Layer &layer : layers_) {
         layer.packed = pack(kernels, layer.desc, arithmetic, out);

@@ -38,7 +38,8 @@ class Network {
     void run(const Call &call, int threads) const;
 
     std::size_t workspace_bytes(int n, int h, int w, int threads) const;
-    std::pair<std::size_t, std::size_t> kept() const; // plans, and bytes of workspaces, for later calls
+    std::size_t weight_bytes() const { return weight_bytes_; } // as packed
+    std::pair<std::size_t, std::size_t> kept() const;          // plans, and bytes of workspaces, for later calls
     const char *isa() const { return kernels_.isa; }
     Element activations() const { return arithmetic_ == Arithmetic::bf16 ? Element::bf16 : Element::float32; }
 
@@ -54,6 +55,7 @@ class Network {
     std::vector<Layer> layers_;
     std::vector<Step> steps_;
     Memory weights_;
+    std::size_t weight_bytes_ = 0;
     std::vector<float> table_;
 
     struct Workspace {

@@ -128,7 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--size", type=_count, default=224, metavar="PIXELS", help="height and width (224)")
     bench.add_argument("--json", action="store_true", help="all times as JSON")
 
-    info = verb("info", _info, "print versions, processor, kernels, backends and environment")
+    info = verb("info", _info, "print versions, processor, kernels and environment, or what a model takes")
+    _add_model(info, "layers, sizes and memory of this one, instead", default=None)
+    _add_engine(info)
+    info.add_argument("--batch", "--batch-size", type=_count, metavar="N", help="images per call (1)")
+    info.add_argument("--size", type=_count, metavar="PIXELS", help="height and width (224)")
     info.add_argument("--json", action="store_true", help="as JSON")
 
     export = verb("export", _export, "write a model in another format")
@@ -260,9 +264,16 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from .info import collect, text
+    from . import info
 
-    facts = collect()
+    if args.weights is None:
+        if args.batch or args.size or args.threads or args.dtype:
+            raise UserError("--batch, --size, --threads and --dtype are of a model: name it with --model")
+        facts, text = info.collect(), info.text
+    else:
+        batch, size = args.batch or 1, args.size or 224
+        facts = info.describe(args.weights, dtype=args.dtype, batch=batch, size=size, threads=args.threads)
+        text = info.description
     print(json.dumps(facts, indent=2) if args.json else text(facts))
     return OK
 

@@ -43,6 +43,8 @@ Folded = Sequence[tuple[Tensor, Tensor]]
 
 
 class _Network(Protocol):
+    @property
+    def weight_bytes(self) -> int: ...
     def run(self, x: Tensor, threads: int | None = None) -> Tensor: ...
     def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int: ...
 
@@ -55,6 +57,8 @@ class _EagerNetwork:
         self._spec = Chain(tuple(Link(spec, bias=True, norm=False) for spec in layers)).encode()
         self._tensors = [tensor.float() for pair in tensors for tensor in pair]
         self._table = table
+
+    weight_bytes = 0  # it reads torch's own
 
     @torch.no_grad()
     @torch.autocast("cpu", enabled=False)  # float32 logits, whatever surrounds the call
@@ -126,6 +130,11 @@ class Engine:
     def isa(self) -> str:
         """The instruction set of its kernels; empty in plain torch."""
         return self._network.isa if isinstance(self._network, cpu.Network) else ""
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of weights as the kernels read them, beside those kept for `save`; 0 in plain torch."""
+        return self._network.weight_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits of a batch of images.

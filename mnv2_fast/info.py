@@ -1,4 +1,4 @@
-"""What `mnv2 info` prints: everything that decides which code runs here."""
+"""What `mnv2 info` prints: everything that decides which code runs here, and what one model is made of."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__, env, machine, ops, weights
+from . import __version__, arch, env, machine, ops, weights
 from .backends import cpu, triton
 from .engine import DTYPES
 
@@ -127,3 +128,74 @@ def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
+
+
+def describe(
+    model: str, *, dtype: str | None = None, batch: int = 1, size: int = 224, threads: int | None = None
+) -> dict[str, Any]:
+    """What a model is made of and what a call of it takes, ready for JSON.
+
+    Args:
+        model: a weights or engine file, or published weights.
+        dtype: arithmetic of the network; by default the engine's own, else "fp32".
+        batch: images per call.
+        size: their height and width.
+        threads: of the network; torch's number by default.
+
+    Returns:
+        Sizes in bytes; `macs` are of one image. `parameters` have batch norm folded in. `workspace_bytes` is
+        the peak of activations that is planned for the call.
+
+    Raises:
+        UserError: there is no such model, or an argument makes no sense.
+    """
+    from .predict import Predictor
+
+    engine = Predictor(model, dtype=dtype, threads=threads).engine
+    row = weights.row(model)
+    file = Path(model).expanduser() if row is None else weights.find_local(row)
+    layers = [
+        {
+            "name": layer.spec.conv,
+            "kind": layer.spec.kind,
+            "input": [layer.spec.cin, layer.h, layer.w],
+            "output": [layer.spec.cout, layer.ho, layer.wo],
+            "stride": layer.spec.stride,
+            "parameters": layer.weights,
+            "macs": layer.macs,
+        }
+        for layer in arch.layers(size=size, specs=engine.layers)
+    ]
+    return {
+        "model": model,
+        "file": str(file) if file else None,
+        "file_bytes": file.stat().st_size if file else None,
+        "dtype": engine.dtype,
+        "kernels": f"{engine.backend} {engine.isa}".rstrip(),
+        "classes": engine.num_classes,
+        "parameters": sum(layer["parameters"] for layer in layers),
+        "macs": sum(layer["macs"] for layer in layers),
+        "packed_bytes": engine.packed_bytes,
+        "batch": batch,
+        "size": size,
+        "threads": engine.threads or torch.get_num_threads(),
+        "workspace_bytes": engine.workspace_bytes(batch, size, size),
+        "layers": layers,
+    }
+
+
+def description(facts: Mapping[str, Any]) -> str:
+    """`describe` for people: one line per fact, then the layers."""
+    lines = []
+    for name, value in facts.items():
+        if name != "layers":
+            shown = f"{value:,}" if type(value) is int else _value(value)
+            lines.append(f"{name.replace('_', ' '):16}{shown}")
+    lines.append(f"{'layer':24}{'kind':11}{'input':>16}{'output':>16} stride{'parameters':>12}{'MACs':>14}")
+    for layer in facts["layers"]:
+        shapes = ["x".join(map(str, layer[side])) for side in ("input", "output")]
+        lines.append(
+            f"{layer['name']:24}{layer['kind']:11}{shapes[0]:>16}{shapes[1]:>16}{layer['stride']:7}"
+            f"{layer['parameters']:12,}{layer['macs']:14,}"
+        )
+    return "\n".join(lines)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mnv2_fast import MobileNetV2, cli, compile, demo, env, ops, weights
+from mnv2_fast import MobileNetV2, arch, cli, compile, demo, env, ops, weights
 
 LABELS = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -297,6 +297,33 @@ def test_info_for_people_and_for_programs(
         torch.__version__,
     ):
         assert word in out
+
+
+def test_info_of_a_model(engine_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["info", "--model", engine_file, "--batch", "6", "--size", "100", "--threads", "2"]
+    assert cli.main([*asked, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    engine = compile(MobileNetV2(5, width_mult=0.35).eval(), threads=2)
+    layers = arch.layers(size=100, specs=engine.layers)
+    assert (facts["dtype"], facts["classes"], facts["threads"]) == ("fp32", 5, 2)
+    assert facts["file_bytes"] == Path(engine_file).stat().st_size
+    assert facts["macs"] == sum(layer.macs for layer in layers) == sum(x["macs"] for x in facts["layers"])
+    assert facts["parameters"] == sum(weight.numel() + bias.numel() for weight, bias in engine._tensors)
+    assert 4 * facts["parameters"] <= facts["packed_bytes"] < 8 * facts["parameters"]
+    assert [x["name"] for x in facts["layers"]] == [layer.spec.conv for layer in layers]
+    assert facts["layers"][-1]["output"] == [5, 1, 1]
+    engine(torch.zeros(6, 3, 100, 100))
+    assert facts["workspace_bytes"] == engine._network.kept()[1]  # as planned, so taken
+    assert cli.main(asked) == 0
+    out = capsys.readouterr().out
+    for value in (facts["macs"], facts["parameters"], facts["packed_bytes"], facts["workspace_bytes"]):
+        assert f"{value:,}" in out
+    assert sum("depthwise" in line for line in out.splitlines()) == 17
+
+
+def test_info_of_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no weights file typo.safetensors" in _fails(capsys, "info", "--model", "typo.safetensors")
+    assert "name it with --model" in _fails(capsys, "info", "--batch", "3")
 
 
 def test_info_says_which_operators_fall_back(

@@ -230,6 +230,22 @@ def test_compiling_takes_no_time() -> None:
     assert min(times) < 0.1, times
 
 
+def test_first_answer_comes_soon(run_python) -> None:
+    """From a model in memory to its first answer in a fresh process: 60 ms of processor time (34 measured).
+
+    Time that other processes take does not count; the best of three.
+    """
+    code = (
+        "import time, torch, mnv2_fast\n"
+        "model, x = mnv2_fast.MobileNetV2().eval(), torch.zeros(1, 3, 224, 224)\n"
+        "start = time.process_time()\n"
+        "mnv2_fast.compile(model, threads=1)(x)\n"
+        "print(time.process_time() - start)\n"
+    )
+    times = [float(run_python(code, env={"OMP_NUM_THREADS": "1"}).stdout) for _ in range(3)]
+    assert min(times) < 0.06, times
+
+
 def test_other_threads_go_on_during_a_call() -> None:
     """The kernels run without the interpreter's lock. Were it held, nothing would move."""
     engine = mnv2_fast.compile(MobileNetV2().eval(), threads=1)
