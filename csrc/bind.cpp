@@ -167,5 +167,6 @@ PYBIND11_MODULE(_C, m) {
         .def("workspace_bytes", &Int8Network::workspace_bytes, py::arg("n"), py::arg("h"), py::arg("w"),
              py::arg("threads"))
         .def("kept", &Int8Network::kept)
+        .def_property_readonly("weight_bytes", &Int8Network::weight_bytes)
         .def_property_readonly("isa", [](const Int8Network &n) { return std::string(n.isa()); });
 }

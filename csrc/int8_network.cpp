@@ -10,13 +10,12 @@ namespace mnv2 {
 Int8Network::Int8Network(const KernelTable &kernels, const std::vector<Int8LayerDesc> &layers, const float *input_scale,
                          const std::uint8_t *input_zero, const std::uint8_t *table)
     : kernels_(kernels) {
-    std::size_t bytes = 0;
     for (const Int8LayerDesc &d : layers) {
         layers_.push_back({d});
-        bytes += packed_size(kernels, d);
+        weight_bytes_ += packed_size(kernels, d);
     }
-    steps_ = make_int8_steps(layers_); // before any weight is read: it looks at the channels
-    weights_ = allocate(bytes);        // one block in the order of use
+    steps_ = make_int8_steps(layers_);  // before any weight is read: it looks at the channels
+    weights_ = allocate(weight_bytes_); // one block in the order of use
     std::uint8_t *out = reinterpret_cast<std::uint8_t *>(weights_.get());
     for (Int8Layer &layer : layers_) {
         const std::size_t size = packed_size(kernels, layer.desc);

@@ -37,6 +37,7 @@ class Int8Network {
 
     std::size_t workspace_bytes(int n, int h, int w, int threads) const;
     std::pair<std::size_t, std::size_t> kept() const { return {plans_.size(), workspaces_.bytes()}; } // for later calls
+    std::size_t weight_bytes() const { return weight_bytes_; }                                        // as packed
     const char *isa() const { return kernels_.isa; }
 
   private:
@@ -47,6 +48,7 @@ class Int8Network {
     std::vector<Int8Step> steps_;
     Int8Input input_;
     Memory weights_;
+    std::size_t weight_bytes_ = 0;
     mutable Plans<Int8Plan> plans_;
     mutable Workspaces workspaces_;
 };

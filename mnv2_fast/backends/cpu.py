@@ -358,6 +358,11 @@ class Int8Network:
         """Bytes of activations that a run on [n, 3, h, w] takes."""
         return int(self._network.workspace_bytes(n, h, w, threads))
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights and biases as the kernels read them."""
+        return int(self._network.weight_bytes)
+
     def kept(self) -> tuple[int, int]:
         """What stays for later calls: plans of image sizes, bytes of workspaces. Both are bounded."""
         plans, workspaces = self._network.kept()
