@@ -12,7 +12,7 @@ import logging
 import operator
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
@@ -20,18 +20,20 @@ from typing import Any, Protocol, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from . import arch, env, machine, weights
+from . import arch, env, int8, machine, quant, weights
 from .arch import KINDS, LayerSpec
 from .backends import cpu, eager
+from .calibration import read as read_calibration
 from .chain import Chain, Link, weight_dtype
 from .errors import UserError
+from .int8 import QuantizedNetwork
 from .model import InputError, MobileNetV2, accelerate
 from .nn import Declined
 from .weights import Preprocessing
 
 log = logging.getLogger("mnv2_fast")
 
-DTYPES = ("fp32", "bf16")
+DTYPES = ("fp32", "bf16", "int8")
 
 MAX_THREADS = 1024  # as csrc/parallel.h says
 
@@ -40,6 +42,12 @@ VERSION = "1"
 _TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())
 
 Folded = Sequence[tuple[Tensor, Tensor]]
+
+
+_NO_CALIBRATION = (
+    "dtype='int8' needs calibration images: give calibration=, a folder of photos, a tensor or a loader, "
+    "about 100 images"
+)
 
 
 class _Network(Protocol):
@@ -77,6 +85,28 @@ class _EagerNetwork:
         return 4 * n * max(largest, 5 * h * w * 3)  # a byte becomes an index of 8, then a float
 
 
+class _EagerInt8Network:
+    """A quantized network by its definition."""
+
+    def __init__(self, network: QuantizedNetwork, table: Tensor) -> None:
+        self._quantized, self._table = network, table
+
+    @torch.autocast("cpu", enabled=False)
+    def run(self, x: Tensor, threads: int | None = None) -> Tensor:
+        n, h, w = x.shape[0], *(x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:])
+        need = self.workspace_bytes(n, h, w, 1)
+        if not machine.fits_memory(need):
+            raise machine.no_memory(need, n, h, w)
+        if x.dtype == torch.uint8:
+            x = torch.stack([self._table[c][x[..., c].long()] for c in range(3)], 1)
+        return int8.reference(self._quantized, x)
+
+    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
+        """What its largest layer reads and writes, in float64."""
+        layers = arch.layers(size=(h, w), specs=self._quantized.specs)
+        return 8 * n * max(layer.elements for layer in layers)
+
+
 class Engine:
     """A frozen MobileNetV2: float32 logits from images.
 
@@ -89,7 +119,7 @@ class Engine:
     def __init__(
         self,
         layers: Sequence[LayerSpec],
-        tensors: Folded,
+        tensors: Folded | QuantizedNetwork,
         *,
         dtype: str = "fp32",
         threads: int | None = None,
@@ -105,7 +135,9 @@ class Engine:
         if self.labels is not None and len(self.labels) != self.num_classes:
             raise UserError(f"{len(self.labels)} labels for {self.num_classes} classes: give one per class")
         self._asked = backend
-        self._tensors = [(weight.detach(), bias.detach()) for weight, bias in tensors]
+        self._tensors: Folded | QuantizedNetwork = tensors
+        if not isinstance(tensors, QuantizedNetwork):
+            self._tensors = [(weight.detach(), bias.detach()) for weight, bias in tensors]
         self._build()
 
     def _build(self) -> None:
@@ -117,6 +149,11 @@ class Engine:
             if strict and self._asked == "auto" and env.backend() != "eager":
                 raise UserError(f"{env.STRICT.name}=1, and the engine would run in plain torch: {reason}")
             log.debug("engine in plain torch: %s", reason)
+        if isinstance(self._tensors, QuantizedNetwork):
+            grid = int8.byte_grid(self._tensors, table)
+            kind = _EagerInt8Network if reason else cpu.Int8Network
+            self._network = kind(self._tensors, grid)
+        elif reason:
             self._network = _EagerNetwork(self.layers, self._tensors, table)
         else:
             self._network = cpu.Network(self.layers, self._tensors, table=table, dtype=self.dtype)
@@ -129,7 +166,7 @@ class Engine:
     @property
     def isa(self) -> str:
         """The instruction set of its kernels; empty in plain torch."""
-        return self._network.isa if isinstance(self._network, cpu.Network) else ""
+        return self._network.isa if isinstance(self._network, cpu.Network | cpu.Int8Network) else ""
 
     @property
     def packed_bytes(self) -> int:
@@ -147,6 +184,7 @@ class Engine:
 
         Raises:
             ValueError, RuntimeError: x is no such batch (the error is both, and names the cure).
+            ValueError: a value is NaN or infinite, and the dtype int8, which has neither.
             TypeError: x is no tensor.
             MemoryError: the batch needs more memory than there is; nothing has been worked on.
         """
@@ -186,9 +224,12 @@ class Engine:
         }
         if self.labels is not None:
             metadata["labels"] = json.dumps(self.labels)
-        tensors = {}
-        for spec, (weight, bias) in zip(self.layers, self._tensors, strict=True):
-            tensors[f"{spec.conv}.weight"], tensors[f"{spec.conv}.bias"] = weight, bias
+        if isinstance(self._tensors, QuantizedNetwork):
+            tensors = int8.state_dict(self._tensors)
+        else:
+            tensors = {}
+            for spec, (weight, bias) in zip(self.layers, self._tensors, strict=True):
+                tensors[f"{spec.conv}.weight"], tensors[f"{spec.conv}.bias"] = weight, bias
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             beside = Path(folder) / target.name
             save_file(tensors, beside, metadata)
@@ -213,10 +254,11 @@ def compile(
 
     Args:
         model: a MobileNetV2 of this package, of torchvision or of timm, on the CPU.
-        dtype: arithmetic of the network: "fp32", or "bf16", whose sums are float32 (on a processor without
-            instructions for it the weights alone are bf16).
+        dtype: arithmetic of the network: "fp32"; "bf16", whose sums are float32 (on a processor without
+            instructions for it the weights alone are bf16); or "int8".
         threads: at most this many; by default torch's number at each call.
-        calibration: images for dtypes that need them; none does yet.
+        calibration: images to quantize by, about 100, for "int8" alone: a tensor, batches of a loader, a
+            folder of photos or a list of them, as `calibration.read` takes them. Labels are not looked at.
 
     Raises:
         UserError: the model is not a plain MobileNetV2 (the message says where), is on another device, or an
@@ -225,8 +267,10 @@ def compile(
     """
     check_dtype(dtype)
     check_threads(threads)
-    if calibration is not None:
-        raise UserError(f"calibration is for quantized dtypes: leave it out with dtype={dtype!r}")
+    if calibration is not None and dtype != "int8":
+        raise UserError(f"calibration is for dtype='int8': leave it out with dtype={dtype!r}")
+    if calibration is None and dtype == "int8":
+        raise UserError(_NO_CALIBRATION)
     if not isinstance(model, nn.Module):
         raise TypeError(f"compile takes a model, not {type(model).__name__}: use load for a file")
     if not isinstance(model, MobileNetV2):
@@ -244,18 +288,26 @@ def compile(
         if tensor.device.type != "cpu":
             raise UserError(f"cannot compile a model on {tensor.device}: move it with model.cpu()")
     chain = reading.chain
-    folded = chain.fold(reading.tensors, dtype)
+    preprocessing = getattr(model, "preprocessing", None)
+    tensors: Folded | QuantizedNetwork
+    if dtype == "int8":
+        int8.check_specs(chain.specs)  # before photos are read
+        images = preprocessing or Preprocessing()
+        batches = read_calibration(calibration, images)
+        tensors = quant.quantize(chain.specs, chain.fold(reading.tensors), batches, images)
+    else:
+        tensors = chain.fold(reading.tensors, dtype)
     classes = chain.specs[-1].cout
     labels = getattr(model, "labels", None)
     if labels is None and classes == len(weights.imagenet_labels()):
         labels = weights.imagenet_labels()
     return Engine(
         chain.specs,
-        folded,
+        tensors,
         dtype=dtype,
         threads=threads,
         labels=labels,
-        preprocessing=getattr(model, "preprocessing", None),
+        preprocessing=preprocessing,
         backend=model.backend,
     )
 
@@ -278,24 +330,11 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
             "save it again"
         )
     layers = _architecture(metadata.get("architecture", ""), path)
-    expected = {}
-    for spec in layers:
-        expected[f"{spec.conv}.weight"], expected[f"{spec.conv}.bias"] = spec.weight_shape, (spec.cout,)
-    weights.check_state_dict(state, expected, str(path))
     try:
         dtype = check_dtype(metadata.get("dtype", "fp32"))
-        for spec in layers:
-            wanted = {"weight": weight_dtype(spec.kind, dtype), "bias": torch.float32}
-            for name, kept in wanted.items():
-                found = state[f"{spec.conv}.{name}"].dtype
-                if found != kept:
-                    raise UserError(
-                        f"{spec.conv}.{name} is {found}, in an engine of {dtype} it is {kept}: save it again"
-                    )
         return Engine(
             layers,
-            # Memory of the file itself would change with the file.
-            [(state[f"{spec.conv}.weight"].clone(), state[f"{spec.conv}.bias"].clone()) for spec in layers],
+            _tensors_of(layers, state, dtype, path),
             dtype=dtype,
             threads=threads,
             labels=weights.labels_of(metadata, layers[-1].cout),
@@ -303,6 +342,30 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
         )
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _tensors_of(
+    layers: Sequence[LayerSpec], state: Mapping[str, Tensor], dtype: str, path: object
+) -> Folded | QuantizedNetwork:
+    """A file's tensors as the Engine takes them."""
+    # Memory of the file itself would change with the file.
+    own = {key: tensor.clone() for key, tensor in state.items()}
+    if dtype == "int8":
+        weights.check_state_dict(own, int8.expected_shapes(layers), str(path))
+        return int8.from_state_dict(layers, own)
+    expected: dict[str, tuple[int, ...]] = {}
+    for spec in layers:
+        expected[f"{spec.conv}.weight"], expected[f"{spec.conv}.bias"] = spec.weight_shape, (spec.cout,)
+    weights.check_state_dict(own, expected, str(path))
+    for spec in layers:
+        wanted = {"weight": weight_dtype(spec.kind, dtype), "bias": torch.float32}
+        for name, kept in wanted.items():
+            found = own[f"{spec.conv}.{name}"].dtype
+            if found != kept:
+                raise UserError(
+                    f"{spec.conv}.{name} is {found}, in an engine of {dtype} it is {kept}: save it again"
+                )
+    return [(own[f"{spec.conv}.weight"], own[f"{spec.conv}.bias"]) for spec in layers]
 
 
 def check_dtype(dtype: str) -> str:

@@ -19,8 +19,8 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +155,50 @@ def _check_tensor(layer: str, name: str, tensor: Tensor, dtype: torch.dtype, sha
 def _check_scale(layer: str, name: str, scale: Tensor) -> None:
     if not (scale.isfinite() & (scale > 0)).all():
         raise UserError(f"{layer}.{name} is zero, negative or not finite somewhere: quantize again")
+
+
+def state_dict(network: QuantizedNetwork) -> dict[str, Tensor]:
+    """Every tensor by its name, as a file holds them; `from_state_dict` takes them back."""
+    tensors = {"input.scale": network.input_scale, "input.zero": network.input_zero}
+    for spec, layer in zip(network.specs, network.layers, strict=True):
+        tensors |= {
+            f"{spec.conv}.{name}": tensor for name, tensor in vars(layer).items() if tensor is not None
+        }
+    return tensors
+
+
+def expected_shapes(specs: Sequence[LayerSpec]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a quantized network's tensors."""
+    shapes: dict[str, tuple[int, ...]] = {"input.scale": (3,), "input.zero": (3,)}
+    for spec in specs:
+        names = ("bias", "scale", "output_scale", "output_zero") if is_linear(spec) else ("bias", "scale")
+        shapes[f"{spec.conv}.weight"] = spec.weight_shape
+        shapes |= {f"{spec.conv}.{name}": (spec.cout,) for name in names}
+    return shapes
+
+
+def from_state_dict(specs: Sequence[LayerSpec], tensors: Mapping[str, Tensor]) -> QuantizedNetwork:
+    """The network of `state_dict`, whose tensors have the names of `expected_shapes`.
+
+    Raises:
+        UserError: a tensor makes no sense, or int8 cannot run these layers.
+    """
+    names = [field.name for field in fields(QuantizedLayer)]
+    layers = [
+        QuantizedLayer(**{name: tensors[key] for name in names if (key := f"{spec.conv}.{name}") in tensors})
+        for spec in specs
+    ]
+    return QuantizedNetwork(tuple(specs), tuple(layers), tensors["input.scale"], tensors["input.zero"])
+
+
+def byte_grid(network: QuantizedNetwork, table: Tensor) -> Tensor:
+    """[3, 256] uint8: where the network's grid has each value of a uint8 image.
+
+    Args:
+        network: has the grid.
+        table: float32 [3, 256], what each value is once normalized.
+    """
+    return quantize_input(network, table.T[:, :, None, None])[:, :, 0, 0].T.contiguous()
 
 
 def quantize_input(network: QuantizedNetwork, x: Tensor) -> Tensor:

@@ -409,6 +409,7 @@ def test_values_that_are_not_finite(model: MobileNetV2, engine: Engine, value: f
         ({"threads": 100_000}, "from 1 to 1024"),
         ({"threads": 2**40}, "from 1 to 1024"),
         ({"calibration": [1]}, "leave it out"),
+        ({"dtype": "int8"}, "needs calibration images"),
     ],
 )
 def test_wrong_arguments_of_compile(model: MobileNetV2, arguments: dict[str, object], message: str) -> None:

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("packs",),
     ("backends.cpu", "backends.triton", "backends.eager"),
+    ("quant", "calibration"),
     ("chain", "int8"),
     ("_C", "kernels"),
 )
