@@ -74,6 +74,31 @@ bool run_int8(const Int8Network &network, Address x, bool bytes, const std::arra
     return network.run(call, threads);
 }
 
+// Names of block forms, in the order of BlockForm.
+constexpr std::array<const char *, 3> kFormNames = {"fused", "part-fused", "per-layer"};
+
+// [(first layer, last layer, form or "" of a step that is no block, seconds)] for one image.
+std::vector<std::tuple<int, int, std::string, double>> time_steps(const Network &network, Address x,
+                                                                  const std::array<std::ptrdiff_t, 4> &strides,
+                                                                  const std::array<int, 3> &size, Address y,
+                                                                  int threads, const std::string &form) {
+    const auto found = std::find(kFormNames.begin(), kFormNames.end(), form);
+    if (!form.empty() && found == kFormNames.end())
+        throw std::invalid_argument("no block form '" + form + "': fused, part-fused or per-layer");
+    const BlockForm forced = static_cast<BlockForm>(found - kFormNames.begin());
+    const Call call{at<void>(x), Element::float32, strides[0], strides[1], strides[2], strides[3],
+                    size[0],     size[1],          size[2],    nullptr,    at<void>(y)};
+    std::vector<StepTime> times;
+    {
+        const py::gil_scoped_release release;
+        times = network.time_steps(call, threads, form.empty() ? nullptr : &forced);
+    }
+    std::vector<std::tuple<int, int, std::string, double>> rows;
+    for (const StepTime &t : times)
+        rows.emplace_back(t.first, t.last, t.block ? kFormNames[static_cast<int>(t.form)] : "", t.seconds);
+    return rows;
+}
+
 double seconds_since(std::chrono::steady_clock::time_point begin) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
@@ -128,6 +153,7 @@ PYBIND11_MODULE(_C, m) {
             features[py::str(name)] = present;
         return features;
     });
+    m.attr("BLOCK_FORMS") = std::vector<std::string>(kFormNames.begin(), kFormNames.end());
     m.def("default_threads", &default_threads);
     m.def("openmp_version", &openmp_version);
     m.def("compiler", [] { return std::string(__VERSION__); });
@@ -154,6 +180,8 @@ PYBIND11_MODULE(_C, m) {
              py::arg("isa") = "", py::arg("arithmetic") = Arithmetic::float32)
         .def("run", &run, py::arg("x"), py::arg("element"), py::arg("strides"), py::arg("size"), py::arg("residual"),
              py::arg("y"), py::arg("threads"))
+        .def("time_steps", &time_steps, py::arg("x"), py::arg("strides"), py::arg("size"), py::arg("y"),
+             py::arg("threads"), py::arg("form") = "")
         .def("workspace_bytes", &Network::workspace_bytes, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads"))
         .def("kept", &Network::kept)
         .def_property_readonly("activations", &Network::activations)

@@ -29,9 +29,12 @@ std::size_t packed_size(const KernelTable &kernels, const LayerDesc &d, Arithmet
 }
 
 Packed pack(const KernelTable &kernels, const LayerDesc &d, Arithmetic arithmetic, std::byte *out) {
-    return d.kind == Kind::depthwise
-               ? pack_depthwise(kernels, d.weight, d.bias, d.cin, out)
-               : pack_gemm(kernels, d.weight, d.bias, d.cout, depth(d), in_pairs(d, arithmetic), out);
+    const bool pairs = in_pairs(d, arithmetic);
+    if (d.kind == Kind::depthwise)
+        return pack_depthwise(kernels, d.weight, d.bias, d.cin, out);
+    if (d.kind == Kind::linear && !pairs)
+        return pack_linear(kernels, d.weight, d.bias, d.cout, d.cin, out);
+    return pack_gemm(kernels, d.weight, d.bias, d.cout, depth(d), pairs, out);
 }
 
 } // namespace
@@ -122,7 +125,7 @@ std::size_t Network::workspace_bytes(int n, int h, int w, int threads) const {
     return workspace(*plan(h, w, usable_threads(threads)), n) + features;
 }
 
-void Network::run(const Call &call, int threads) const {
+void Network::check(const Call &call, int threads) const {
     if (threads < 1)
         throw std::invalid_argument("threads must be 1 or more");
     if (call.n < 0 || call.h < 1 || call.w < 1)
@@ -133,13 +136,37 @@ void Network::run(const Call &call, int threads) const {
         throw std::invalid_argument("a linear layer alone takes pooled features, H = W = 1");
     if (call.element == Element::uint8 && layers_.front().desc.kind != Kind::stem)
         throw std::invalid_argument("uint8 images need a network that begins with a stem");
+}
+
+void Network::run(const Call &call, int threads) const {
+    check(call, threads);
     if (call.n == 0)
         return;
     threads = usable_threads(threads);
-    const std::shared_ptr<const Plan> plan = this->plan(call.h, call.w, threads);
+    execute(call, *plan(call.h, call.w, threads), threads, nullptr);
+}
+
+std::vector<StepTime> Network::time_steps(const Call &call, int threads, const BlockForm *forced) const {
+    check(call, threads);
+    if (call.n != 1)
+        throw std::invalid_argument("steps are timed for one image");
+    threads = usable_threads(threads);
+    const Plan plan = make_plan(layers_, steps_, call.h, call.w, threads, element_bytes(), forced);
+    std::vector<double> seconds(steps_.size());
+    execute(call, plan, threads, seconds.data());
+    std::vector<StepTime> times;
+    for (std::size_t i = 0; i < steps_.size(); ++i)
+        if (seconds[i] > 0) // not a linear layer that was fused with the one before
+            times.push_back({steps_[i].first(), steps_[i].last, steps_[i].form == Step::Form::block,
+                             plan.steps[i].form(threads), seconds[i]});
+    times.back().last = steps_.back().last;
+    return times;
+}
+
+void Network::execute(const Call &call, const Plan &plan, int threads, double *seconds) const {
     const bool classifies = steps_.back().form == Step::Form::linear && steps_.size() > 1;
     const std::size_t features = classifies ? sizeof(float) * call.n * layers_.back().desc.cin : 0;
-    const std::size_t bytes = workspace(*plan, call.n);
+    const std::size_t bytes = workspace(plan, call.n);
     std::size_t capacity = 0;
     Memory memory = take_workspace(bytes + features, capacity);
     void *const pooled = classifies ? memory.get() + bytes : call.y;
@@ -148,9 +175,9 @@ void Network::run(const Call &call, int threads) const {
         parallel(threads, [&](Team &team) { runner.run(team, memory.get(), pooled); });
     };
     if (arithmetic_ == Arithmetic::bf16)
-        run(Runner<bf16>(kernels_, layers_, steps_, *plan, call, table));
+        run(Runner<bf16>(kernels_, layers_, steps_, plan, call, table, seconds));
     else
-        run(Runner<float>(kernels_, layers_, steps_, *plan, call, table));
+        run(Runner<float>(kernels_, layers_, steps_, plan, call, table, seconds));
     give_workspace(std::move(memory), capacity);
 }
 

@@ -27,6 +27,14 @@ struct Call {
     void *y;              // [n, outputs], or NHWC and dense where the network ends in a convolution
 };
 
+// How long a step took: layers first..last, and the form it had where it is a block.
+struct StepTime {
+    int first, last;
+    bool block;
+    BlockForm form;
+    double seconds;
+};
+
 class Network {
   public:
     // `pool`: the last pointwise layer is averaged over H and W, as it always is before a linear one. `table`: the 256
@@ -37,6 +45,9 @@ class Network {
     // y = network(x). Throws std::invalid_argument, std::bad_alloc before any work.
     void run(const Call &call, int threads) const;
 
+    // The same for one image, in every block of the form `forced` as far as it fits, or of its own where that is null.
+    std::vector<StepTime> time_steps(const Call &call, int threads, const BlockForm *forced) const;
+
     std::size_t workspace_bytes(int n, int h, int w, int threads) const;
     std::size_t weight_bytes() const { return weight_bytes_; } // as packed
     std::pair<std::size_t, std::size_t> kept() const;          // plans, and bytes of workspaces, for later calls
@@ -44,6 +55,8 @@ class Network {
     Element activations() const { return arithmetic_ == Arithmetic::bf16 ? Element::bf16 : Element::float32; }
 
   private:
+    void check(const Call &call, int threads) const;
+    void execute(const Call &call, const Plan &plan, int threads, double *seconds) const;
     std::shared_ptr<const Plan> plan(int h, int w, int threads) const;
     Memory take_workspace(std::size_t bytes, std::size_t &capacity) const;
     void give_workspace(Memory memory, std::size_t capacity) const;

@@ -1,5 +1,7 @@
 #include "pack.h"
 
+#include <algorithm>
+
 namespace mnv2 {
 
 namespace {
@@ -12,7 +14,17 @@ bf16 upper_half(float f) {
     return {static_cast<std::uint16_t>(bits >> 16)};
 }
 
+// Whether a panel of the `left` last channels is one vector and a half.
+bool has_half(const KernelTable &table, int left) {
+    return left > table.lanes && left <= table.lanes + table.lanes / 2;
+}
+
 } // namespace
+
+int packed_columns(const KernelTable &table, int cout) {
+    const int last = cout % table.panel;
+    return cout - last + (last > table.lanes ? table.panel : last > 0 ? table.lanes : 0);
+}
 
 std::size_t packed_gemm_size(const KernelTable &table, int cout, int depth, bool pairs) {
     const std::size_t channels = round_up(cout, table.panel);
@@ -24,40 +36,83 @@ std::size_t packed_depthwise_size(const KernelTable &table, int channels) {
     return whole_lines(sizeof(float) * round_up(channels, table.lanes) * kDepthwiseBlock);
 }
 
+namespace {
+
+// Inputs [begin, end) of all panels. Of one vector and a half, the half holds two inputs in alternate lanes, in the
+// rows of the even ones.
+float *pack_panels(const KernelTable &table, const float *weight, int cout, int depth, int begin, int end, float *out) {
+    const auto at = [&](int c, int k) {
+        return c < cout && k < end ? weight[static_cast<std::ptrdiff_t>(c) * depth + k] : 0.0f;
+    };
+    for (int n = 0; n < cout; n += table.panel) {
+        const bool halves = has_half(table, cout - n);
+        const int width = cout - n > table.lanes ? table.panel : table.lanes, plain = halves ? table.lanes : width;
+        for (int k = begin; k < end; ++k) {
+            for (int i = 0; i < plain; ++i)
+                *out++ = at(n + i, k);
+            for (int i = 0; i < width - plain; ++i)
+                *out++ = (k - begin) % 2 == 0 ? at(n + table.lanes + i / 2, k + i % 2) : 0.0f;
+        }
+    }
+    return out;
+}
+
+// The channel at place i of the panel from `begin` on. Of one vector and a half, the half stands twice, for two pixels.
+int channel(const KernelTable &table, int cout, int begin, int i) {
+    const int half = table.lanes / 2;
+    return begin + i - (has_half(table, cout - begin) && i >= table.lanes + half ? half : 0);
+}
+
+void pack_bias(const KernelTable &table, const float *bias, int cout, float *out) {
+    for (int n = 0; n < cout; n += table.panel)
+        for (int i = 0; i < table.panel; ++i) {
+            const int c = channel(table, cout, n, i);
+            *out++ = c < cout ? bias[c] : 0.0f;
+        }
+}
+
+Packed pack_inputs(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, int piece,
+                   std::byte *memory) {
+    float *const packed_bias = reinterpret_cast<float *>(memory);
+    float *const packed = packed_bias + round_up(cout, table.panel);
+    pack_bias(table, bias, cout, packed_bias);
+    float *out = packed;
+    for (int begin = 0; begin < depth; begin += piece)
+        out = pack_panels(table, weight, cout, depth, begin, std::min(begin + piece, depth), out);
+    return {packed, packed_bias, std::min(piece, depth), false};
+}
+
+Packed pack_pairs(const KernelTable &table, const float *weight, const float *bias, int cout, int depth,
+                  std::byte *memory) {
+    float *const packed_bias = reinterpret_cast<float *>(memory);
+    bf16 *const packed = reinterpret_cast<bf16 *>(packed_bias + round_up(cout, table.panel));
+    pack_bias(table, bias, cout, packed_bias);
+    bf16 *out = packed;
+    for (int n = 0; n < cout; n += table.panel) {
+        const int width = cout - n > table.lanes ? table.panel : table.lanes;
+        for (int k = 0; k < depth; k += 2)
+            for (int i = 0; i < width; ++i)
+                for (int j = k; j < k + 2; ++j) {
+                    const int c = channel(table, cout, n, i);
+                    *out++ =
+                        upper_half(c < cout && j < depth ? weight[static_cast<std::ptrdiff_t>(c) * depth + j] : 0.0f);
+                }
+    }
+    return {packed, packed_bias, even(depth), true};
+}
+
+} // namespace
+
 Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, bool pairs,
                  std::byte *memory) {
-    const int padded = round_up(cout, table.panel), half = table.lanes / 2;
-    // The channel at place i of the panel from `begin` on, or -1. Of one vector and a half, the half stands twice.
-    const auto channel = [&](int begin, int i) {
-        const bool halves = cout - begin > table.lanes && cout - begin <= table.lanes + half;
-        const int c = begin + (halves && i >= table.lanes + half ? i - half : i);
-        return c < cout ? c : -1;
-    };
-    float *const packed_bias = reinterpret_cast<float *>(memory);
-    void *const packed = packed_bias + padded;
-    const auto value = [&](int c, int k) {
-        return c < 0 || k >= depth ? 0.0f : weight[static_cast<std::ptrdiff_t>(c) * depth + k];
-    };
-    float *floats = static_cast<float *>(packed);
-    bf16 *halves = static_cast<bf16 *>(packed);
-    for (int begin = 0; begin < cout; begin += table.panel) {
-        for (int i = 0; i < table.panel; ++i) {
-            const int c = channel(begin, i);
-            packed_bias[begin + i] = c < 0 ? 0.0f : bias[c];
-        }
-        const int width = cout - begin > table.lanes ? table.panel : table.lanes;
-        for (int k = 0; k < depth; k += pairs ? 2 : 1)
-            for (int i = 0; i < width; ++i) {
-                const int c = channel(begin, i);
-                if (pairs) {
-                    *halves++ = upper_half(value(c, k));
-                    *halves++ = upper_half(value(c, k + 1));
-                } else {
-                    *floats++ = value(c, k);
-                }
-            }
-    }
-    return {packed, packed_bias, pairs ? even(depth) : depth, pairs};
+    if (pairs)
+        return pack_pairs(table, weight, bias, cout, depth, memory);
+    return pack_inputs(table, weight, bias, cout, depth, depth, memory);
+}
+
+Packed pack_linear(const KernelTable &table, const float *weight, const float *bias, int cout, int depth,
+                   std::byte *memory) {
+    return pack_inputs(table, weight, bias, cout, depth, kPiece, memory);
 }
 
 Packed pack_depthwise(const KernelTable &table, const float *weight, const float *bias, int channels,

@@ -42,12 +42,20 @@ struct Packed {
 std::size_t packed_gemm_size(const KernelTable &table, int cout, int depth, bool pairs);
 std::size_t packed_depthwise_size(const KernelTable &table, int channels);
 
+// Floats of an input in all panels of `cout` channels.
+int packed_columns(const KernelTable &table, int cout);
+
 // weight [cout, depth] row-major -> panels [cout / panel][depth][panel]. The last panel is one vector wide where one is
-// enough; where one and a half are, its half stands twice, for two pixels at once. Missing channels are zero. Writes
-// packed_gemm_size bytes at `out`. `pairs`: as bf16, two inputs of a channel together, [cout / panel][depth / 2][panel]
-// [2], with a zero after an odd depth's last; a weight that is no bf16 loses its lower half.
+// enough; where one and a half are, its half holds two inputs at once, [depth / 2][lanes / 2][2], every second row of
+// it empty. Missing channels are zero. Writes packed_gemm_size bytes at `out`.
+// `pairs`: as bf16, two inputs of a channel together, [cout / panel][depth / 2][panel][2], with a zero after an odd
+// depth's last; a weight that is no bf16 loses its lower half. Of one vector and a half, the half stands twice.
 Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, bool pairs,
                  std::byte *out);
+
+// The same for kPiece inputs at a time: [depth / kPiece] of [cout / panel][kPiece][panel].
+Packed pack_linear(const KernelTable &table, const float *weight, const float *bias, int cout, int depth,
+                   std::byte *out);
 
 // weight [channels, 9] -> blocks [channels / lanes][9 taps + bias][lanes]. Writes packed_depthwise_size bytes at
 // `out`.

@@ -1,6 +1,8 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <iterator>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -9,9 +11,13 @@
 namespace mnv2 {
 namespace {
 
-// Bytes of L2 (1 MB) that a row-by-row block may fill with hidden and filtered rows; the rest is for weights and
-// pixels. 128k to 384k measure alike, 640k costs 4% of an image.
-constexpr std::size_t kFusedBytes = 192 * 1024;
+// Bytes of filtered rows that a fused block keeps before it projects them, in L2 (1 MB and more) beside weights and
+// pixels. 256k and 640k measure alike, 96k costs 1% of an image.
+constexpr std::size_t kFilteredBytes = 256 * 1024;
+
+// Bytes of a panel's hidden rows that are made at a time, in L1 (32 KB and more) beside the panel's weights and pixels:
+// 8k to 16k measure alike, 36k costs 1% of an image.
+constexpr std::size_t kRingBytes = 12 * 1024;
 
 // More is no image: planning for it would wrap around.
 constexpr std::int64_t kMaxPixels = std::int64_t{1} << 36;
@@ -40,6 +46,27 @@ void check_chain(const std::vector<Layer> &layers) {
     }
 }
 
+constexpr int kAnyRows = std::numeric_limits<int>::max();
+
+struct FormRow {
+    int threads;
+    int rows;
+    BlockForm form;
+};
+
+constexpr FormRow kForms[] = {
+#define FORM(threads, rows, form) {threads, rows, BlockForm::form},
+#include "forms.def"
+#undef FORM
+};
+
+BlockForm table_form(int rows, int threads) {
+    const int each = (rows - 1) / threads + 1;
+    return std::find_if(std::begin(kForms), std::end(kForms),
+                        [&](const FormRow &row) { return threads >= row.threads && each <= row.rows; })
+        ->form;
+}
+
 // A block of which only the project layer may add its own input, which is the hidden tensor's source.
 bool residual_fits(const std::vector<Layer> &layers, const Step &s) {
     const LayerDesc &first = layers[s.first()].desc, &last = layers[s.last].desc;
@@ -47,6 +74,37 @@ bool residual_fits(const std::vector<Layer> &layers, const Step &s) {
         return true;
     return last.residual == s.last - s.first() && first.kind != Kind::stem && first.cin == last.cout &&
            layers[s.depthwise].desc.stride == 1;
+}
+
+// The forms of a block and the memory they need.
+void plan_block(Plan &plan, StepPlan &p, const std::vector<Layer> &layers, const Step &s, std::size_t element,
+                const BlockForm *forced) {
+    const LayerDesc &dw = layers[s.depthwise].desc;
+    const bool expands = s.produce >= 0 && layers[s.produce].desc.kind == Kind::pointwise;
+    p.alone = forced ? *forced : table_form(p.ho, 1);
+    p.together = forced ? *forced : table_form(p.ho, std::max(plan.threads, 2));
+    const bool widens = s.produce < 0 && element != sizeof(float); // the input, for the depthwise layer
+    for (BlockForm *form : {&p.alone, &p.together})
+        if ((*form == BlockForm::part && !expands) || (*form == BlockForm::layers && widens))
+            *form = BlockForm::fused;
+
+    const int channels = round_up(dw.cin, kMaxPanel);
+    const std::size_t filtered_row = element * p.wo * padded(dw.cin);
+    const std::size_t ring_row = sizeof(float) * p.hidden_w * (s.produce < 0 || expands ? kMaxPanel : channels);
+    const int fits = static_cast<int>(std::min<std::size_t>(kRingBytes / ring_row, kMaxGroup * 2 + 1));
+    p.rows = static_cast<int>(std::clamp<std::size_t>(kFilteredBytes / filtered_row, 1, p.ho));
+    p.group = std::clamp((fits - 3) / dw.stride + 1, 1, std::min(kMaxGroup, p.ho));
+    p.ring = std::min((p.group - 1) * dw.stride + 3, p.hidden_h);
+    // A ring for each panel keeps its last rows for the next strip; with one strip, all panels use the same.
+    if (s.produce >= 0 || widens)
+        p.rings = static_cast<std::size_t>(p.ring) * p.hidden_w *
+                  ((expands || widens) && p.rows == p.ho ? kMaxPanel : channels);
+    const auto runs = [&p](BlockForm form) { return p.alone == form || p.together == form; };
+    if (runs(BlockForm::layers) && s.produce >= 0)
+        plan.hidden = std::max(plan.hidden, sizeof(float) * p.hidden_h * p.hidden_w * padded(dw.cin));
+    if (runs(BlockForm::layers) || runs(BlockForm::part))
+        plan.filtered = std::max(plan.filtered, whole_lines(p.ho * filtered_row));
+    plan.scratch = std::max(plan.scratch, sizeof(float) * p.rings + whole_lines(p.rows * filtered_row));
 }
 
 } // namespace
@@ -89,14 +147,8 @@ std::vector<Step> make_steps(const std::vector<Layer> &layers, bool pool) {
     return steps;
 }
 
-bool by_layers(const std::vector<Layer> &layers, const Step &s, const StepPlan &p, int threads) {
-    const bool expands =
-        s.form == Step::Form::block && s.produce >= 0 && layers[s.produce].desc.kind == Kind::pointwise;
-    return expands && threads > 1 && p.rows >= p.ho / threads;
-}
-
 Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps, int h, int w, int threads,
-               std::size_t element) {
+               std::size_t element, const BlockForm *forced) {
     if (static_cast<std::int64_t>(h) * w > kMaxPixels)
         throw std::length_error("an image has more than 2**36 pixels");
     Plan plan;
@@ -106,7 +158,7 @@ Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps,
     const auto out_size = [](int size, int stride) { return (size - 1) / stride + 1; };
     for (const Step &s : steps) {
         const LayerDesc &last = layers[s.last].desc;
-        StepPlan p{h, w, h, w, h, w, 0, 0};
+        StepPlan p{h, w, h, w, h, w, BlockForm::fused, BlockForm::fused, 0, 0, 0, 0};
         if (s.form == Step::Form::block) {
             const LayerDesc &dw = layers[s.depthwise].desc;
             if (s.produce >= 0) {
@@ -115,18 +167,7 @@ Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps,
             }
             p.ho = out_size(p.hidden_h, dw.stride);
             p.wo = out_size(p.hidden_w, dw.stride);
-            const std::size_t hidden_row = sizeof(float) * p.hidden_w * padded(dw.cin);
-            const std::size_t filtered_row = element * p.wo * padded(dw.cin);
-            const std::size_t row = hidden_row * dw.stride + filtered_row;
-            const std::size_t fixed = hidden_row * 2;
-            const std::size_t fits = kFusedBytes > fixed ? (kFusedBytes - fixed) / row : 0;
-            p.rows = static_cast<int>(std::clamp<std::size_t>(fits, 1, p.ho));
-            p.ring = std::min((p.rows - 1) * dw.stride + 3, p.hidden_h);
-            if (by_layers(layers, s, p, threads)) {
-                plan.hidden = std::max(plan.hidden, p.hidden_h * hidden_row);
-                plan.filtered = std::max(plan.filtered, whole_lines(p.ho * filtered_row));
-            }
-            plan.scratch = std::max(plan.scratch, p.ring * hidden_row + whole_lines(p.rows * filtered_row));
+            plan_block(plan, p, layers, s, element, forced);
         } else if (s.form == Step::Form::single) {
             p.ho = out_size(h, last.stride);
             p.wo = out_size(w, last.stride);
@@ -146,6 +187,10 @@ Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps,
         h = p.ho;
         w = p.wo;
     }
+    const LayerDesc &last = layers.back().desc;
+    if (last.kind == Kind::linear && !layers.back().packed.pairs && steps.size() > 1 &&
+        !(forced && *forced == BlockForm::layers))
+        plan.sums = sizeof(float) * ((last.cin - 1) / kPiece + 1) * padded(last.cout);
     if (layers.front().desc.kind == Kind::stem)
         plan.scratch += sizeof(float) * (kStemRing + 1) * stem_row(plan.w);
     return plan;

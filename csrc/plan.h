@@ -11,7 +11,7 @@
 namespace mnv2 {
 
 // One to three layers that run together. Missing parts are -1.
-//   block: [expand | stem] -> depthwise -> project, row by row or layer by layer
+//   block: [expand | stem] -> depthwise -> project, in one of the forms of BlockForm
 //   single: one convolution;  head: pointwise + average pool;  linear
 struct Step {
     enum class Form { block, single, head, linear } form;
@@ -22,12 +22,25 @@ struct Step {
     int first() const { return produce >= 0 ? produce : depthwise >= 0 ? depthwise : last; }
 };
 
+// How the threads of a team run a block. All give the same answer.
+//   fused:  a strip of output rows each, all three layers of it: one wait, a few hidden rows made twice
+//   part:   expanded and filtered by panels of hidden channels, none made twice; then, after a wait, projected
+//   layers: expanded, filtered and projected with waits between
+// `part` is `fused` where no 1x1 layer expands.
+enum class BlockForm { fused, part, layers };
+
 struct StepPlan {
     int h, w;               // of the step's input
     int hidden_h, hidden_w; // of the depthwise layer's input
     int ho, wo;             // of its output
-    int rows;               // output rows a thread makes at a time; ring is sized for them
-    int ring;               // hidden rows kept
+    BlockForm alone;        // the form in one thread
+    BlockForm together;     // and in more
+    int rows;               // output rows of a fused block that are projected at a time
+    int group;              // output rows that go through the ring at a time
+    int ring;               // hidden rows it keeps
+    std::size_t rings;      // floats of all rings of a thread
+
+    BlockForm form(int threads) const { return threads > 1 ? together : alone; }
 };
 
 // Sizes are bytes, whole cache lines. One arena: two activations, the tensors between the layers of a step that threads
@@ -38,9 +51,10 @@ struct Plan {
     std::size_t activation = 0;
     std::size_t hidden = 0;
     std::size_t filtered = 0;
+    std::size_t sums = 0; // of the pieces of a linear layer that is fused with the head before it; 0: it is not
     std::size_t scratch = 0;
 
-    std::size_t arena(int threads) const { return 2 * activation + hidden + filtered + threads * scratch; }
+    std::size_t arena(int threads) const { return 2 * activation + hidden + filtered + sums + threads * scratch; }
 };
 
 // Bytes of memory for n images: an arena a thread where each has images of its own, or one for all.
@@ -52,18 +66,15 @@ inline std::size_t workspace(const Plan &plan, int n) {
 
 constexpr int kPoolChunk = 56; // pixels of a head's tile of channels that are summed in float32 at a time
 
-// Whether a block runs layer by layer, which shares every row once among `threads` and needs two more waits, or row by
-// row, which keeps the hidden rows in L2 and makes a few of them twice. Large maps want the second, small ones the
-// first. More threads never turn a yes into a no.
-bool by_layers(const std::vector<Layer> &layers, const Step &s, const StepPlan &p, int threads);
+constexpr int kMaxGroup = 8; // of StepPlan::group
 
 // Groups layers into steps. Throws std::invalid_argument where they do not chain.
 std::vector<Step> make_steps(const std::vector<Layer> &layers, bool pool);
 
-// `threads`: the most that will share an image; `element`: bytes of an activation. Throws std::length_error where the
-// image is too large to plan for.
+// `threads`: the most that will share an image; `element`: bytes of an activation; `forced`: the form of every block,
+// or null for the one that forms.def has. Throws std::length_error where the image is too large to plan for.
 Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps, int h, int w, int threads,
-               std::size_t element);
+               std::size_t element, const BlockForm *forced = nullptr);
 
 // Elements from one pixel to the next in internal tensors.
 constexpr int padded(int channels) { return (channels + kChannelPad - 1) / kChannelPad * kChannelPad; }

@@ -32,8 +32,9 @@ struct Rows {
 template <class T> class Runner {
   public:
     Runner(const KernelTable &kernels, const std::vector<Layer> &layers, const std::vector<Step> &steps,
-           const Plan &plan, const Call &call, const float *table)
-        : kernels_(kernels), layers_(layers), steps_(steps), plan_(plan), call_(call), table_(table) {}
+           const Plan &plan, const Call &call, const float *table, double *seconds = nullptr)
+        : kernels_(kernels), layers_(layers), steps_(steps), plan_(plan), call_(call), table_(table),
+          seconds_(seconds) {}
 
     // Every image, by one member of a team that all call this with the same memory. Returns when this member is done.
     // `features`: room for the pooled ones of every image, T where a linear layer follows and else float32.
@@ -44,23 +45,41 @@ template <class T> class Runner {
 
     using Ends = Tensors<T, T>; // of a step
 
+    // What will be read soon, to be prefetched.
+    struct Ahead {
+        const float *begin;
+        std::ptrdiff_t size;
+    };
+
     struct Arena {
         T *activation[2];
         float *hidden;
         T *filtered;
+        float *sums;
         std::byte *scratch;
     };
 
     Arena arena(std::byte *memory, const Team &team) const;
     void image(Team &team, const Arena &arena, int image, void *features) const;
 
+    void clock(const Team &team, int step, double &since) const;
     Ends place(int step, const T *x, T *y, int image) const;
     void run_step(Team &team, const Arena &arena, int step, const Ends &t, void *features) const;
-    void block_by_rows(Team &team, const Arena &arena, int step, const Ends &t) const;
-    void block_by_layers(Team &team, const Arena &arena, int step, const Ends &t) const;
+    struct Block;
+    Block block(const Arena &arena, int step) const;
+    void fused(Team &team, const Block &b, const Ends &t) const;
+    void part_fused(Team &team, const Arena &arena, const Block &b, const Ends &t) const;
+    void by_layers(Team &team, const Arena &arena, const Block &b, const Ends &t) const;
+    int filter_panel(const Block &b, const Ends &t, int channel, int begin, int end, int made, float *ring, int &loaded,
+                     T *out) const;
     void single(Team &team, const Arena &arena, int step, const Ends &t) const;
     void head(Team &team, const Arena &arena, int step, const Ends &t, void *features) const;
     void linear(Team &team, int step, const T *x, int images) const;
+    void piece(const Layer &layer, int piece, const float *x, std::ptrdiff_t images, float *y, std::ptrdiff_t y_ld,
+               bool accumulate, int panel_begin, int panel_end) const;
+    void add_pieces(Team &team, const Layer &layer, const float *sums) const;
+    // Whether the head also classifies its image: with several, the weights are read once for all instead.
+    bool head_classifies() const { return plan_.sums > 0 && call_.n == 1; }
 
     template <class X, class Y>
     void pointwise(Team &team, const Layer &layer, const Tensors<X, Y> &t, std::ptrdiff_t pixels, const Y *residual,
@@ -70,21 +89,19 @@ template <class T> class Runner {
                    const Y *residual, std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const;
     template <class X, class Y>
     void multiply(const Layer &layer, int n, int cout, const Tensors<X, Y> &t, std::ptrdiff_t pixels, const Y *residual,
-                  std::ptrdiff_t residual_ld, int panel_begin, int panel_end) const;
-    int panels(const Layer &layer) const { return blocks(layer, kernels_.panel); }
-    void depthwise_row(const Layer &layer, const Rows &in, long row, T *y, std::ptrdiff_t y_ld, int block_begin,
-                       int block_end) const;
-    void expand_panel(const Layer &layer, const Ends &t, const Rows &ring, float *out, int from, int to,
-                      int panel) const;
+                  std::ptrdiff_t residual_ld, int panel_begin, int panel_end, const Ahead &ahead = {nullptr, 0}) const;
+    int panels(const Layer &layer) const { return (layer.desc.cout + kernels_.panel - 1) / kernels_.panel; }
+    void depthwise(const Layer &layer, const Rows &in, long begin, long end, T *y, std::ptrdiff_t y_ld, int channel,
+                   int channels) const;
+    void expand_panel(const Block &b, const Ends &t, const Rows &hidden, float *ring, int channel, int from,
+                      int to) const;
     void stem_rows(const Layer &layer, int image, int begin, int end, int width, float *y, std::ptrdiff_t y_ld,
                    float *rows, int &loaded) const;
     void load_row(int image, int row, float *out) const;
     template <class X> void load_row(const X *x, float *out) const;
-    void widen_rows(const Ends &t, const Rows &ring, float *out, int from, int to, int channels) const;
+    void widen_rows(const Ends &t, const Rows &ring, float *out, int channel, int from, int to, int channels) const;
 
     bool planar() const { return call_.element != Element::uint8 && !(call_.stride_c == 1 && call_.stride_w == 3); }
-    int blocks(const Layer &layer) const { return blocks(layer, kernels_.lanes); }
-    static int blocks(const Layer &layer, int size) { return (layer.desc.cout + size - 1) / size; }
 
     const KernelTable &kernels_;
     const std::vector<Layer> &layers_;
@@ -92,6 +109,7 @@ template <class T> class Runner {
     const Plan &plan_;
     const Call &call_;
     const float *table_;
+    double *const seconds_; // of each step for the last image, where the caller asks
 };
 
 } // namespace mnv2

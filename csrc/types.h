@@ -18,7 +18,11 @@ struct bf16 {
 // Every internal buffer starts on a cache line and pads its channels to this many, the widest vector of floats.
 constexpr int kChannelPad = 16;
 constexpr std::size_t kCacheLine = 64;
+constexpr int kMaxPanel = 2 * kChannelPad; // output channels of a panel of weights, of any instruction set
 
+// Inputs of a linear layer that are summed at a time, whole panels of them; their sums are then added in order. So the
+// answer does not depend on who sums which, and a sum of 1280 keeps its digits.
+constexpr int kPiece = 64;
 constexpr int kStemTaps = 27;       // 3 rows x 3 columns x 3 colours
 constexpr int kDepthwiseBlock = 10; // vectors per packed block of channels: 9 taps and the bias
 
@@ -27,7 +31,7 @@ template <class X, class W = X, class Y = X> struct Pointwise {
     const X *x;
     std::ptrdiff_t x_ld;
     const W *weight;   // panels [cout / panel][cin][panel], see pack.h
-    const float *bias; // padded to the panels
+    const float *bias; // padded to the panels; null: zero
     const Y *residual; // or null
     std::ptrdiff_t residual_ld;
     Y *y;
@@ -38,6 +42,9 @@ template <class X, class W = X, class Y = X> struct Pointwise {
     int panel_begin; // the panels to compute
     int panel_end;
     bool relu6;
+    bool accumulate = false;       // y holds the sum over earlier inputs, bias included: add to it
+    const float *ahead = nullptr;  // what will be read soon, to be prefetched, or null
+    std::ptrdiff_t ahead_size = 0; // its elements
 };
 using PointwiseArgs = Pointwise<float>;
 using PointwiseBf16Args = Pointwise<bf16>;
@@ -57,18 +64,21 @@ struct StemArgs {
     bool relu6;
 };
 
-// One output row of the 3x3 depthwise convolution with padding 1, elements Y.
+// Output rows of the 3x3 depthwise convolution with padding 1, elements Y. Pointers are to the first channel to
+// compute.
 template <class Y> struct Depthwise {
-    const float *rows[3]; // input rows above, at and below; null above the first and below the last
+    // The (outputs - 1) * stride + 3 input rows from the one above the first output's on; null outside of the image,
+    // which only the first and the last may be.
+    const float *const *rows;
     std::ptrdiff_t x_ld;
     const float *weight; // blocks [channels / lanes][9 taps + bias][lanes]
     Y *y;
     std::ptrdiff_t y_ld;
-    int width; // of the input; the output's is (width - 1) / stride + 1
+    std::ptrdiff_t y_row; // elements from one output row to the next
+    int outputs;          // rows
+    int width;            // of the input; the output's is (width - 1) / stride + 1
     int stride;
-    int channels;    // of the tensor, for the last block's tail
-    int block_begin; // the blocks of `lanes` channels to compute
-    int block_end;
+    int channels;
     bool relu6;
 };
 using DepthwiseArgs = Depthwise<float>;

@@ -191,6 +191,33 @@ def test_answer_does_not_depend_on_batch_threads_or_strides(
     assert torch.equal(network.run(x[:1].expand(3, -1, -1, -1), 2), alone[:1].expand(3, -1))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_all_forms_of_a_block_give_the_same_answer(isa: str) -> None:
+    """Of every block of a network, and of two whose filtered tensors are larger than one strip."""
+    kinds = ["pointwise", "depthwise", "pointwise"]
+    for layers, shape in [
+        (list(arch.network(10, 0.35)), (1, 3, 70, 50)),
+        (block(8, 136, 8, 1, True), (1, 8, 61, 37)),
+        (block(8, 136, 24, 2, False), (1, 8, 61, 90)),
+    ]:
+        network = cpu.Network(layers, folded(layers), pool=shape[1] == 3, isa=isa)
+        x = torch.randn(shape)
+        expected = network.run(x, 1)
+        for form in ("", *cpu.block_forms()):
+            for threads in (1, 2, 3, 8):
+                y, times = network.time_steps(x, threads, form)
+                assert torch.equal(y, expected), (form, threads)
+                assert [i for step in times for i in step.layers] == list(range(len(layers)))
+                assert all(step.seconds > 0 for step in times)
+                ran = {step.form for step in times if [layers[i].kind for i in step.layers] == kinds}
+                assert ran == {form} or not form
+
+
+def test_a_block_form_that_is_none_is_refused(small: tuple[list[LayerSpec], cpu.Network]) -> None:
+    with pytest.raises(ValueError, match="fused, part-fused or per-layer"):
+        small[1].time_steps(torch.randn(1, 3, 32, 32), 1, "half")
+
+
 def test_empty_batch(small: tuple[list[LayerSpec], cpu.Network]) -> None:
     assert small[1].run(torch.empty(0, 3, 32, 32)).shape == (0, 10)
 

@@ -7,29 +7,96 @@ namespace {
 struct PixelRows {
     const float *x;
     std::ptrdiff_t ld;
-    const float *at(int r, int k) const { return x + r * ld + k; }
+
+    // A pointer for three rows: addresses are then base, base + ld and base + 2 ld, and nothing is added between them.
+    template <int R> class Walk {
+      public:
+        explicit Walk(const PixelRows &rows) : ld_(rows.ld) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kBases; ++i) {
+                base_[i] = rows.x + 3 * i * rows.ld;
+                __asm__("" : "+r"(base_[i])); // or the compiler adds up each row's from the first one's
+            }
+        }
+        const float *at(int r) const { return base_[r / 3] + r % 3 * ld_; }
+        Vec pair(int r) const { return broadcast_pair(at(r)); }
+        void next() {
+#pragma GCC unroll 16
+            for (int i = 0; i < kBases; ++i)
+                ++base_[i];
+        }
+
+      private:
+        static constexpr int kBases = (R + 2) / 3;
+        const float *base_[kBases];
+        std::ptrdiff_t ld_;
+    };
 };
+
+// Where chunk number `chunk` of the inputs begins: at an even one, since they may go in pairs.
+inline int cut(int inputs, int chunk, int chunks) {
+    return chunk == chunks ? inputs : static_cast<int>(static_cast<std::int64_t>(inputs) * chunk / chunks) & ~1;
+}
+
+// Panels [from, to) for one pixel, several at once: one panel's few sums would wait for each other. Full panels only.
+inline int pointwise_pixel(const PointwiseArgs &a, int from, int to) {
+    constexpr int kAtOnce = 8 / kTileVecs; // 2 pipes x 4 cycles of latency
+    const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(kPanel) * a.cin;
+    int panel = from;
+    for (; panel + kAtOnce <= to && (panel + kAtOnce) * kPanel <= a.cout; panel += kAtOnce) {
+        const float *w = a.weight + panel * size;
+        Vec acc[kAtOnce][1][kTileVecs];
+#pragma GCC unroll 8
+        for (int i = 0; i < kAtOnce; ++i)
+#pragma GCC unroll 2
+            for (int v = 0; v < kTileVecs; ++v)
+                acc[i][0][v] = a.bias ? load(a.bias + (panel + i) * kPanel + v * kLanes) : zero();
+        for (int k = 0; k < a.cin; ++k, w += kPanel) {
+            const Vec x = broadcast(a.x + k);
+#pragma GCC unroll 8
+            for (int i = 0; i < kAtOnce; ++i)
+#pragma GCC unroll 2
+                for (int v = 0; v < kTileVecs; ++v)
+                    acc[i][0][v] = fma(x, load(w + i * size + v * kLanes), acc[i][0][v]);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kAtOnce; ++i)
+            finish<1, kTileVecs, float>(acc[i],
+                                        {nullptr, 0, a.y + (panel + i) * kPanel, 0, kPanel, a.relu6, a.accumulate});
+    }
+    return panel;
+}
 
 void pointwise(const PointwiseArgs &a) {
     const int chunks = (a.cin + kChunk - 1) / kChunk;
+    int panel = a.panel_begin;
+    if (a.pixels == 1 && chunks == 1 && !a.residual)
+        panel = pointwise_pixel(a, panel, a.panel_end);
     // Panels outside, pixels inside: the weights of a layer may be larger than L2, its pixels are not.
-    for (int panel = a.panel_begin; panel < a.panel_end; ++panel) {
+    for (; panel < a.panel_end; ++panel) {
         const int n = panel * kPanel, width = a.cout - n > kLanes ? kPanel : kLanes;
-        const float *w = a.weight + static_cast<std::ptrdiff_t>(n) * a.cin;
+        const float *const weight = a.weight + static_cast<std::ptrdiff_t>(n) * a.cin;
+        std::ptrdiff_t asked = 0; // elements of `ahead`; the first tile prefetches the next panel
         for (std::ptrdiff_t p = 0; p < a.pixels; p += kTileRows) {
             for (int chunk = 0; chunk < chunks; ++chunk) {
-                const int begin = static_cast<int>(static_cast<std::int64_t>(a.cin) * chunk / chunks);
-                const int end = static_cast<int>(static_cast<std::int64_t>(a.cin) * (chunk + 1) / chunks);
-                const bool last = chunk + 1 == chunks;
+                const int begin = cut(a.cin, chunk, chunks), end = cut(a.cin, chunk + 1, chunks);
+                const bool last = chunk + 1 == chunks, first = chunk == 0 && !a.accumulate;
+                const float *const w = weight + static_cast<std::ptrdiff_t>(begin) * width;
+                const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(end - begin) * width;
+                const float *ahead = w + size;
+                if (p > 0 && asked < a.ahead_size) {
+                    ahead = a.ahead + asked;
+                    asked += size;
+                }
                 const Epilogue e{last && a.residual ? a.residual + p * a.residual_ld + n : nullptr,
                                  a.residual_ld,
                                  a.y + p * a.y_ld + n,
                                  a.y_ld,
                                  a.cout - n,
                                  last && a.relu6,
-                                 chunk > 0};
-                gemm_tile(min(a.pixels - p, kTileRows), PixelRows{a.x + p * a.x_ld + begin, a.x_ld},
-                          w + static_cast<std::ptrdiff_t>(begin) * width, a.bias + n, end - begin, e);
+                                 !first};
+                gemm_tile(min(a.pixels - p, kTileRows), PixelRows{a.x + p * a.x_ld + begin, a.x_ld}, w,
+                          first && a.bias ? a.bias + n : nullptr, end - begin, ahead, e);
             }
         }
     }

@@ -54,7 +54,7 @@ template <int R> Bf16Pixels<R> pixels_of(const bf16 *x, std::ptrdiff_t ld) { ret
 template <int R> FloatPixels<R> pixels_of(const float *x, std::ptrdiff_t ld) { return {x, ld}; }
 
 template <int V> inline void prefetch_pairs(const bf16 *w, int pairs) {
-    prefetch_panel<V>(reinterpret_cast<const float *>(w), pairs);
+    prefetch_panel<V>(reinterpret_cast<const float *>(w) + V * kLanes * pairs);
 }
 
 template <int R, int V, class X, class Y>

@@ -4,21 +4,38 @@
 namespace mnv2::MNV2_ISA {
 namespace {
 
-struct Taps {
+template <int Step> struct Taps {
     const float *const *taps;
     std::ptrdiff_t offset;
-    std::ptrdiff_t step;
-    const float *at(int r, int k) const { return taps[k] + offset + r * step; }
+
+    template <int R> class Walk {
+      public:
+        explicit Walk(const Taps &t) : tap_(t.taps), offset_(t.offset) {}
+        const float *at(int r) const { return *tap_ + offset_ + r * Step; }
+        Vec pair(int r) const { return alternate(broadcast(at(r)), broadcast(tap_[1] + offset_ + r * Step)); }
+        void next() { ++tap_; }
+
+      private:
+        const float *const *tap_;
+        std::ptrdiff_t offset_;
+    };
 };
 
-void stem(const StemArgs &a) {
+template <int Step> void stem(const StemArgs &a) {
     for (int n = 0; n < a.cout; n += kPanel) {
         const float *w = a.weight + static_cast<std::ptrdiff_t>(n) * kStemTaps;
         for (std::ptrdiff_t p = 0; p < a.pixels; p += kTileRows) {
             const Epilogue e{nullptr, 0, a.y + p * a.y_ld + n, a.y_ld, a.cout - n, a.relu6, false};
-            gemm_tile(min(a.pixels - p, kTileRows), Taps{a.taps, p * a.step, a.step}, w, a.bias + n, kStemTaps, e);
+            gemm_tile(min(a.pixels - p, kTileRows), Taps<Step>{a.taps, p * Step}, w, a.bias + n, kStemTaps, w, e);
         }
     }
+}
+
+void stem(const StemArgs &a) {
+    if (a.step == 2)
+        stem<2>(a);
+    else
+        stem<6>(a);
 }
 
 } // namespace

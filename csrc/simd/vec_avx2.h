@@ -17,6 +17,8 @@ constexpr int kLanes = 8;
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = 2;
 constexpr bool kDot2 = false;
+// Output rows of a depthwise layer at a time: nine weights leave no registers for the sums of two.
+constexpr int kDepthwiseRows = 1;
 
 inline __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -36,6 +38,20 @@ inline Vec load_once(const float *p) {
 }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+// Two inputs side by side in memory, one in all even lanes and one in all odd; or the even lanes of
+// one vector and the odd ones of another.
+inline Vec broadcast_pair(const float *p) {
+    double pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return {_mm256_castpd_ps(_mm256_set1_pd(pair))};
+}
+inline Vec alternate(Vec even, Vec odd) { return {_mm256_blend_ps(even.v, odd.v, 0xaa)}; }
+// The sum of each even lane and the odd one after it: those of `low` in the lower half, of `high` in the upper.
+inline Vec sum_pairs(Vec low, Vec high) {
+    const __m256d sums = _mm256_castps_pd(_mm256_hadd_ps(low.v, high.v));
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(sums, 0xd8))};
+}
 
 // Two half vectors in one: the lower half of `low` and the upper half of `high`, and their way from and to memory.
 inline Vec join(Vec low, Vec high) { return {_mm256_blend_ps(low.v, high.v, 0xf0)}; }

@@ -14,6 +14,8 @@ constexpr int kLanes = 4;
 constexpr int kTileRows = 3;
 constexpr int kTileVecs = 2;
 constexpr bool kDot2 = true; // no float32 form is faster than bf16's own
+// Output rows of a depthwise layer at a time.
+constexpr int kDepthwiseRows = 1;
 
 template <class F> inline Vec each(F f) {
     Vec r;
@@ -46,6 +48,23 @@ inline Vec add(Vec a, Vec b) {
 }
 inline Vec fma(Vec a, Vec b, Vec c) {
     return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+
+// Two inputs side by side in memory, one in all even lanes and one in all odd; or the even lanes of one vector and the
+// odd ones of another.
+inline Vec broadcast_pair(const float *p) {
+    return each([p](int i) { return p[i % 2]; });
+}
+inline Vec alternate(Vec even, Vec odd) {
+    return each([&](int i) { return i % 2 ? odd.v[i] : even.v[i]; });
+}
+// The sum of each even lane and the odd one after it: those of `low` in the lower half, of `high` in the upper.
+inline Vec sum_pairs(Vec low, Vec high) {
+    return each([&](int i) {
+        const Vec &from = i < kLanes / 2 ? low : high;
+        const int lane = 2 * (i % (kLanes / 2));
+        return from.v[lane] + from.v[lane + 1];
+    });
 }
 
 // Two half vectors in one: the lower half of `low` and the upper half of `high`, and their way from and to memory.

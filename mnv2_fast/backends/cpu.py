@@ -12,6 +12,7 @@ import math
 import os
 import types
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -136,6 +137,20 @@ def _declines_tensor(tensor: Tensor) -> str | None:
     if max(tensor.shape, default=0) > _MAX_SIZE:
         return f"a tensor of {tuple(tensor.shape)} has a size over 2**31 - 1"
     return None
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step of a network: the layers that run as one, the form where they are a block, the time it took."""
+
+    layers: range
+    form: str
+    seconds: float
+
+
+def block_forms() -> tuple[str, ...]:
+    """The forms a block may run in."""
+    return tuple(_c().BLOCK_FORMS)
 
 
 class Network:
@@ -271,6 +286,22 @@ class Network:
         except ValueError as error:
             raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
         return y
+
+    def time_steps(self, x: Tensor, threads: int, form: str = "") -> tuple[Tensor, list[StepTime]]:
+        """The answer for one image, and the time of each step that makes it.
+
+        Args:
+            x: float32 [1, C, H, W].
+            threads: as for `run`.
+            form: one of `block_forms()` for all blocks as far as it fits them; by default each its own.
+        """
+        self._check(x, None)
+        x = x if self._first.kind == "stem" else _nhwc(x)
+        y = self._output(*x.shape[:1], *x.shape[2:])
+        rows = self._network.time_steps(
+            x.data_ptr(), x.stride(), (x.shape[0], *x.shape[2:]), y.data_ptr(), threads, form
+        )
+        return y, [StepTime(range(first, last + 1), name, seconds) for first, last, name, seconds in rows]
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         """Refuse what the extension would read past, since it sees addresses only."""
