@@ -16,10 +16,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, env
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 OK, BAD_FILES, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
@@ -127,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch-size", type=_count, default=1, metavar="N", help="images per call (1)")
     bench.add_argument("--size", type=_count, default=224, metavar="PIXELS", help="height and width (224)")
     bench.add_argument("--json", action="store_true", help="all times as JSON")
+    bench.add_argument("--blocks", action="store_true", help="time every form of every block instead")
 
     info = verb("info", _info, "print versions, processor, kernels and environment, or what a model takes")
     _add_model(info, "layers, sizes and memory of this one, instead", default=None)
@@ -249,6 +253,8 @@ def _bench(args: argparse.Namespace) -> int:
 
     model = demo.seeded_model() if args.weights is None else load_model(args.weights)
     engine = compile(model, dtype=args.dtype or "fp32", threads=args.threads)
+    if args.blocks:
+        return _bench_blocks(args, engine, args.threads or torch.get_num_threads())
     x = torch.randn((args.batch_size, 3, args.size, args.size), generator=torch.Generator().manual_seed(0))
     reference = demo.torchvision_twin(model) if _torchvision.installed() else None
     times = demo.race(demo.contenders(engine, reference, x), args.threads)
@@ -260,6 +266,21 @@ def _bench(args: argparse.Namespace) -> int:
     print(demo.table(times, args.batch_size))
     if reference is None:
         print("torchvision is not installed, nothing to compare with: pip install torchvision")
+    return OK
+
+
+def _bench_blocks(args: argparse.Namespace, engine: Engine, threads: int) -> int:
+    from . import blocks
+
+    if args.batch_size != 1:
+        raise UserError("--blocks times one image: leave --batch-size out")
+    found = blocks.measure(engine, args.size, threads)
+    if args.json:
+        rows = [{"block": b.name, "form": b.taken, "microseconds": b.times, "gain": b.gain} for b in found]
+        print(json.dumps({"engine": repr(engine), "threads": threads, "blocks": rows}))
+        return OK
+    print(f"{engine.dtype} {args.size} x {args.size}, threads: {threads}, {engine.isa}")
+    print(blocks.table(found))
     return OK
 
 

@@ -173,6 +173,11 @@ class Engine:
         """Bytes of weights as the kernels read them, beside those kept for `save`; 0 in plain torch."""
         return self._network.weight_bytes
 
+    @property
+    def network(self) -> object:
+        """What runs it: `backends.cpu.Network` on the kernels."""
+        return self._network
+
     def __call__(self, x: Tensor) -> Tensor:
         """Logits of a batch of images.
 

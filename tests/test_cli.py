@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mnv2_fast import MobileNetV2, arch, cli, compile, demo, env, ops, weights
+from mnv2_fast import MobileNetV2, arch, blocks, cli, compile, demo, env, ops, weights
 
 LABELS = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -361,6 +361,30 @@ def test_info_where_the_extension_is_built_for_another_python(
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times a few calls only: what they take is not what these tests are about."""
     monkeypatch.setattr(demo, "race", partial(demo.race, turns=1, timed=3))
+
+
+def test_bench_shows_every_form_of_every_block(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "measure", partial(blocks.measure, rounds=2))
+    for dtype in ("fp32", "bf16"):
+        arguments = ["bench", "--blocks", "--size", "32", "--threads", "2", "--dtype", dtype, "--json"]
+        assert cli.main(arguments) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["threads"] == 2
+        assert len(facts["blocks"]) >= 18  # 17 blocks and the head
+        for row in facts["blocks"]:
+            assert set(row["microseconds"]) == {"fused", "part-fused", "per-layer"}
+            assert all(time > 0 for time in row["microseconds"].values())
+            assert row["gain"] == pytest.approx(
+                row["microseconds"]["per-layer"] / row["microseconds"][row["form"]]
+            )
+    assert cli.main(["bench", "--blocks", "--size", "32", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "part-fused" in out
+    assert "features.17: 160 -> 320, 1 x 1" in out
+    assert "leave --batch-size out" in _fails(capsys, "bench", "--blocks", "--batch-size", "2")
+    assert "does not run on them" in _fails(capsys, "bench", "--blocks", "--backend", "eager")
 
 
 @pytest.mark.usefixtures("hurried")

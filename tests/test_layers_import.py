@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mnv2_fast"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "serve"),
-    ("demo", "info"),
+    ("blocks", "demo", "info"),
     ("train", "predict", "export"),
     ("engine",),
     ("adopt",),

@@ -1,0 +1,91 @@
+"""`mnv2 bench --blocks`: every form of every block timed, the one the kernels' table takes, and its gain."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import arch
+from .backends import cpu
+from .engine import Engine
+from .errors import UserError
+
+PER_LAYER = "per-layer"
+_WARM_UP = 5
+
+
+@dataclass(frozen=True)
+class Block:
+    """The times of one step of a network in microseconds (medians), by the form its blocks ran in.
+
+    `taken` is the form that the kernels' table has for it; of the head, whether the classifier is part of it.
+    """
+
+    name: str
+    taken: str
+    times: dict[str, float]
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as layer by layer the taken form is."""
+        return self.times[PER_LAYER] / self.times[self.taken]
+
+
+def measure(engine: Engine, size: int, threads: int, rounds: int = 100) -> list[Block]:
+    """Time one image in all forms. They take turns image by image, so that a slow moment meets all of them.
+
+    Raises:
+        UserError: the engine's network does not run on the CPU kernels.
+    """
+    network = engine.network
+    if not isinstance(network, cpu.Network):
+        raise UserError("--blocks times the CPU kernels, and this engine does not run on them: see mnv2 info")
+    x = torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(0))
+    seconds: dict[tuple[range, str], list[float]] = {}
+    taken = {}
+    for turn in range(_WARM_UP + rounds):
+        for form in ("", *cpu.block_forms()):
+            _, steps = network.time_steps(x, threads, form)
+            for step in steps:
+                if not form:
+                    taken[step.layers] = step.form
+                elif turn >= _WARM_UP:
+                    seconds.setdefault((step.layers, form), []).append(step.seconds)
+    layers = arch.layers(size=size, specs=engine.layers)
+    return [_block(layers, step, form, seconds) for step, form in taken.items()]
+
+
+def _block(
+    layers: Sequence[arch.Layer], step: range, form: str, seconds: dict[tuple[range, str], list[float]]
+) -> Block:
+    first, last = layers[step[0]], layers[step[-1]]
+    where = f"{first.spec.cin} -> {last.spec.cout}, {first.h} x {first.w}"
+    name = f"{'.'.join(last.spec.conv.split('.')[:2])}: {where}"
+    times = {}
+    for each in cpu.block_forms():
+        # Where the classifier is not part of the head, the two are steps of their own.
+        parts = [
+            found
+            for (other, kind), found in seconds.items()
+            if kind == each and other[0] in step and other[-1] in step
+        ]
+        times[each] = 1e6 * sum(statistics.median(part) for part in parts)
+    return Block(name, form or cpu.block_forms()[0], times)
+
+
+def table(blocks: Sequence[Block]) -> str:
+    """A line a block, the taken form's time marked, and the sum over all."""
+    forms = cpu.block_forms()
+    lines = [f"  {'median us':36}" + "".join(f"{form:>13}" for form in forms) + f"{'gain':>8}"]
+    for block in blocks:
+        cells = (f"{block.times[form]:12.1f}{'*' if form == block.taken else ' '}" for form in forms)
+        lines.append(f"  {block.name:36}{''.join(cells)}{block.gain:7.2f}x")
+    total = sum(block.times[block.taken] for block in blocks)
+    layered = sum(block.times[PER_LAYER] for block in blocks)
+    name, gain = "all: as the table has it, per layer", layered / total
+    lines.append(f"  {name:36}{total:12.1f} {layered:39.1f}{gain:7.2f}x")
+    lines.append("  * what the kernels' table (csrc/forms.def) takes; gain: over per-layer")
+    return "\n".join(lines)
