@@ -31,10 +31,12 @@ def path(folder: str, name: str) -> Path:
 
 
 def photos(folder: str, count: int | None = None) -> np.ndarray:
-    """The first `count` images, normalized, float32 [N, 3, 224, 224] contiguous."""
+    """The first `count` images, normalized, float32 [N, 3, 224, 224] contiguous; again from the first on
+    where there are fewer."""
     import numpy as np
 
-    return np.array(np.load(path(folder, PHOTOS), mmap_mode="r")[:count])
+    there = np.load(path(folder, PHOTOS), mmap_mode="r")
+    return np.array(there if count is None else there[np.arange(count) % len(there)])
 
 
 def calibration(folder: str, half: int) -> np.ndarray:

@@ -76,8 +76,8 @@ def table(rows: Sequence[CsvRow]) -> str:
         "",
         f"Medians in turns on {first['processor']}, {first['cores']} cores, fp32 peak {peak} GMAC/s; "
         f"{first['versions']}; weights {first['weights']}; commit {first['commit']}, {first['run'][:10]}. "
-        "16 images on two cores: the best of one two-thread session and two one-thread streams, these given "
-        "their share at once or one by one. First class: of the float network, on photos that int8 was not "
+        "16 images on two cores: the best of one two-thread session, two one-thread streams (s), and these "
+        "image by image (i). First class: of the float network, on photos that int8 was not "
         "calibrated on. First answer: of a fresh process, without imports. Memory: the most at one image "
         "over what the process held before loading.",
     ]
@@ -97,7 +97,8 @@ def _speed(rows: Sequence[CsvRow], who: Contender, batch: int, cores: int, rate:
     if row is None:
         return ""
     text = f"{float(row['images_per_s']):.0f}" if rate else f"{float(row['ms']):.2f}"
-    return text + ("\\*" if row["noisy"] == "True" else "")
+    form = {"session": "", "2 streams": " (s)"}.get(row["form"], " (i)")
+    return text + ("\\*" if row["noisy"] == "True" else "") + form
 
 
 def _facts(row: CsvRow | None) -> list[str]:
@@ -136,8 +137,10 @@ def draw_peers(rows: Sequence[CsvRow], path: Path) -> None:
     # The scalar kernels are there to be correct: their bar would flatten all the others.
     shown = [who for who in present(rows) if who.name != contenders.ENGINE_SCALAR]
     shown = [who for who in shown if fastest(rows, who, 1, 1)]
-    shown.sort(key=lambda who: (contenders.DTYPES.index(who.dtype), _value(rows, who, 1, 1, False) or 0.0))
-    places = [i + contenders.DTYPES.index(who.dtype) for i, who in enumerate(shown)]  # a gap between groups
+    groups = {who.title: f"{who.dtype}, AVX2" if who.name.endswith("avx2") else who.dtype for who in shown}
+    order = list(dict.fromkeys(sorted(groups.values(), key=lambda g: contenders.DTYPES.index(g[:4]))))
+    shown.sort(key=lambda who: (order.index(groups[who.title]), _value(rows, who, 1, 1, False) or 0.0))
+    places = [i + order.index(groups[who.title]) for i, who in enumerate(shown)]  # a gap for each title
     figure, panels = plt.subplots(
         1,
         4,
@@ -154,20 +157,19 @@ def draw_peers(rows: Sequence[CsvRow], path: Path) -> None:
     agreements = [row["agreement"] if (row := answers(rows, who)) else "" for who in shown]
     _dots(panels[-1], places, [100 * float(text) if text else None for text in agreements], colours)
     panels[0].set_yticks(places, labels=[who.name for who in shown], fontsize=9)
-    panels[0].invert_yaxis()
-    for dtype in contenders.DTYPES:
-        group = [place for place, who in zip(places, shown, strict=True) if who.dtype == dtype]
-        if group:
-            panels[0].text(
-                0.99,
-                group[-1],
-                dtype,
-                transform=panels[0].get_yaxis_transform(),
-                ha="right",
-                fontsize=13,
-                weight="bold",
-                color="#555555",
-            )
+    for name in order:
+        top = min(place for place, who in zip(places, shown, strict=True) if groups[who.title] == name)
+        panels[0].text(
+            -0.02,
+            top - 0.9,
+            name,
+            transform=panels[0].get_yaxis_transform(),
+            ha="right",
+            va="center",
+            fontsize=11,
+            weight="bold",
+        )
+    panels[0].set_ylim(places[-1] + 0.7, -1.5)
     figure.suptitle(f"MobileNetV2 1.0, 224x224, {rows[0]['processor']}", fontsize=11)
     _save(figure, path)
 
@@ -180,15 +182,17 @@ def _value(rows: Sequence[CsvRow], who: Contender, batch: int, cores: int, rate:
 def _bars(
     axes: Axes, places: Sequence[int], values: Sequence[float | None], colours: Sequence[str], digits: int
 ) -> None:
-    """Bars with their values; those far beyond the rest are cut off and say so."""
+    """Bars with their values; those far slower than the rest are cut off and say so."""
     known = sorted(value for value in values if value is not None)
     if not known:
         return
-    end = min(1.25 * known[-1], 3.2 * known[len(known) // 2])
+    end = 1.25 * known[-1]
+    if digits:  # milliseconds
+        end = min(end, 3.2 * known[len(known) // 2])
     drawn = [0.0 if value is None else min(value, 0.8 * end) for value in values]
     axes.barh(places, drawn, color=colours)
     for place, value, width in zip(places, values, drawn, strict=True):
-        text = "not measured" if value is None else f"{value:.{digits}f}"
+        text = "not timed" if value is None else f"{value:.{digits}f}"
         if value is not None and value > width:
             text += " »"
         axes.text(width + 0.015 * end, place, text, va="center", fontsize=8)
@@ -205,6 +209,7 @@ def _dots(axes: Axes, places: Sequence[int], values: Sequence[float | None], col
         axes.scatter([value], [place], s=30, color=colour)
         axes.text(value + 0.4, place, f"{value:.1f}", va="center", fontsize=8)
     axes.set_xlim(low, 102)
+    axes.locator_params(axis="x", integer=True, nbins=5)
     axes.set_title("float's first class, %\n(more is better)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -207,11 +207,20 @@ def test_answers_are_judged_on_the_photos_that_did_not_calibrate(tmp_path: Path)
     assert (row.agreement, row.top1, row.logit_error) == (0.5, 0.25, 1.0)
 
 
+def test_few_photos_serve_again_for_a_larger_batch(tmp_path: Path) -> None:
+    import numpy as np
+
+    np.save(tmp_path / material.PHOTOS, np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1))
+    assert material.photos(str(tmp_path), 5).ravel().tolist() == [0, 1, 2, 0, 1]
+    assert material.photos(str(tmp_path)).ravel().tolist() == [0, 1, 2]
+    assert [material.calibration(str(tmp_path), half).ravel().tolist() for half in (0, 1)] == [[0, 2], [1]]
+
+
 def test_the_readme_gets_its_table(tmp_path: Path) -> None:
     results.append(tmp_path / "peers.csv", rows(), results.context())
     table = plot.table(results.read_last_run(tmp_path / "peers.csv"))
     assert "| fp32 | mnv2_fast | 2.00 | 1.20 | 800 | 100.0% | 14.0 | 30 |  |" in table
-    assert "|  | OpenVINO | 3.00\\* |  | 640 |  |  |  |  |" in table
+    assert "|  | OpenVINO | 3.00\\* |  | 640 (s) |  |  |  |  |" in table
     assert "OpenVINO, bf16: emulated." in table
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
