@@ -91,6 +91,8 @@ class _EagerInt8Network:
     def __init__(self, network: QuantizedNetwork, table: Tensor) -> None:
         self._quantized, self._table = network, table
 
+    weight_bytes = 0  # it reads the tensors given
+
     @torch.autocast("cpu", enabled=False)
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:
         n, h, w = x.shape[0], *(x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:])
