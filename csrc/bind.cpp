@@ -78,7 +78,7 @@ bool run_int8(const Int8Network &network, Address x, bool bytes, const std::arra
 constexpr std::array<const char *, 3> kFormNames = {"fused", "part-fused", "per-layer"};
 
 // [(first layer, last layer, form or "" of a step that is no block, seconds)] for one image.
-std::vector<std::tuple<int, int, std::string, double>> time_steps(const Network &network, Address x,
+std::vector<std::tuple<int, int, std::string, double>> time_steps(const Network &network, Address x, Element element,
                                                                   const std::array<std::ptrdiff_t, 4> &strides,
                                                                   const std::array<int, 3> &size, Address y,
                                                                   int threads, const std::string &form) {
@@ -86,8 +86,8 @@ std::vector<std::tuple<int, int, std::string, double>> time_steps(const Network 
     if (!form.empty() && found == kFormNames.end())
         throw std::invalid_argument("no block form '" + form + "': fused, part-fused or per-layer");
     const BlockForm forced = static_cast<BlockForm>(found - kFormNames.begin());
-    const Call call{at<void>(x), Element::float32, strides[0], strides[1], strides[2], strides[3],
-                    size[0],     size[1],          size[2],    nullptr,    at<void>(y)};
+    const Call call{at<void>(x), element, strides[0], strides[1], strides[2], strides[3],
+                    size[0],     size[1], size[2],    nullptr,    at<void>(y)};
     std::vector<StepTime> times;
     {
         const py::gil_scoped_release release;
@@ -180,8 +180,8 @@ PYBIND11_MODULE(_C, m) {
              py::arg("isa") = "", py::arg("arithmetic") = Arithmetic::float32)
         .def("run", &run, py::arg("x"), py::arg("element"), py::arg("strides"), py::arg("size"), py::arg("residual"),
              py::arg("y"), py::arg("threads"))
-        .def("time_steps", &time_steps, py::arg("x"), py::arg("strides"), py::arg("size"), py::arg("y"),
-             py::arg("threads"), py::arg("form") = "")
+        .def("time_steps", &time_steps, py::arg("x"), py::arg("element"), py::arg("strides"), py::arg("size"),
+             py::arg("y"), py::arg("threads"), py::arg("form") = "")
         .def("workspace_bytes", &Network::workspace_bytes, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("threads"))
         .def("kept", &Network::kept)
         .def_property_readonly("activations", &Network::activations)

@@ -13,15 +13,17 @@ from .backends import cpu
 from .engine import Engine
 from .errors import UserError
 
-PER_LAYER = "per-layer"
+# As `cpu.block_forms()` has them.
+FUSED, PART_FUSED, PER_LAYER = "fused", "part-fused", "per-layer"
 _WARM_UP = 5
 
 
 @dataclass(frozen=True)
 class Block:
-    """The times of one step of a network in microseconds (medians), by the form its blocks ran in.
+    """The times of one step of a network in microseconds (medians), by the form it ran in.
 
-    `taken` is the form that the kernels' table has for it; of the head, whether the classifier is part of it.
+    `taken` is the form that the kernels' table has for it. A step has only the forms that fit
+    it: of the head, `fused` has the classifier in it.
     """
 
     name: str
@@ -29,9 +31,9 @@ class Block:
     times: dict[str, float]
 
     @property
-    def gain(self) -> float:
-        """How many times as fast as layer by layer the taken form is."""
-        return self.times[PER_LAYER] / self.times[self.taken]
+    def gain(self) -> float | None:
+        """How many times as fast as layer by layer the taken form is; None: there is no such form."""
+        return self.times[PER_LAYER] / self.times[self.taken] if PER_LAYER in self.times else None
 
 
 def measure(engine: Engine, size: int, threads: int, rounds: int = 100) -> list[Block]:
@@ -42,7 +44,9 @@ def measure(engine: Engine, size: int, threads: int, rounds: int = 100) -> list[
     """
     network = engine.network
     if not isinstance(network, cpu.Network):
-        raise UserError("--blocks times the CPU kernels, and this engine does not run on them: see mnv2 info")
+        raise UserError(
+            f"--blocks times the forms of fp32 and bf16 on the CPU kernels, not {engine}: see mnv2 info"
+        )
     x = torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(0))
     seconds: dict[tuple[range, str], list[float]] = {}
     taken = {}
@@ -52,7 +56,7 @@ def measure(engine: Engine, size: int, threads: int, rounds: int = 100) -> list[
             for step in steps:
                 if not form:
                     taken[step.layers] = step.form
-                elif turn >= _WARM_UP:
+                elif turn >= _WARM_UP and step.form in (form, "") and (step.form or form != PART_FUSED):
                     seconds.setdefault((step.layers, form), []).append(step.seconds)
     layers = arch.layers(size=size, specs=engine.layers)
     return [_block(layers, step, form, seconds) for step, form in taken.items()]
@@ -72,8 +76,9 @@ def _block(
             for (other, kind), found in seconds.items()
             if kind == each and other[0] in step and other[-1] in step
         ]
-        times[each] = 1e6 * sum(statistics.median(part) for part in parts)
-    return Block(name, form or cpu.block_forms()[0], times)
+        if parts:
+            times[each] = 1e6 * sum(statistics.median(part) for part in parts)
+    return Block(name, form or FUSED, times)
 
 
 def table(blocks: Sequence[Block]) -> str:
@@ -81,11 +86,15 @@ def table(blocks: Sequence[Block]) -> str:
     forms = cpu.block_forms()
     lines = [f"  {'median us':36}" + "".join(f"{form:>13}" for form in forms) + f"{'gain':>8}"]
     for block in blocks:
-        cells = (f"{block.times[form]:12.1f}{'*' if form == block.taken else ' '}" for form in forms)
-        lines.append(f"  {block.name:36}{''.join(cells)}{block.gain:7.2f}x")
+        cells = "".join(_cell(block.times.get(form), "*" if form == block.taken else " ") for form in forms)
+        lines.append(f"  {block.name:36}{cells}" + (f"{block.gain:7.2f}x" if block.gain else f"{'-':>7}"))
     total = sum(block.times[block.taken] for block in blocks)
-    layered = sum(block.times[PER_LAYER] for block in blocks)
+    layered = sum(block.times.get(PER_LAYER, block.times[block.taken]) for block in blocks)
     name, gain = "all: as the table has it, per layer", layered / total
     lines.append(f"  {name:36}{total:12.1f} {layered:39.1f}{gain:7.2f}x")
     lines.append("  * what the kernels' table (csrc/forms.def) takes; gain: over per-layer")
     return "\n".join(lines)
+
+
+def _cell(time: float | None, mark: str) -> str:
+    return f"{'-':>12} " if time is None else f"{time:12.1f}{mark}"

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -123,10 +124,13 @@ def check(network: QuantizedNetwork) -> None:
         _check_tensor(name, "bias", layer.bias, torch.int32, channels)
         _check_tensor(name, "scale", layer.scale, torch.float32, channels)
         _check_scale(name, "scale", layer.scale)
-        if (layer.weight == -128).any():
+        rows = layer.weight.numpy().reshape(spec.cout, -1)
+        if rows.min() == -128:
             raise UserError(f"{name}.weight holds -128, int8 weights are -127 to 127: quantize again")
         steps = feature_steps(spec.cin) if spec.kind == "linear" else 1
-        largest = layer.weight.double().abs().flatten(1).sum(1) * 255 * steps + layer.bias.double().abs()
+        # In integers by numpy: torch's float64 sums of all weights take 30 of the 60 ms of a start.
+        sums = np.abs(rows, dtype=np.int16).sum(1, dtype=np.int64)
+        largest = torch.from_numpy(sums).double() * 255 * steps + layer.bias.double().abs()
         bound = largest * layer.scale.double()
         limit = bound
         if is_linear(spec):

@@ -191,8 +191,9 @@ def test_answer_does_not_depend_on_batch_threads_or_strides(
     assert torch.equal(network.run(x[:1].expand(3, -1, -1, -1), 2), alone[:1].expand(3, -1))
 
 
+@pytest.mark.parametrize("arithmetic", [None, "bf16", "bf16_weights"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_all_forms_of_a_block_give_the_same_answer(isa: str) -> None:
+def test_all_forms_of_a_block_give_the_same_answer(isa: str, arithmetic: str | None) -> None:
     """Of every block of a network, and of two whose filtered tensors are larger than one strip."""
     kinds = ["pointwise", "depthwise", "pointwise"]
     for layers, shape in [
@@ -200,11 +201,12 @@ def test_all_forms_of_a_block_give_the_same_answer(isa: str) -> None:
         (block(8, 136, 8, 1, True), (1, 8, 61, 37)),
         (block(8, 136, 24, 2, False), (1, 8, 61, 90)),
     ]:
-        network = cpu.Network(layers, folded(layers), pool=shape[1] == 3, isa=isa)
+        precision = {"dtype": "bf16", "arithmetic": arithmetic} if arithmetic else {}
+        network = cpu.Network(layers, folded(layers), pool=shape[1] == 3, isa=isa, **precision)
         x = torch.randn(shape)
         expected = network.run(x, 1)
         for form in ("", *cpu.block_forms()):
-            for threads in (1, 2, 3, 8):
+            for threads in (1, 2, 3, 8) if arithmetic is None else (1, 3):
                 y, times = network.time_steps(x, threads, form)
                 assert torch.equal(y, expected), (form, threads)
                 assert [i for step in times for i in step.layers] == list(range(len(layers)))

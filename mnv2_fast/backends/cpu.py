@@ -257,32 +257,25 @@ class Network:
         """
         if threads is None:
             threads = torch.get_num_threads()
-        self._check(x, residual)
-        if x.dtype == torch.uint8:
-            n, h, w, _ = x.shape
-            strides = (x.stride(0), x.stride(3), x.stride(1), x.stride(2))
-        else:
-            if self._first.kind != "stem":
-                x = _nhwc(x.to(self._activations))
-            n, _, h, w = x.shape
-            strides = (x.stride(0), x.stride(1), x.stride(2), x.stride(3))
+        x, strides, size = self._see(x, residual)
         given = None if residual is None else _nhwc(residual.to(self._activations))
+        need = 0
         try:
-            need = self.workspace_bytes(n, h, w, threads) + 4 * math.prod(self._output_shape(n, h, w))
+            need = self.workspace_bytes(*size, threads) + 4 * math.prod(self._output_shape(*size))
             if not machine.fits_memory(need):
                 raise MemoryError
-            y = self._output(n, h, w)
+            y = self._output(*size)
             self._network.run(
                 x.data_ptr(),
                 self._elements[x.dtype],
                 strides,
-                (n, h, w),
+                size,
                 0 if given is None else given.data_ptr(),
                 y.data_ptr(),
                 threads,
             )
         except MemoryError:
-            raise machine.no_memory(need, n, h, w) from None
+            raise machine.no_memory(need, *size) from None
         except ValueError as error:
             raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
         return y
@@ -291,17 +284,35 @@ class Network:
         """The answer for one image, and the time of each step that makes it.
 
         Args:
-            x: float32 [1, C, H, W].
+            x: one image, as for `run`.
             threads: as for `run`.
             form: one of `block_forms()` for all blocks as far as it fits them; by default each its own.
+
+        Raises:
+            UserError: x does not fit the network, or there is no such form.
         """
-        self._check(x, None)
-        x = x if self._first.kind == "stem" else _nhwc(x)
-        y = self._output(*x.shape[:1], *x.shape[2:])
-        rows = self._network.time_steps(
-            x.data_ptr(), x.stride(), (x.shape[0], *x.shape[2:]), y.data_ptr(), threads, form
-        )
+        x, strides, size = self._see(x, None)
+        y = self._output(*size)
+        try:
+            rows = self._network.time_steps(
+                x.data_ptr(), self._elements[x.dtype], strides, size, y.data_ptr(), threads, form
+            )
+        except ValueError as error:
+            raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
         return y, [StepTime(range(first, last + 1), name, seconds) for first, last, name, seconds in rows]
+
+    def _see(
+        self, x: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, tuple[int, int, int, int], tuple[int, int, int]]:
+        """The input as the extension reads it, its strides (N, C, H, W) in elements, and (N, H, W)."""
+        self._check(x, residual)
+        if x.dtype == torch.uint8:
+            n, h, w, _ = x.shape
+            return x, (x.stride(0), x.stride(3), x.stride(1), x.stride(2)), (n, h, w)
+        if self._first.kind != "stem":
+            x = _nhwc(x.to(self._activations))
+        n, _, h, w = x.shape
+        return x, (x.stride(0), x.stride(1), x.stride(2), x.stride(3)), (n, h, w)
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         """Refuse what the extension would read past, since it sees addresses only."""
