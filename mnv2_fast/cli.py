@@ -23,6 +23,7 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .quantize import Judgement
 
 OK, BAD_FILES, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
@@ -106,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mnv2",
         description="MobileNetV2 on fast kernels of its own.",
-        epilog="Exit codes: 0 done; 1 photos that could not be used, or answers that differ; 2 a mistake.",
+        epilog="Exit codes: 0 done; 1 photos that could not be used, or answers that differ (then quantize "
+        "writes no file); 2 a mistake.",
     )
     parser.add_argument("--version", action="version", version=f"mnv2-fast {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
@@ -145,6 +147,23 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--size", type=_count, default=224, metavar="PIXELS", help="height and width (224)")
     export.add_argument("output", metavar="FILE", help="file to write")
 
+    quantize = verb("quantize", _quantize, "write a model as an int8 engine, calibrated on photos")
+    quantize.add_argument("--data", required=True, metavar="DIR", help="photos: half calibrate, half judge")
+    quantize.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
+    _add_model(quantize, f"a weights file, or published weights ({DEFAULT_WEIGHTS})")
+    quantize.add_argument(
+        "--images", type=_count, default=200, metavar="N", help="of the photos at most (200)"
+    )
+    quantize.add_argument(
+        "--min-agreement",
+        type=_share,
+        default=0.9,
+        metavar="SHARE",
+        help="same first class as the float network, 0 to 1: under it no file is written (0.9)",
+    )
+    quantize.add_argument("--per-layer", action="store_true", help="print each layer's SQNR in dB")
+    quantize.add_argument("--threads", type=_count, metavar="N", help="torch's number by default")
+
     demo = verb("demo", _demo, "classify a photo, check the answer against torchvision's and time both")
     demo.add_argument("photo", nargs="?", metavar="PHOTO", help="a file; by default the cat of scikit-image")
     _add_model(demo)
@@ -175,6 +194,16 @@ def _count(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
+    return number
+
+
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number from 0 to 1")
     return number
 
 
@@ -309,6 +338,108 @@ def _export(args: argparse.Namespace) -> int:
         checked = f"largest difference of onnxruntime's logits {difference:.2e}"
     print(f"{args.output}: {checked}")
     return OK
+
+
+class _Stages:
+    """Counts the steps of some stages one after another, with a bar for each at a terminal."""
+
+    def __init__(self) -> None:
+        self.done = "nothing done"
+        self._stage = ""
+        self._bar: Any = None
+        self._tqdm: Any = None
+        if sys.stderr.isatty():
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                self._tqdm = tqdm
+
+    def advance(self, stage: str, done: int, of: int) -> None:
+        """`done` of `of` steps of a stage are done."""
+        self.done = f"{done} of {of} {stage}"
+        if self._tqdm is None:
+            return
+        if stage != self._stage:
+            self.close()
+            self._stage = stage
+            self._bar = self._tqdm(total=of, desc=stage, file=sys.stderr, dynamic_ncols=True, leave=False)
+        self._bar.update(done - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Print a line on stderr, above the bar."""
+        if self._bar is None:
+            print(text, file=sys.stderr)
+        else:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    import torch
+
+    from . import quantize
+    from .engine import check_threads
+    from .predict import load_model
+    from .weights import output_file
+
+    output_file(args.out)  # before the work
+    torch.set_num_threads(check_threads(args.threads) or torch.get_num_threads())
+    calibrating, judging = quantize.split(args.data, args.images)
+    unusable: list[Exception] = []
+    stages = _Stages()
+
+    def skip(error: Exception) -> None:
+        unusable.append(error)
+        stages.say(f"mnv2: {_line(error)}")
+
+    written = False
+    try:
+        with contextlib.closing(stages):
+            model = load_model(args.weights)
+            engine = quantize.quantize(model, calibrating, skip, stages.advance)
+            found = quantize.judge(model, engine, judging, skip, stages.advance, per_layer=args.per_layer)
+        if unusable:
+            of = len(calibrating) + len(judging)
+            print(f"mnv2: {len(unusable)} of {of} photos could not be used", file=sys.stderr)
+        with _whole():
+            print(_judgement(found, len(calibrating) + len(judging) - len(unusable) - found.photos))
+            if found.agreement < args.min_agreement:
+                print(
+                    f"mnv2: agreement {found.agreement:.1%} is under --min-agreement {args.min_agreement:g}, "
+                    f"{args.out} is not written: calibrate on more photos, or on ones like those in use",
+                    file=sys.stderr,
+                )
+                return BAD_FILES
+            engine.save(args.out)
+            written = True
+            print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB")
+    except KeyboardInterrupt:
+        end = "is written" if written else "is not written"
+        raise KeyboardInterrupt(f"{stages.done}, {args.out} {end}") from None
+    return OK
+
+
+def _judgement(found: Judgement, calibrated: int) -> str:
+    """What `mnv2 quantize` says of an engine."""
+    lines = [f"  {name:32}{decibels:7.1f} dB" for name, decibels in found.layers]
+    if lines:
+        lines.insert(0, "SQNR of each layer's output, beside the float network's:")
+    lines.append(f"calibrated on {calibrated} photos, judged on {found.photos} others")
+    lines.append(f"agreement with the float network: {found.agreement:.1%}")
+    if found.top1 is None:
+        lines.append("top-1 not known: no photo is in a folder with the name of one of the model's classes")
+    else:
+        exact, quantized = found.top1
+        lines.append(
+            f"top-1 on the {found.labelled} photos in folders of classes: {quantized:.1%}, "
+            f"float {exact:.1%}, drop {100 * (exact - quantized):.1f} points"
+        )
+    return "\n".join(lines)
 
 
 def _demo(args: argparse.Namespace) -> int:

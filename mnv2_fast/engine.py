@@ -46,7 +46,7 @@ Folded = Sequence[tuple[Tensor, Tensor]]
 
 _NO_CALIBRATION = (
     "dtype='int8' needs calibration images: give calibration=, a folder of photos, a tensor or a loader, "
-    "about 100 images"
+    "about 100 images, or use a file of `mnv2 quantize`"
 )
 
 
@@ -176,6 +176,11 @@ class Engine:
         return self._network.weight_bytes
 
     @property
+    def tensors(self) -> Folded | QuantizedNetwork:
+        """(weight, bias) of each layer, batch norm folded in; of int8 the quantized network."""
+        return self._tensors
+
+    @property
     def network(self) -> object:
         """What runs it: `backends.cpu.Network` on the kernels."""
         return self._network
@@ -255,7 +260,11 @@ class Engine:
 
 
 def compile(
-    model: nn.Module, dtype: str = "fp32", threads: int | None = None, calibration: object = None
+    model: nn.Module,
+    dtype: str = "fp32",
+    threads: int | None = None,
+    calibration: object = None,
+    progress: quant.Progress | None = None,
 ) -> Engine:
     """Freeze a model into an Engine; the model itself is untouched and later changes to it are not seen.
 
@@ -266,6 +275,7 @@ def compile(
         threads: at most this many; by default torch's number at each call.
         calibration: images to quantize by, about 100, for "int8" alone: a tensor, batches of a loader, a
             folder of photos or a list of them, as `calibration.read` takes them. Labels are not looked at.
+        progress: called with (steps done, steps) while "int8" is being made.
 
     Raises:
         UserError: the model is not a plain MobileNetV2 (the message says where), is on another device, or an
@@ -301,7 +311,7 @@ def compile(
         int8.check_specs(chain.specs)  # before photos are read
         images = preprocessing or Preprocessing()
         batches = read_calibration(calibration, images)
-        tensors = quant.quantize(chain.specs, chain.fold(reading.tensors), batches, images)
+        tensors = quant.quantize(chain.specs, chain.fold(reading.tensors), batches, images, progress)
     else:
         tensors = chain.fold(reading.tensors, dtype)
     classes = chain.specs[-1].cout

@@ -7,7 +7,7 @@ will see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,22 +99,35 @@ def _check_finite(specs: Sequence[LayerSpec], statistics: Sequence[_Statistics])
 
 def _measure(specs: Sequence[LayerSpec], folded: Folded, x: Tensor) -> list[_Statistics]:
     """Of each layer, over images [N, 3, H, W]."""
-    found = []
+    return [
+        _Statistics(_mean_inputs(spec, x), y.amin((0, 2, 3)), y.amax((0, 2, 3)), y.square().mean((0, 2, 3)))
+        for spec, x, y in walk(specs, folded, x)
+    ]
+
+
+@torch.no_grad()
+def walk(specs: Sequence[LayerSpec], folded: Folded, x: Tensor) -> Iterator[tuple[LayerSpec, Tensor, Tensor]]:
+    """Each layer of the float network with its input and its output, residual and ReLU6 included.
+
+    Args:
+        specs: the layers, from the stem to the classifier.
+        folded: (weight, bias) of each.
+        x: float32 [N, 3, H, W].
+    """
     outputs: list[Tensor] = []
     for spec, (weight, bias) in zip(specs, folded, strict=True):
         if spec.kind == "linear":
             x = x.mean((2, 3), keepdim=True)
-        inputs = _mean_inputs(spec, x)
         padding, groups = _padding_and_groups(spec)
         kernel = weight if weight.dim() == 4 else weight[:, :, None, None]
-        x = F.conv2d(x, kernel, bias, spec.stride, padding, groups=groups)
+        y = F.conv2d(x, kernel, bias, spec.stride, padding, groups=groups)
         if spec.relu6:
-            x = x.clamp(0, 6)
+            y = y.clamp(0, 6)
         elif spec.residual:
-            x = x + outputs[len(outputs) - spec.residual - 1]
-        outputs.append(x if is_linear(spec) else x[:0])
-        found.append(_Statistics(inputs, x.amin((0, 2, 3)), x.amax((0, 2, 3)), x.square().mean((0, 2, 3))))
-    return found
+            y = y + outputs[len(outputs) - spec.residual - 1]
+        outputs.append(y if is_linear(spec) else y[:0])
+        yield spec, x, y
+        x = y
 
 
 def _join(found: Sequence[_Statistics], images: Sequence[int]) -> _Statistics:

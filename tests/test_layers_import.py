@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "serve"),
     ("blocks", "demo", "info"),
-    ("train", "predict", "export"),
+    ("train", "predict", "export", "quantize"),
     ("engine",),
     ("adopt",),
     ("model",),
