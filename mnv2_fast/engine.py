@@ -15,21 +15,23 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from . import arch, env, int8, machine, quant, weights
+from . import arch, env, int8, machine, weights
 from .arch import KINDS, LayerSpec
 from .backends import cpu, eager
-from .calibration import read as read_calibration
 from .chain import Chain, Link, weight_dtype
 from .errors import UserError
 from .int8 import QuantizedNetwork
 from .model import InputError, MobileNetV2, accelerate
 from .nn import Declined
 from .weights import Preprocessing
+
+if TYPE_CHECKING:
+    from .quant import Progress
 
 log = logging.getLogger("mnv2_fast")
 
@@ -264,7 +266,7 @@ def compile(
     dtype: str = "fp32",
     threads: int | None = None,
     calibration: object = None,
-    progress: quant.Progress | None = None,
+    progress: Progress | None = None,
 ) -> Engine:
     """Freeze a model into an Engine; the model itself is untouched and later changes to it are not seen.
 
@@ -310,7 +312,10 @@ def compile(
     if dtype == "int8":
         int8.check_specs(chain.specs)  # before photos are read
         images = preprocessing or Preprocessing()
-        batches = read_calibration(calibration, images)
+        from . import quant  # with Pillow, which no other dtype needs: 80 ms of a start
+        from .calibration import read
+
+        batches = read(calibration, images)
         tensors = quant.quantize(chain.specs, chain.fold(reading.tensors), batches, images, progress)
     else:
         tensors = chain.fold(reading.tensors, dtype)
