@@ -23,6 +23,9 @@ def test_readme_programs_run(
     monkeypatch.setenv("MNV2_WEIGHTS", str(weights_v1.parent))
     monkeypatch.chdir(tmp_path)
     shutil.copy(photos[0], tmp_path / "cat.jpg")
+    (tmp_path / "photos").mkdir()
+    for photo in photos[:8]:
+        shutil.copy(photo, tmp_path / "photos")
     programs = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(programs) >= 3
     names: dict[str, object] = {"torch": torch, "images": torch.zeros(2, 3, 64, 64)}
