@@ -89,3 +89,18 @@ def test_batch_and_threads_do_not_change_an_answer(judged: Judged, threads: int)
     engine = mnv2_fast.compile(judged.model, threads=threads)
     together = engine(judged.images[:17])
     assert torch.equal(together, torch.cat([engine(x[None]) for x in judged.images[:17]]))
+
+
+def test_int8_keeps_the_answers(judged: Judged, tmp_path: Path) -> None:
+    classes = judged.exact.argmax(1)
+    agreements = []
+    for half in (0, 1):
+        engine = mnv2_fast.compile(judged.model, dtype="int8", calibration=judged.images[half::2])
+        engine.save(tmp_path / "m.safetensors")
+        logits = engine(judged.images[1 - half :: 2])
+        assert torch.equal(mnv2_fast.load(tmp_path / "m.safetensors")(judged.images[1 - half :: 2]), logits)
+        agreements.append((logits.argmax(1) == classes[1 - half :: 2]).float().mean().item())
+    megabytes = (tmp_path / "m.safetensors").stat().st_size / 1e6
+    print(f"int8: agreement {agreements[0]:.1%} and {agreements[1]:.1%}, {megabytes:.1f} MB")
+    assert sum(agreements) / 2 >= 0.97
+    assert megabytes < 4
