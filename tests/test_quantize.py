@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LABELS = ["red", "green", "blue", "white", "black"]
 COLOURS = ((210, 50, 50), (50, 210, 50), (50, 50, 210), (210, 210, 210), (50, 50, 50))
 PREPROCESSING = Preprocessing(32, 32)
+# Twenty photos near the border of a class: how many agree depends on the order in which torch's threads add.
+ANY = ("--min-agreement", 0)
 
 
 def save_weights(path: Path, spread: float) -> str:
@@ -95,7 +97,7 @@ def test_a_file_that_predict_takes(
     weights: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "m.safetensors"
-    code, out, err = run(capsys, "--data", photos, "--out", file, "--weights", weights)
+    code, out, err = run(capsys, "--data", photos, "--out", file, "--weights", weights, *ANY)
     assert (code, err) == (0, "")
     assert "calibrated on 20 photos, judged on 20 others" in out
     assert "top-1 not known: no photo is in a folder with the name" in out
@@ -135,7 +137,8 @@ def test_folders_of_classes_give_the_drop_in_top1(
     folder = tmp_path / "classes"
     for name in ("red", "blue", "nobody"):
         write_photos(folder / name, 12)
-    _, out, _ = run(capsys, "--data", folder, "--out", tmp_path / "m", "--weights", weights)
+    code, out, _ = run(capsys, "--data", folder, "--out", tmp_path / "m", "--weights", weights, *ANY)
+    assert code == 0
     model = mnv2_fast.mobilenet_v2(weights=weights).eval()
     _, judging = quantize.split(folder)
     known = [path for path in judging if path.parent.name in LABELS]
@@ -153,7 +156,8 @@ def test_folders_of_classes_give_the_drop_in_top1(
 def test_each_layers_error(
     weights: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, out, _ = run(capsys, "--data", photos, "--out", tmp_path / "m", "--weights", weights, "--per-layer")
+    args = ["--data", photos, "--out", tmp_path / "m", "--weights", weights, "--per-layer", *ANY]
+    _, out, _ = run(capsys, *args)
     engine = mnv2_fast.load(tmp_path / "m")
     lines = out.splitlines()[1 : len(engine.layers) + 1]
     assert [line.split()[0] for line in lines] == [spec.conv for spec in engine.layers]
@@ -188,7 +192,7 @@ def test_damaged_photos_are_named_once_and_counted(
 ) -> None:
     for name in ("04.png", "39.png"):  # one to calibrate on, and the last one to judge by
         (photos / name).write_text("no photo")
-    code, out, err = run(capsys, "--data", photos, "--out", tmp_path / "m", "--weights", weights)
+    code, out, err = run(capsys, "--data", photos, "--out", tmp_path / "m", "--weights", weights, *ANY)
     assert code == 0
     assert "calibrated on 19 photos, judged on 19 others" in out
     first, second, count = err.splitlines()
