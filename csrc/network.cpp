@@ -1,6 +1,5 @@
 #include "network.h"
 
-#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
@@ -9,10 +8,6 @@
 
 namespace mnv2 {
 namespace {
-
-constexpr std::size_t kPlans = 8;              // image sizes remembered
-constexpr std::size_t kWorkspaces = 16;        // kept for later calls
-constexpr std::size_t kKeptBytes = 256u << 20; // of all that are kept: what is more goes back to the system
 
 int depth(const LayerDesc &d) { return d.kind == Kind::stem ? kStemTaps : d.cin; }
 
@@ -45,7 +40,6 @@ Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layer
     for (const LayerDesc &d : layers)
         layers_.push_back({d, {}});
     steps_ = make_steps(layers_, pool);
-    free_.reserve(kWorkspaces); // so that giving memory back after the work cannot fail
     for (const Layer &layer : layers_)
         weight_bytes_ += packed_size(kernels, layer.desc, arithmetic);
     // One block in the order of use: a kernel that prefetches past its own weights reaches the next layer's (7% of an
@@ -62,60 +56,7 @@ Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layer
 }
 
 std::shared_ptr<const Plan> Network::plan(int h, int w, int threads) const {
-    if (forked_child()) // the mutex may be locked for ever
-        return std::make_shared<const Plan>(make_plan(layers_, steps_, h, w, threads, element_bytes()));
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (std::size_t i = 0; i < plans_.size(); ++i)
-        if (plans_[i]->h == h && plans_[i]->w == w && plans_[i]->threads == threads) {
-            std::rotate(plans_.begin(), plans_.begin() + i, plans_.begin() + i + 1); // most recent first
-            return plans_.front();
-        }
-    auto made = std::make_shared<const Plan>(make_plan(layers_, steps_, h, w, threads, element_bytes()));
-    if (plans_.size() == kPlans)
-        plans_.pop_back();
-    plans_.insert(plans_.begin(), std::move(made));
-    return plans_.front();
-}
-
-Memory Network::take_workspace(std::size_t bytes, std::size_t &capacity) const {
-    Workspace found{0, nullptr};
-    if (!forked_child()) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        // The smallest that is large enough; where none is, the largest makes room for a new one.
-        auto best = free_.end();
-        for (auto it = free_.begin(); it != free_.end(); ++it)
-            if (best == free_.end() ||
-                (best->capacity < bytes ? it->capacity > best->capacity
-                                        : it->capacity >= bytes && it->capacity < best->capacity))
-                best = it;
-        if (best != free_.end()) {
-            found = std::move(*best);
-            kept_ -= found.capacity;
-            free_.erase(best);
-        }
-    }
-    if (found.capacity >= bytes && found.memory) {
-        capacity = found.capacity;
-        return std::move(found.memory);
-    }
-    found.memory.reset(); // too small: freed before the larger one is asked for
-    capacity = bytes;
-    return allocate(bytes);
-}
-
-void Network::give_workspace(Memory memory, std::size_t capacity) const {
-    if (forked_child())
-        return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (free_.size() == kWorkspaces || capacity > kKeptBytes - kept_)
-        return;
-    kept_ += capacity;
-    free_.push_back({capacity, std::move(memory)});
-}
-
-std::pair<std::size_t, std::size_t> Network::kept() const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return {plans_.size(), kept_};
+    return plans_.get(h, w, threads, [&] { return make_plan(layers_, steps_, h, w, threads, element_bytes()); });
 }
 
 std::size_t Network::workspace_bytes(int n, int h, int w, int threads) const {
@@ -167,18 +108,18 @@ void Network::execute(const Call &call, const Plan &plan, int threads, double *s
     const bool classifies = steps_.back().form == Step::Form::linear && steps_.size() > 1;
     const std::size_t features = classifies ? sizeof(float) * call.n * layers_.back().desc.cin : 0;
     const std::size_t bytes = workspace(plan, call.n);
-    std::size_t capacity = 0;
-    Memory memory = take_workspace(bytes + features, capacity);
-    void *const pooled = classifies ? memory.get() + bytes : call.y;
+    Workspace own = workspaces_.take(bytes + features);
+    std::byte *const memory = own.memory.get();
+    void *const pooled = classifies ? memory + bytes : call.y;
     const float *const table = table_.empty() ? nullptr : table_.data();
     const auto run = [&](const auto &runner) {
-        parallel(threads, [&](Team &team) { runner.run(team, memory.get(), pooled); });
+        parallel(threads, [&](Team &team) { runner.run(team, memory, pooled); });
     };
     if (arithmetic_ == Arithmetic::bf16)
         run(Runner<bf16>(kernels_, layers_, steps_, plan, call, table, seconds));
     else
         run(Runner<float>(kernels_, layers_, steps_, plan, call, table, seconds));
-    give_workspace(std::move(memory), capacity);
+    workspaces_.give(std::move(own));
 }
 
 } // namespace mnv2

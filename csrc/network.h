@@ -2,7 +2,6 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -10,6 +9,7 @@
 #include "pack.h"
 #include "plan.h"
 #include "types.h"
+#include "workspace.h"
 
 namespace mnv2 {
 
@@ -49,8 +49,8 @@ class Network {
     std::vector<StepTime> time_steps(const Call &call, int threads, const BlockForm *forced) const;
 
     std::size_t workspace_bytes(int n, int h, int w, int threads) const;
-    std::size_t weight_bytes() const { return weight_bytes_; } // as packed
-    std::pair<std::size_t, std::size_t> kept() const;          // plans, and bytes of workspaces, for later calls
+    std::size_t weight_bytes() const { return weight_bytes_; }                                        // as packed
+    std::pair<std::size_t, std::size_t> kept() const { return {plans_.size(), workspaces_.bytes()}; } // for later calls
     const char *isa() const { return kernels_.isa; }
     Element activations() const { return arithmetic_ == Arithmetic::bf16 ? Element::bf16 : Element::float32; }
 
@@ -58,8 +58,6 @@ class Network {
     void check(const Call &call, int threads) const;
     void execute(const Call &call, const Plan &plan, int threads, double *seconds) const;
     std::shared_ptr<const Plan> plan(int h, int w, int threads) const;
-    Memory take_workspace(std::size_t bytes, std::size_t &capacity) const;
-    void give_workspace(Memory memory, std::size_t capacity) const;
 
     std::size_t element_bytes() const { return arithmetic_ == Arithmetic::bf16 ? sizeof(bf16) : sizeof(float); }
 
@@ -71,14 +69,8 @@ class Network {
     std::size_t weight_bytes_ = 0;
     std::vector<float> table_;
 
-    struct Workspace {
-        std::size_t capacity;
-        Memory memory;
-    };
-    mutable std::mutex mutex_; // guards the two caches below, never the work
-    mutable std::vector<std::shared_ptr<const Plan>> plans_;
-    mutable std::vector<Workspace> free_;
-    mutable std::size_t kept_ = 0; // bytes in free_
+    mutable Plans<Plan> plans_;
+    mutable Workspaces workspaces_;
 };
 
 } // namespace mnv2

@@ -59,8 +59,32 @@ class _Network(Protocol):
     def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int: ...
 
 
-class _EagerNetwork:
-    """The same layers in plain torch: for a machine without the extension, and the twin that judges it."""
+class _Eager:
+    """A network in plain torch: for a machine without the extension, and the twin that judges it."""
+
+    weight_bytes = 0  # it reads the tensors given
+    _table: Tensor  # [3, 256], what each uint8 is to the network
+
+    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
+        raise NotImplementedError
+
+    def _see(self, x: Tensor) -> Tensor:
+        """The images as [N, 3, H, W], uint8 ones looked up.
+
+        Raises:
+            MemoryError: there is less memory than the call needs.
+        """
+        n, h, w = x.shape[0], *(x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:])
+        need = self.workspace_bytes(n, h, w, 1)
+        if not machine.fits_memory(need):
+            raise machine.no_memory(need, n, h, w)
+        if x.dtype == torch.uint8:
+            return torch.stack([self._table[c][x[..., c].long()] for c in range(3)], 1)
+        return x
+
+
+class _EagerNetwork(_Eager):
+    """The same layers, folded."""
 
     def __init__(self, layers: Sequence[LayerSpec], tensors: Folded, table: Tensor) -> None:
         self._layers = tuple(layers)
@@ -68,18 +92,10 @@ class _EagerNetwork:
         self._tensors = [tensor.float() for pair in tensors for tensor in pair]
         self._table = table
 
-    weight_bytes = 0  # it reads torch's own
-
     @torch.no_grad()
     @torch.autocast("cpu", enabled=False)  # float32 logits, whatever surrounds the call
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:
-        n, h, w = x.shape[0], *(x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:])
-        need = self.workspace_bytes(n, h, w, 1)
-        if not machine.fits_memory(need):
-            raise machine.no_memory(need, n, h, w)
-        if x.dtype == torch.uint8:
-            x = torch.stack([self._table[c][x[..., c].long()] for c in range(3)], 1)
-        return eager.network(x, self._tensors, self._spec)
+        return eager.network(self._see(x), self._tensors, self._spec)
 
     def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
         """What its largest layer reads and writes: about what torch's allocator is asked for."""
@@ -87,23 +103,15 @@ class _EagerNetwork:
         return 4 * n * max(largest, 5 * h * w * 3)  # a byte becomes an index of 8, then a float
 
 
-class _EagerInt8Network:
+class _EagerInt8Network(_Eager):
     """A quantized network by its definition."""
 
     def __init__(self, network: QuantizedNetwork, table: Tensor) -> None:
         self._quantized, self._table = network, table
 
-    weight_bytes = 0  # it reads the tensors given
-
     @torch.autocast("cpu", enabled=False)
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:
-        n, h, w = x.shape[0], *(x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:])
-        need = self.workspace_bytes(n, h, w, 1)
-        if not machine.fits_memory(need):
-            raise machine.no_memory(need, n, h, w)
-        if x.dtype == torch.uint8:
-            x = torch.stack([self._table[c][x[..., c].long()] for c in range(3)], 1)
-        return int8.reference(self._quantized, x)
+        return int8.reference(self._quantized, self._see(x))
 
     def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
         """What its largest layer reads and writes, in float64."""

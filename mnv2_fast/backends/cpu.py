@@ -13,6 +13,7 @@ import os
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,7 +154,32 @@ def block_forms() -> tuple[str, ...]:
     return tuple(_c().BLOCK_FORMS)
 
 
-class Network:
+class _Native:
+    """What networks of the extension say of themselves."""
+
+    _network: Any  # of the extension
+
+    @property
+    def isa(self) -> str:
+        """The instruction set whose kernels this network runs."""
+        return str(self._network.isa)
+
+    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
+        """Bytes of activations that a run on [n, 3, h, w] takes."""
+        return int(self._network.workspace_bytes(n, h, w, threads))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights and biases as the kernels read them."""
+        return int(self._network.weight_bytes)
+
+    def kept(self) -> tuple[int, int]:
+        """What stays for later calls: plans of image sizes, bytes of workspaces. Both are bounded."""
+        plans, workspaces = self._network.kept()
+        return int(plans), int(workspaces)
+
+
+class Network(_Native):
     """A frozen network of folded layers on the CPU. Immutable; may be run from several threads at once.
 
     Args:
@@ -219,25 +245,6 @@ class Network:
         self._network = c.Network(rows, pool, table_at, isa, getattr(c.Arithmetic, arithmetic))
         self._first, self._last, self._pool = layers[0], layers[-1], pool
         self._strides = [spec.stride for spec in layers]
-
-    @property
-    def isa(self) -> str:
-        """The instruction set whose kernels this network runs."""
-        return str(self._network.isa)
-
-    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
-        """Bytes of activations that a run on [n, 3, h, w] takes."""
-        return int(self._network.workspace_bytes(n, h, w, threads))
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights and biases as the kernels read them."""
-        return int(self._network.weight_bytes)
-
-    def kept(self) -> tuple[int, int]:
-        """What stays for later calls: plans of image sizes, bytes of workspaces. Both are bounded."""
-        plans, workspaces = self._network.kept()
-        return int(plans), int(workspaces)
 
     def run(self, x: Tensor, threads: int | None = None, residual: Tensor | None = None) -> Tensor:
         """The network's answer.
@@ -341,7 +348,7 @@ class Network:
         return torch.empty(shape, dtype=dtype, device="cpu", memory_format=layout)
 
 
-class Int8Network:
+class Int8Network(_Native):
     """A quantized network on the CPU. Immutable; may be run from several threads at once.
 
     Its answer is `int8.reference`'s, bit for bit, on every instruction set.
@@ -390,25 +397,6 @@ class Int8Network:
         except ValueError as error:
             raise UserError(f"{error}: use dtype='fp32'") from None
         self._classes = network.specs[-1].cout
-
-    @property
-    def isa(self) -> str:
-        """The instruction set whose kernels this network runs."""
-        return str(self._network.isa)
-
-    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
-        """Bytes of activations that a run on [n, 3, h, w] takes."""
-        return int(self._network.workspace_bytes(n, h, w, threads))
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights and biases as the kernels read them."""
-        return int(self._network.weight_bytes)
-
-    def kept(self) -> tuple[int, int]:
-        """What stays for later calls: plans of image sizes, bytes of workspaces. Both are bounded."""
-        plans, workspaces = self._network.kept()
-        return int(plans), int(workspaces)
 
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:
         """The network's answer.
