@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -63,3 +67,41 @@ def changed(model: MobileNetV2, x: Tensor, change: Callable[[], object], served:
     before = check(model, x)
     change()
     assert (check(model, x, served) - before).abs().max() > 1e-2
+
+
+def run_guarded(script: str) -> None:
+    """Run a script in a process of its own with what `guard` has, answers guarded; it prints done at last."""
+    prologue = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from guard import guard_outputs, guarded, guarded_nhwc
+from mnv2_fast.arch import LayerSpec
+from mnv2_fast.backends import cpu
+guard_outputs()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", prologue + script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
+    assert done.stdout.strip() == "done"
+
+
+def share_between_threads(
+    run: Callable[[Tensor, int], Tensor], batches: Sequence[Tensor], expected: Sequence[Tensor]
+) -> None:
+    """Four Python threads call `run` on batches of their own choice: every answer is the expected one."""
+    wrong = []
+
+    def work(i: int) -> None:
+        for k in range(40):
+            j = (i + k) % len(batches)
+            if not torch.equal(run(batches[j], 1 + k % 3), expected[j]):
+                wrong.append((i, k))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import calibrate
+from helpers import calibrate, run_guarded
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -130,29 +128,6 @@ def test_threads_batch_and_place_do_not_change_an_answer(isa: str, arithmetic: s
 def test_nothing_is_read_past_a_tensor() -> None:
     """Inputs end where a page that may not be touched begins: an odd channel has no partner there."""
     script = """
-import ctypes, mmap, torch
-from mnv2_fast.arch import LayerSpec
-from mnv2_fast.backends import cpu
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-page, keep = mmap.PAGESIZE, []
-
-def guarded(t):
-    size = t.numel() * t.element_size()
-    pages = (size + page - 1) // page + 1
-    area = mmap.mmap(-1, pages * page)
-    keep.append(area)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    assert libc.mprotect(base + (pages - 1) * page, page, 0) == 0
-    flat = torch.frombuffer(area, dtype=t.dtype, count=t.numel(), offset=(pages - 1) * page - size)
-    nhwc = t.permute(0, 2, 3, 1)
-    return flat.copy_(nhwc.flatten()).view(nhwc.shape).permute(0, 3, 1, 2)
-
-empty = torch.empty
-def guarded_empty(*args, **kwargs):
-    t = empty(*args, **kwargs)
-    return guarded(t) if kwargs.get("memory_format") is torch.channels_last else t
-cpu.torch.empty = guarded_empty
 dtypes = {"bf16": torch.bfloat16, "bf16_weights": torch.float32}
 for isa in cpu.isas():
     for channels in (1, 3, 15, 17, 24, 33):
@@ -165,20 +140,16 @@ for isa in cpu.isas():
                 network = cpu.Network([spec], tensors, pool=False, **form)
                 for h, w in ((1, 1), (2, 3), (1, 16)):
                     x = torch.randn(2, cin, h, w).to(dtypes[arithmetic])
-                    assert torch.equal(network.run(guarded(x), 1), network.run(x, 1))
+                    assert torch.equal(network.run(guarded_nhwc(x), 1), network.run(x, 1))
         spec = LayerSpec("linear", "l", "", channels, 24)
         tensors = [(torch.randn(spec.weight_shape), torch.randn(24))]
         for arithmetic in dtypes:
             network = cpu.Network([spec], tensors, isa=isa, dtype="bf16", arithmetic=arithmetic)
             x = torch.randn(3, channels, 1, 1).to(dtypes[arithmetic])
-            assert torch.equal(network.run(guarded(x), 1), network.run(x, 1))
+            assert torch.equal(network.run(guarded_nhwc(x), 1), network.run(x, 1))
 print("done")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
-    assert done.stdout.strip() == "done"
+    run_guarded(script)
 
 
 def test_weights_are_rounded_once() -> None:

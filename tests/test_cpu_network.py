@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import run_guarded, share_between_threads
 from torch import Tensor
 
 from mnv2_fast import arch
@@ -241,29 +241,6 @@ def test_values_that_are_not_finite_propagate(isa: str, value: float) -> None:
 def test_nothing_is_read_or_written_past_the_tensors() -> None:
     """Tensors that end where their memory page ends: one float too many would end the process."""
     script = """
-import ctypes, mmap, sys, torch
-from mnv2_fast.arch import LayerSpec
-from mnv2_fast.backends import cpu
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-page, keep = mmap.PAGESIZE, []
-
-def guarded(t):
-    size = t.numel() * 4
-    pages = (size + page - 1) // page + 1
-    area = mmap.mmap(-1, pages * page)
-    keep.append(area)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    assert libc.mprotect(base + (pages - 1) * page, page, 0) == 0
-    flat = torch.frombuffer(area, dtype=torch.float32, count=t.numel(), offset=(pages - 1) * page - size)
-    nhwc = t.permute(0, 2, 3, 1)
-    return flat.copy_(nhwc.flatten()).view(nhwc.shape).permute(0, 3, 1, 2)
-
-empty = torch.empty
-def guarded_empty(*args, **kwargs):
-    t = empty(*args, **kwargs)
-    return guarded(t) if kwargs.get("memory_format") is torch.channels_last else t
-cpu.torch.empty = guarded_empty
 for isa in cpu.isas():
     for channels in (1, 3, 15, 17, 24, 33):
         for kind, stride in (("stem", 2), ("depthwise", 1), ("depthwise", 2), ("pointwise", 1)):
@@ -273,35 +250,17 @@ for isa in cpu.isas():
             for h, w in ((1, 1), (2, 3), (7, 5), (1, 16)):
                 x = torch.randn(2, cin, h, w)
                 network = cpu.Network([spec], tensors, pool=False, isa=isa)
-                assert torch.equal(network.run(guarded(x), 1), network.run(x, 1))
+                assert torch.equal(network.run(guarded_nhwc(x), 1), network.run(x, 1))
 print("done")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
-    assert done.stdout.strip() == "done"
+    run_guarded(script)
 
 
 def test_several_python_threads_share_a_network(small: tuple[list[LayerSpec], cpu.Network]) -> None:
     _, network = small
     images = [torch.randn(n, 3, 40 + 8 * n, 56) for n in range(1, 5)]
     expected = [network.run(x, 1) for x in images]
-    wrong = []
-
-    def work(i: int) -> None:
-        for k in range(40):
-            j = (i + k) % len(images)
-            if not torch.equal(network.run(images[j], 1 + k % 3), expected[j]):
-                wrong.append((i, k))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not wrong
+    share_between_threads(network.run, images, expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

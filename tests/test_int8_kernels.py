@@ -6,12 +6,12 @@ import itertools
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers import share_between_threads
 from torch import Tensor
 
 from mnv2_fast import arch, int8
@@ -268,21 +268,7 @@ def test_several_python_threads_share_a_network() -> None:
     kernels = cpu.Int8Network(network)
     batches = [images(n, 40 + 8 * n, 56) for n in range(1, 5)]
     expected = [int8.reference(network, x) for x in batches]
-    wrong = []
-
-    def work(i: int) -> None:
-        for k in range(40):
-            j = (i + k) % len(batches)
-            if not torch.equal(kernels.run(batches[j], 1 + k % 3), expected[j]):
-                wrong.append((i, k))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not wrong
+    share_between_threads(kernels.run, batches, expected)
 
 
 SCRIPT = """
@@ -378,21 +364,7 @@ def test_nothing_is_read_past_the_image() -> None:
     """Images that end where their memory page ends: one element too many would end the process."""
     done = _run(
         """
-import ctypes, mmap
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-page, keep = mmap.PAGESIZE, []
-
-def guarded(t):
-    size = t.numel() * t.element_size()
-    pages = (size + page - 1) // page + 1
-    area = mmap.mmap(-1, pages * page)
-    keep.append(area)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    assert libc.mprotect(base + (pages - 1) * page, page, 0) == 0
-    flat = torch.frombuffer(area, dtype=t.dtype, count=t.numel(), offset=(pages - 1) * page - size)
-    return flat.copy_(t.flatten()).view(t.shape)
-
+from guard import guarded
 table = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
 for isa in cpu.isas():
     kernels = cpu.Int8Network(network, table=table, isa=isa)
