@@ -37,7 +37,7 @@ std::size_t Int8Network::workspace_bytes(int n, int h, int w, int threads) const
     if (n < 1 || h < 1 || w < 1)
         return 0;
     const Int8Features features(n, layers_.back().desc.cin);
-    return Int8Runner::memory(*plan(h, w, usable_threads(threads)), n) + features.size();
+    return arena_bytes(*plan(h, w, usable_threads(threads)), n) + features.size();
 }
 
 bool Int8Network::run(const Int8Call &call, int threads) const {
@@ -52,7 +52,7 @@ bool Int8Network::run(const Int8Call &call, int threads) const {
     threads = usable_threads(threads);
     const std::shared_ptr<const Int8Plan> plan = this->plan(call.h, call.w, threads);
     Int8Features features(call.n, layers_.back().desc.cin);
-    const std::size_t bytes = Int8Runner::memory(*plan, call.n);
+    const std::size_t bytes = arena_bytes(*plan, call.n);
     Workspace workspace = workspaces_.take(bytes + features.size());
     std::uint8_t *const arenas = reinterpret_cast<std::uint8_t *>(workspace.memory.get());
     features.data = arenas + bytes;

@@ -31,21 +31,12 @@ Int8Runner::Arena Int8Runner::arena(std::uint8_t *memory, const Team &team, Int8
 }
 
 void Int8Runner::run(Team &team, std::uint8_t *memory) const {
-    // Whole images to every thread, which then never waits; what is left over is shared image by image.
     Int8Ahead ahead{};
-    const int each = call_.n >= plan_.threads ? call_.n / team.size() : 0; // as memory() was told
-    if (each > 0) {
-        Team alone = Team::solo();
-        const Arena own = arena(memory + team.rank() * plan_.arena(1), alone, ahead);
-        for (int k = 0; k < each; ++k)
-            image(alone, own, team.rank() * each + k);
-        team.sync();
-    }
-    if (each * team.size() < call_.n) {
-        const Arena together = arena(memory, team, ahead);
-        for (int k = each * team.size(); k < call_.n; ++k)
-            image(team, together, k);
-    }
+    share_images(team, plan_, call_.n, memory, [&](Team &part, std::uint8_t *at, int begin, int end) {
+        const Arena arena = this->arena(at, part, ahead);
+        for (int k = begin; k < end; ++k)
+            image(part, arena, k);
+    });
     classify(team);
 }
 

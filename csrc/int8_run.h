@@ -39,13 +39,6 @@ class Int8Runner {
     // Whether every value of the images was a number, once run() is done.
     bool finite() const { return finite_.load(); }
 
-    // Bytes of memory for n images: an arena a thread where each has images of its own, or one for all.
-    static std::size_t memory(const Int8Plan &plan, int n) {
-        const std::size_t alone = n >= plan.threads ? plan.threads * plan.arena(1) : 0;
-        const std::size_t together = plan.arena(plan.threads);
-        return alone > together ? alone : together;
-    }
-
   private:
     struct Arena {
         std::uint8_t *activation[2];

@@ -63,7 +63,7 @@ std::size_t Network::workspace_bytes(int n, int h, int w, int threads) const {
     if (n < 1 || h < 1 || w < 1)
         return 0;
     const std::size_t features = sizeof(float) * n * layers_.back().desc.cin;
-    return workspace(*plan(h, w, usable_threads(threads)), n) + features;
+    return arena_bytes(*plan(h, w, usable_threads(threads)), n) + features;
 }
 
 void Network::check(const Call &call, int threads) const {
@@ -107,7 +107,7 @@ std::vector<StepTime> Network::time_steps(const Call &call, int threads, const B
 void Network::execute(const Call &call, const Plan &plan, int threads, double *seconds) const {
     const bool classifies = steps_.back().form == Step::Form::linear && steps_.size() > 1;
     const std::size_t features = classifies ? sizeof(float) * call.n * layers_.back().desc.cin : 0;
-    const std::size_t bytes = workspace(plan, call.n);
+    const std::size_t bytes = arena_bytes(plan, call.n);
     Workspace own = workspaces_.take(bytes + features);
     std::byte *const memory = own.memory.get();
     void *const pooled = classifies ? memory + bytes : call.y;

@@ -57,13 +57,6 @@ struct Plan {
     std::size_t arena(int threads) const { return 2 * activation + hidden + filtered + sums + threads * scratch; }
 };
 
-// Bytes of memory for n images: an arena a thread where each has images of its own, or one for all.
-inline std::size_t workspace(const Plan &plan, int n) {
-    const std::size_t alone = n >= plan.threads ? plan.threads * plan.arena(1) : 0;
-    const std::size_t together = plan.arena(plan.threads);
-    return alone > together ? alone : together;
-}
-
 constexpr int kPoolChunk = 56; // pixels of a head's tile of channels that are summed in float32 at a time
 
 constexpr int kMaxGroup = 8; // of StepPlan::group

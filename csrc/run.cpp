@@ -45,18 +45,11 @@ template <class T> typename Runner<T>::Arena Runner<T>::arena(std::byte *memory,
 }
 
 template <class T> void Runner<T>::run(Team &team, std::byte *memory, void *features) const {
-    // Whole images to every thread, which then never waits; what is left over is shared image by image.
-    const int each = call_.n >= plan_.threads ? call_.n / team.size() : 0; // as memory() was told
-    if (each > 0) {
-        Team alone = Team::solo();
-        const Arena own = arena(memory + team.rank() * plan_.arena(1), alone);
-        for (int k = 0; k < each; ++k)
-            image(alone, own, team.rank() * each + k, features);
-        team.sync();
-    }
-    const Arena together = arena(memory, team);
-    for (int k = each * team.size(); k < call_.n; ++k)
-        image(team, together, k, features);
+    share_images(team, plan_, call_.n, memory, [&](Team &part, std::byte *at, int begin, int end) {
+        const Arena arena = this->arena(at, part);
+        for (int k = begin; k < end; ++k)
+            image(part, arena, k, features);
+    });
     if (steps_.back().form != Step::Form::linear || head_classifies())
         return;
     const int last = static_cast<int>(steps_.size()) - 1;

@@ -103,4 +103,25 @@ class Workspaces {
     std::size_t bytes_ = 0; // in free_
 };
 
+// Bytes of memory for n images: an arena a thread where each has images of its own, or one for all. `plan.arena(t)` is
+// what t threads need that share an image.
+template <class Plan> std::size_t arena_bytes(const Plan &plan, int n) {
+    return std::max(n >= plan.threads ? plan.threads * plan.arena(1) : 0, plan.arena(plan.threads));
+}
+
+// One member's part of n images: whole ones for itself alone, during which it never waits; then, with the others, what
+// is left over. All members give the same `memory`, of arena_bytes. run(team, at, begin, end) makes images [begin, end)
+// in the arena at `at`.
+template <class Plan, class Byte, class Run>
+void share_images(Team &team, const Plan &plan, int n, Byte *memory, const Run &run) {
+    const int each = n >= plan.threads ? n / team.size() : 0;
+    if (each > 0) {
+        Team alone = Team::solo();
+        run(alone, memory + team.rank() * plan.arena(1), team.rank() * each, (team.rank() + 1) * each);
+        team.sync();
+    }
+    if (each * team.size() < n)
+        run(team, memory, each * team.size(), n);
+}
+
 } // namespace mnv2
