@@ -41,7 +41,9 @@ Times = tuple[float, float, float]  # median, 20% and 80% quantile, ms
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns 0; 1 where the kernel's answers are wrong; 2 where it cannot run here."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="CSV file to append to (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, help="CSV file that the rows are added to (%(default)s)"
+    )
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds in all (%(default)s)")
     parser.add_argument(
         "--resources",
@@ -67,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdict = "WRONG" if wrong else "within tolerance, NaN kept, every output written"
     print(f"depthwise against float64: {verdict}")
     rows = measure(lambda: options.budget - (time.monotonic() - started))
-    results.append(options.output, rows, results.context())
-    print(f"{len(rows)} rows appended to {options.output}")
+    results.save(options.output, rows, results.context())
+    print(f"{len(rows)} rows added to {options.output}")
     return 1 if wrong else 0
 
 

@@ -256,7 +256,7 @@ def main(arguments_: Sequence[str] | None = None) -> int:
             worker.close()
     if not rows:
         parser.error(f"no shape's name holds {options.match!r}")
-    results.append(options.output, rows, shared)
+    results.save(options.output, rows, shared)
     return 0
 
 

@@ -2,7 +2,8 @@
 
 Every contender runs in its own process; they take turns of 20 calls, and each is timed once more with all
 the others stopped. A row whose two medians differ by more than 10% is marked. At batch 16 on two cores each
-engine also runs as two one-thread streams, each with half of the batch, at once or image by image.
+engine also runs as two one-thread streams, each with half of the batch, at once or image by image. The CSV
+file is written as the rows come: a run that is cut off loses only what it was measuring.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -118,9 +119,8 @@ def time_all(
     rounds: int | None,
     bounds: Mapping[int, limits.Limits],
     weights: str,
-) -> list[results.Row]:
-    """One precision in all settings; processes are shared by the settings of the same cores."""
-    rows: list[results.Row] = []
+) -> Iterator[list[results.Row]]:
+    """One precision: the rows of each setting in turn, printed; settings of as many cores share processes."""
     for cores, streams in dict.fromkeys((setting.cores, setting.streams) for setting in chosen):
         settings = [setting for setting in chosen if (setting.cores, setting.streams) == (cores, streams)]
         teams = _start(built, cores, streams, settings)
@@ -131,11 +131,10 @@ def time_all(
                     times = measure(there, setting, rounds or ROUNDS[setting.batch], teams)
                     measured = [_row(team, facts, setting, bounds[cores], weights) for team, facts in times]
                     show(measured)
-                    rows += measured
+                    yield measured
         finally:
             for team in teams:
                 team.close()
-    return rows
 
 
 def _start(built: Sequence[Built], cores: int, streams: bool, settings: Sequence[Setting]) -> list[Team]:
@@ -274,9 +273,8 @@ def start(one: Built, once: bool) -> dict[str, float]:
 
 def describe(
     everyone: Mapping[Contender, Sequence[Built]], folder: str, weights: str, once: bool
-) -> list[results.Row]:
+) -> Iterator[results.Row]:
     """Answers, sizes, starts and memory: a row for each contender, printed."""
-    rows = []
     print(
         f"\n{'':30} {'agree':>7} {'top-1':>6} {'error':>8} {'MB':>6} "
         f"{'start ms':>9} {'first ms':>9} {'peak MB':>8}"
@@ -303,8 +301,7 @@ def describe(
             _cell(row.peak_mb, "8.1f"),
         )
         print(f"{contender.title:30}", *cells, f" {row.note}".rstrip(), flush=True)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -373,8 +370,9 @@ def contestants(options: argparse.Namespace) -> list[Contender]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and add the rows to the CSV file."""
+    """Measure, print, and add the rows to the CSV file as they come."""
     options = parse(arguments)
+    output = options.output or (None if options.quick else OUTPUT)
     shared, chosen, places = results.context(), contestants(options), settings(options)
     weights = material.source()
     print(
@@ -382,6 +380,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flush=True,
     )
     rows: list[results.Row] = []
+
+    def keep(found: Sequence[results.Row]) -> None:
+        rows.extend(found)
+        if output:
+            results.save(output, rows, shared)
+
     with tempfile.TemporaryDirectory() as folder:
         build.shared(
             folder,
@@ -393,7 +397,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"no photos with known classes in {options.photos}: speed is of noise or of those there")
         halves = (0,) if options.quick else (0, 1)
         everyone = build.everyone(chosen, folder, halves, lambda line: print(line, flush=True))
-        rows += describe(everyone, folder, weights, once=options.quick)
+        for row in describe(everyone, folder, weights, once=options.quick):
+            keep([row])
         bounds: dict[int, limits.Limits] = {}
         for dtype in contenders.DTYPES:
             built = [found[0] for contender, found in everyone.items() if contender.dtype == dtype]
@@ -402,9 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 seen = limits.measure(cores)
                 bounds[cores] = seen | bounds.get(cores, seen)
             rounds = options.rounds or (1 if options.quick else None)
-            rows += time_all(built, places, rounds, bounds, weights)
-    if options.output or not options.quick:
-        results.append(options.output or OUTPUT, rows, shared)
+            for measured in time_all(built, places, rounds, bounds, weights):
+                keep(measured)
     print("\n" + "\n".join(bars.verdicts(rows)))
     if any(row.noisy for row in rows):
         print("* alone and in turns the medians differ by more than 10%")

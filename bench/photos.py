@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = list(measure(files, limits.cores(options.cores), options.rounds))
     print("\n".join(show(rows)))
     print(agreement(files))
-    results.append(options.output, rows, shared)
+    results.save(options.output, rows, shared)
     return 0
 
 

@@ -46,6 +46,21 @@ def answers(rows: Sequence[CsvRow], who: Contender) -> CsvRow | None:
     return next((r for r in rows if (r["name"], r["contender"], r["dtype"]) == wanted), None)
 
 
+def last_run(path: Path) -> list[CsvRow]:
+    """The rows of the last run of bench.peers.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it was cut off before the first time was taken.
+    """
+    rows = results.read_last_run(path)
+    if not any(row["name"] == "network" for row in rows):
+        raise ValueError(
+            f"the last run in {path} was cut off before it timed anything: run bench.peers again"
+        )
+    return rows
+
+
 def present(rows: Sequence[CsvRow]) -> list[Contender]:
     """Everyone in the rows, in the order of `CONTENDERS`."""
     titles = {(row["contender"], row["dtype"]) for row in rows}
@@ -265,26 +280,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=results.FOLDER, help="where the pictures go")
     parser.add_argument("--readme", action="store_true", help="write the table and the chart into README.md")
     options = parser.parse_args(arguments)
-    drawn = 0
-    for path, draw, name in (
-        (options.peers, draw_peers, "peers.png"),
-        (options.kernels, draw_kernels, "kernels.png"),
-    ):
-        if path.exists():
-            draw(results.read_last_run(path), options.folder / name)
-            drawn += 1
-    if not drawn:
+    if not (options.peers.exists() or options.kernels.exists()):
         parser.error(
             f"neither {options.peers} nor {options.kernels} is there: run bench.peers or bench.kernels"
         )
-    if options.readme:
-        chart = os.path.relpath(options.folder / "peers.png", README.parent)
-        try:
-            text = table(results.read_last_run(options.peers))
-            write_readme(f"{text}\n\n![The same as a chart]({chart})", README)
-        except (FileNotFoundError, ValueError) as error:
-            parser.error(str(error))
-        print(f"written: the table of {README}")
+    try:
+        if options.peers.exists():
+            draw_peers(last_run(options.peers), options.folder / "peers.png")
+        if options.kernels.exists():
+            draw_kernels(results.read_last_run(options.kernels), options.folder / "kernels.png")
+        if options.readme:
+            chart = os.path.relpath(options.folder / "peers.png", README.parent)
+            write_readme(f"{table(last_run(options.peers))}\n\n![The same as a chart]({chart})", README)
+            print(f"written: the table of {README}")
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Where every benchmark's rows go: one schema, appended to CSV files under bench/results/.
+"""Where every benchmark's rows go: one schema, added to CSV files under bench/results/.
 
 Only the standard library is imported, so that a benchmark can run where the package is not installed.
 """
@@ -140,37 +140,32 @@ def context() -> dict[str, str]:
     }
 
 
-def append(path: Path, rows: Iterable[Row], shared: Mapping[str, str]) -> None:
-    """Append rows to a CSV file, made with its header where it is absent.
+def save(path: Path, rows: Iterable[Row], shared: Mapping[str, str]) -> None:
+    """Add the rows of one run to a CSV file, made with its header where it is absent.
+
+    What the file has of the same run gives way to them, so that a run may save all it has as often as it
+    likes. The file is written beside and renamed: whoever is cut off leaves the last whole one.
 
     Raises:
         ValueError: the file there has a column that is none of ours.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_size:
-        _widen(path)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _text(value) for name, value in {**asdict(row), **shared}.items()})
-
-
-def _widen(path: Path) -> None:
-    """Give a file of fewer columns those that came since; their cells are empty."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        found, rows = tuple(reader.fieldnames or ()), list(reader)
-    if found == COLUMNS:
-        return
-    if not set(found) <= set(COLUMNS):
-        raise ValueError(f"{path} has other columns: move it away, or name another file with --output")
+    kept: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if not set(reader.fieldnames or ()) <= set(COLUMNS):
+                raise ValueError(
+                    f"{path} has other columns: move it away, or name another file with --output"
+                )
+            kept = [row for row in reader if row.get("run") != shared["run"]]
+    ours = ({name: _text(value) for name, value in {**asdict(row), **shared}.items()} for row in rows)
     beside = path.with_name(f".{path.name}.new")
     with beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(kept)
+        writer.writerows(ours)
     os.replace(beside, path)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -69,8 +70,8 @@ def test_rows_come_back_from_the_csv(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="run the benchmark"):
         results.read_last_run(path)
     shared = results.context()
-    results.append(path, rows()[:1], {**shared, "run": "2020-01-01T00:00:00Z"})
-    results.append(path, rows(), shared)
+    results.save(path, rows()[:1], {**shared, "run": "2020-01-01T00:00:00Z"})
+    results.save(path, rows(), shared)
     found = results.read_last_run(path)
     assert [(row["contender"], row["ms"], row["noisy"]) for row in found] == [
         (row.contender, f"{row.ms:.6g}", str(row.noisy)) for row in rows()
@@ -78,13 +79,75 @@ def test_rows_come_back_from_the_csv(tmp_path: Path) -> None:
     assert found[0]["ms_alone"] == ""
     assert all(found[0][name] for name in ("run", "machine", "processor", "cores", "versions"))
     path.write_text("run,contender,ms\n2019,old,1.5\n")  # written before there were more columns
-    results.append(path, rows()[:1], {**shared, "run": "2018"})
+    results.save(path, rows()[:1], {**shared, "run": "2018"})
     assert [(row["contender"], row["ms"], row["batch"]) for row in results.read_last_run(path)] == [
         ("old", "1.5", "")
     ]
     path.write_text("other,columns\n1,2\n")
     with pytest.raises(ValueError, match="other columns"):
-        results.append(path, rows(), shared)
+        results.save(path, rows(), shared)
+
+
+def test_a_run_saved_again_is_there_once(tmp_path: Path) -> None:
+    path, shared = tmp_path / "peers.csv", results.context()
+    results.save(path, rows()[:2], {**shared, "run": "2020-01-01T00:00:00Z"})
+    before = path.read_bytes()
+    for count in range(1, 4):
+        results.save(path, rows()[:count], shared)
+    saved = path.read_bytes()
+    assert saved.startswith(before)
+    path.write_bytes(before)
+    results.save(path, rows()[:3], shared)
+    assert path.read_bytes() == saved
+    assert [row["dtype"] for row in results.read_last_run(path)] == [row.dtype for row in rows()[:3]]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Cut:
+    """Stands for what bench.peers starts and times, until a setting in which it is cut off."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: peers.Setting) -> None:
+        self.at = at
+        self.closed = 0
+        self.built = build.Built(CONTENDERS[0], Case("", "", "fp32"), 1, Path(), "")
+        self.workers = (SimpleNamespace(isa="scalar"),)
+        monkeypatch.setattr(build, "shared", lambda *args, **more: None)
+        monkeypatch.setattr(build, "everyone", lambda *args: {CONTENDERS[0]: [self.built]})
+        monkeypatch.setattr(limits, "measure", lambda cores: limits.Limits(100.0, 10.0))
+        monkeypatch.setattr(peers, "judge", lambda *args: results.Row("peers", "answers", contenders.ENGINE))
+        monkeypatch.setattr(
+            peers, "start", lambda *args: dict.fromkeys(("start_ms", "first_ms", "memory"), 1.0)
+        )
+        monkeypatch.setattr(peers, "_start", lambda *args: [self])
+        monkeypatch.setattr(peers, "measure", self.measure)
+
+    def measure(self, teams: object, setting: peers.Setting, *_: object) -> list[tuple[object, object]]:
+        if setting == self.at:
+            raise KeyboardInterrupt
+        return [(self, (timing.Summary(2.0, 1.0, 3.0), 2.0))]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = Cut(monkeypatch, at=peers.Setting(16, 1))
+    path = tmp_path / "peers.csv"
+    with pytest.raises(KeyboardInterrupt):
+        peers.main(["--cores", "1", "--output", str(path)])
+    assert [(row["name"], row["batch"]) for row in results.read_last_run(path)] == [
+        ("answers", "1"),
+        ("network", "1"),
+    ]
+    assert cut.closed == 1
+    assert plot.last_run(path)
+    cut.at = peers.Setting(1, 1)
+    path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        peers.main(["--cores", "1", "--output", str(path)])
+    assert [row["name"] for row in results.read_last_run(path)] == ["answers"]
+    with pytest.raises(ValueError, match="cut off before it timed anything"):
+        plot.last_run(path)
 
 
 def test_every_operator_and_every_layer_is_measured() -> None:
@@ -217,7 +280,7 @@ def test_few_photos_serve_again_for_a_larger_batch(tmp_path: Path) -> None:
 
 
 def test_the_readme_gets_its_table(tmp_path: Path) -> None:
-    results.append(tmp_path / "peers.csv", rows(), results.context())
+    results.save(tmp_path / "peers.csv", rows(), results.context())
     table = plot.table(results.read_last_run(tmp_path / "peers.csv"))
     assert "| fp32 | mnv2_fast | 2.00 | 1.20 | 800 | 100.0% | 14.0 | 30 |  |" in table
     assert "|  | OpenVINO | 3.00\\* |  | 640 (s) |  |  |  |  |" in table
@@ -233,7 +296,7 @@ def test_the_readme_gets_its_table(tmp_path: Path) -> None:
 
 
 def test_the_chart_is_drawn_of_what_there_is(tmp_path: Path) -> None:
-    results.append(tmp_path / "peers.csv", rows(), results.context())
+    results.save(tmp_path / "peers.csv", rows(), results.context())
     plot.draw_peers(results.read_last_run(tmp_path / "peers.csv"), tmp_path / "peers.png")
     assert (tmp_path / "peers.png").stat().st_size > 10_000
 
