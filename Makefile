@@ -40,6 +40,7 @@ bench: $(VENV)/.bench
 	$(PY) -m bench.kernels
 	$(PY) -m bench.roofline
 	$(PY) -m bench.peers
+	$(PY) -m bench.photos
 	$(PY) -m bench.plot --readme
 
 lint: $(VENV)/.dev

@@ -23,6 +23,7 @@ WEIGHTS, PHOTOS, LABELS, EXACT, ONNX = (
 INPUT, BATCH = "input", "batch"
 NOISE = 32  # images where there are no photos
 WNIDS = "imagenet_wnids.txt"
+WHERE = "by default data/imagenet_sample in MNV2_SHARED or ../shared"
 
 
 def path(folder: str, name: str) -> Path:
@@ -45,7 +46,7 @@ def calibration(folder: str, half: int) -> np.ndarray:
 
 
 def default_photos() -> Path:
-    """The folder of photos: `data/imagenet_sample` in MNV2_SHARED or in `../shared`."""
+    """The folder of photos where none is named, as WHERE says."""
     return Path(os.environ.get("MNV2_SHARED") or ROOT.parent / "shared") / "data" / "imagenet_sample"
 
 

@@ -328,8 +328,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--photos",
         type=Path,
         default=material.default_photos(),
-        help="folder of photos WNID_name.JPEG, imagenet_wnids.txt beside it (default: data/imagenet_sample "
-        "in MNV2_SHARED or ../shared)",
+        help=f"folder of photos WNID_name.JPEG, {material.WNIDS} beside it ({material.WHERE})",
     )
     parser.add_argument("--output", type=Path, help="CSV file that the rows are added to")
     options = parser.parse_args(arguments)

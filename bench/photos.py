@@ -1,6 +1,6 @@
 """A folder of JPEG files to labels: ours beside torchvision's transforms with torch, and where the time goes.
 
-    python -m bench.photos --photos DIR
+    python -m bench.photos [--photos DIR]
 
 Everyone gets the same cores and classifies the same files, one pass a call, in turns (bench.workers). torch's
 side is a plain loop and a DataLoader, at several batches, and its best counts. Stages are timed on one
@@ -10,6 +10,7 @@ thread, one after the other, over the same files.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -30,7 +31,7 @@ STAGES = {
     OURS: ("decode", "resize + crop", "network + labels"),
     TORCH: ("decode", "transforms", "network + labels"),
 }
-ROUNDS = 3
+ROUNDS, CORES = 3, 2
 
 # The engine is measured as it comes.
 _OURS_ONLY = ("MNV2_FORCE_ISA", "MNV2_BACKEND", "MNV2_STRICT")
@@ -67,11 +68,16 @@ CONTENDERS = (
 )
 
 
-def files_in(folder: str, count: int) -> list[Path]:
-    """The first photos of a folder, by name."""
-    from mnv2_fast import data
+def files_in(folder: Path, count: int) -> list[Path]:
+    """The first photos of a folder, by name; none where it has none or is not there."""
+    from mnv2_fast import UserError, data
 
-    return [path for path, _ in zip(data.iterate_inputs([folder]), range(count), strict=False)]
+    if not folder.is_dir():
+        return []
+    try:
+        return list(itertools.islice(data.iterate_inputs([folder]), count))
+    except UserError:  # no photo
+        return []
 
 
 def our_model() -> Any:
@@ -283,16 +289,25 @@ def agreement(files: Sequence[Path]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and add the rows to the CSV file."""
+    usable = min(CORES, len(os.sched_getaffinity(0)))
     parser = argparse.ArgumentParser(prog="python -m bench.photos", description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", required=True, metavar="DIR", help="folder of JPEG files")
+    parser.add_argument("--photos", type=Path, metavar="DIR", help=f"folder of photos ({material.WHERE})")
     parser.add_argument("--count", type=int, default=200, help="of its photos, the first ones (200)")
-    parser.add_argument("--cores", type=int, default=2, help="of every contender (2)")
+    parser.add_argument("--cores", type=int, default=usable, help=f"of every contender ({usable})")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"passes of each contender ({ROUNDS})")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="CSV file that the rows are added to")
     options = parser.parse_args(arguments)
     if min(options.count, options.rounds) < 1:
         parser.error("--count and --rounds must be at least 1")
-    shared, files = results.context(), files_in(options.photos, options.count)
+    folder = options.photos or material.default_photos()
+    files = files_in(folder, options.count)
+    if not files:
+        said = f"no photos in {folder}: name a folder with --photos"
+        if options.photos:
+            parser.error(said)
+        print(f"left out: bench.photos: {said}, or set MNV2_SHARED")  # `make bench` goes on
+        return 0
+    shared = results.context()
     rows = list(measure(files, limits.cores(options.cores), options.rounds))
     print("\n".join(show(rows)))
     print(agreement(files))

@@ -41,11 +41,44 @@ def test_both_sides_see_the_same_photos(tmp_path: Path) -> None:
     for i in range(3):
         values = rng.integers(0, 256, (24, 20 + 9 * i, 3), dtype=np.uint8)
         Image.fromarray(values).resize((300, 260 + 20 * i)).save(tmp_path / f"{i}.jpg")
-    files = photos.files_in(str(tmp_path), 2)
+    files = photos.files_in(tmp_path, 2)
     assert [file.name for file in files] == ["0.jpg", "1.jpg"]
     for contender in photos.CONTENDERS[:2]:
         call = photos.serve(list(map(str, files)), **vars(contender))
         for name in (photos.PASS, *photos.STAGES[contender.name]):
             call(name)()
-    said = photos.agreement(photos.files_in(str(tmp_path), 200))
+    said = photos.agreement(photos.files_in(tmp_path, 200))
     assert said == "same first class on 3 of 3 photos; mean difference 0.000/255 at most"
+
+
+def test_without_photos_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MNV2_SHARED", str(tmp_path))
+    sample = tmp_path / "data" / "imagenet_sample"
+    said = f"no photos in {sample}: name a folder with --photos"
+    assert photos.main([]) == 0
+    assert capsys.readouterr().out == f"left out: bench.photos: {said}, or set MNV2_SHARED\n"
+    sample.mkdir(parents=True)
+    (sample / "README").touch()
+    with pytest.raises(SystemExit) as stopped:  # asked for, it is a mistake
+        photos.main(["--photos", str(sample)])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {said}\n")
+
+
+def test_photos_are_those_of_the_shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MNV2_SHARED", str(tmp_path))
+    sample = tmp_path / "data" / "imagenet_sample"
+    sample.mkdir(parents=True)
+    (sample / "n01440764_tench.JPEG").touch()
+    taken: list[Path] = []
+
+    def measure(files: list[Path], cores: list[int], rounds: int) -> list[object]:
+        taken.extend(files)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(photos, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        photos.main([])
+    assert taken == [sample / "n01440764_tench.JPEG"]
