@@ -23,6 +23,7 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .model import MobileNetV2
     from .quantize import Judgement
 
 OK, BAD_FILES, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -122,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("inputs", nargs="+", metavar="PHOTO", help="a file, a folder or a pattern ('*.jpg')")
     _add_model(predict)
     _add_engine(predict)
+    _add_calibration(predict)
     predict.add_argument("--top-k", type=_count, default=5, metavar="K", help="classes per photo (5)")
     predict.add_argument("--batch-size", type=_count, default=8, metavar="N", help="photos per call (8)")
     predict.add_argument("--json", action="store_true", help="one JSON object per photo and line")
@@ -129,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = verb("bench", _bench, "time our engine beside torchvision's model")
     _add_model(bench, "only their class count and width matter; seeded ones by default", default=None)
     _add_engine(bench)
+    _add_calibration(bench)
     bench.add_argument("--batch-size", type=_count, default=1, metavar="N", help="images per call (1)")
     bench.add_argument("--size", type=_count, default=224, metavar="PIXELS", help="height and width (224)")
     bench.add_argument("--json", action="store_true", help="all times as JSON")
@@ -183,8 +186,19 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="of the network; torch's number by default"
     )
-    parser.add_argument("--dtype", metavar="DTYPE", help="arithmetic of the network: fp32 or bf16")
+    parser.add_argument("--dtype", metavar="DTYPE", help="arithmetic of the network: fp32, bf16 or int8")
     parser.add_argument("--backend", choices=env.BACKENDS, help=f"instead of {env.BACKEND.name}")
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    # Given again for more, not several at once: those would take what follows for photos, too.
+    parser.add_argument(
+        "--calibration",
+        action="append",
+        metavar="PHOTOS",
+        help="what --dtype int8 is fitted to: a folder, a pattern or a file, about 100 photos in all; may be "
+        "given again",
+    )
 
 
 def _count(text: str) -> int:
@@ -213,15 +227,22 @@ def _settle_environment(args: argparse.Namespace) -> None:
         os.environ[env.BACKEND.name] = args.backend
     env.backend()
     env.strict()
+    dtype = getattr(args, "dtype", None)
+    if getattr(args, "calibration", None) and dtype != "int8":
+        raise UserError("--calibration is for int8: add --dtype int8, or leave it out")
 
 
 def _predict(args: argparse.Namespace) -> int:
     from .data import iterate_inputs
-    from .predict import Predictor
+    from .predict import Predictor, load_model
 
     files = iterate_inputs(args.inputs)
     predictor = Predictor(
-        args.weights, top_k=args.top_k, batch_size=args.batch_size, threads=args.threads, dtype=args.dtype
+        _calibrated(args, load_model(args.weights)) if args.calibration else args.weights,
+        top_k=args.top_k,
+        batch_size=args.batch_size,
+        threads=args.threads,
+        dtype=args.dtype,
     )
     done = failed = 0
     try:
@@ -281,7 +302,10 @@ def _bench(args: argparse.Namespace) -> int:
     from .predict import load_model
 
     model = demo.seeded_model() if args.weights is None else load_model(args.weights)
-    engine = compile(model, dtype=args.dtype or "fp32", threads=args.threads)
+    if args.calibration:
+        engine = _calibrated(args, model)
+    else:
+        engine = compile(model, dtype=args.dtype or "fp32", threads=args.threads)
     if args.blocks:
         return _bench_blocks(args, engine, args.threads or torch.get_num_threads())
     x = torch.randn((args.batch_size, 3, args.size, args.size), generator=torch.Generator().manual_seed(0))
@@ -345,6 +369,7 @@ class _Stages:
 
     def __init__(self) -> None:
         self.done = "nothing done"
+        self.unusable = 0
         self._stage = ""
         self._bar: Any = None
         self._tqdm: Any = None
@@ -372,11 +397,34 @@ class _Stages:
         else:
             self._bar.write(text, file=sys.stderr)
 
+    def skip(self, error: Exception) -> None:
+        """Say of a photo that it cannot be used, and count it."""
+        self.unusable += 1
+        self.say(f"mnv2: {_line(error)}")
+
+    def count(self, of: int) -> None:
+        """Say how many of the photos could not be used, if any."""
+        if self.unusable:
+            self.say(f"mnv2: {self.unusable} of {of} photos could not be used")
+
     def close(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _calibrated(args: argparse.Namespace, model: MobileNetV2) -> Engine:
+    """The int8 engine of a model, calibrated on the photos that the command line names."""
+    from . import calibration, data, quantize
+    from .engine import check_threads
+
+    check_threads(args.threads)  # before the work
+    photos = calibration.spread(data.expand_inputs(args.calibration))
+    with contextlib.closing(_Stages()) as stages:
+        engine = quantize.quantize(model, photos, stages.skip, stages.advance)
+    stages.count(len(photos))
+    return engine.with_threads(args.threads)
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -390,24 +438,19 @@ def _quantize(args: argparse.Namespace) -> int:
     output_file(args.out)  # before the work
     torch.set_num_threads(check_threads(args.threads) or torch.get_num_threads())
     calibrating, judging = quantize.split(args.data, args.images)
-    unusable: list[Exception] = []
     stages = _Stages()
-
-    def skip(error: Exception) -> None:
-        unusable.append(error)
-        stages.say(f"mnv2: {_line(error)}")
-
     written = False
     try:
         with contextlib.closing(stages):
             model = load_model(args.weights)
-            engine = quantize.quantize(model, calibrating, skip, stages.advance)
-            found = quantize.judge(model, engine, judging, skip, stages.advance, per_layer=args.per_layer)
-        if unusable:
-            of = len(calibrating) + len(judging)
-            print(f"mnv2: {len(unusable)} of {of} photos could not be used", file=sys.stderr)
+            engine = quantize.quantize(model, calibrating, stages.skip, stages.advance)
+            found = quantize.judge(
+                model, engine, judging, stages.skip, stages.advance, per_layer=args.per_layer
+            )
+        of = len(calibrating) + len(judging)
+        stages.count(of)
         with _whole():
-            print(_judgement(found, len(calibrating) + len(judging) - len(unusable) - found.photos))
+            print(_judgement(found, of - stages.unusable - found.photos))
             if found.agreement < args.min_agreement:
                 print(
                     f"mnv2: agreement {found.agreement:.1%} is under --min-agreement {args.min_agreement:g}, "

@@ -47,8 +47,8 @@ Folded = Sequence[tuple[Tensor, Tensor]]
 
 
 _NO_CALIBRATION = (
-    "dtype='int8' needs calibration images: give calibration=, a folder of photos, a tensor or a loader, "
-    "about 100 images, or use a file of `mnv2 quantize`"
+    "dtype='int8' needs calibration images: give calibration= (`mnv2 predict` and `bench`: --calibration), "
+    "a folder of photos, a tensor or a loader, about 100 images, or use a file of `mnv2 quantize`"
 )
 
 

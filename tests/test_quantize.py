@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mnv2_fast
-from mnv2_fast import MobileNetV2, cli, compile, data, quantize
+from mnv2_fast import MobileNetV2, cli, compile, data, demo, quantize
 from mnv2_fast.weights import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,6 +117,65 @@ def test_a_file_that_predict_takes(
     assert cli.main(["predict", "--model", str(file), "--json", str(held_out[0])]) == 0
     (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {best["label"] for best in row["predictions"]} == set(LABELS)
+
+
+def test_predict_and_bench_calibrate_by_themselves(
+    weights: str, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "race", partial(demo.race, turns=1, timed=3))
+    (photos / "10.png").write_text("no photo")
+    int8 = ["--model", weights, "--dtype", "int8", "--threads", "1"]
+    int8 += ["--calibration", str(photos / "0*.png"), "--calibration", str(photos / "1*.png")]
+    assert cli.main(["predict", *int8, "--json", str(photos / "20.png")]) == 0
+    out, err = capsys.readouterr()
+    fitted = [path for path in sorted(photos.iterdir()) if path.name < "20" and path.name != "10.png"]
+    engine = compile(mnv2_fast.mobilenet_v2(weights=weights).eval(), "int8", calibration=fitted)
+    expected = mnv2_fast.Predictor(engine)(photos / "20.png")
+    assert json.loads(out)["predictions"] == expected
+    assert [str(photos / "10.png") in line for line in err.splitlines()] == [True, False]
+    assert err.endswith("mnv2: 1 of 20 photos could not be used\n")
+
+    assert cli.main(["bench", *int8, "--size", "32", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["engine"].startswith("Engine(5 classes, int8, ")
+    assert facts["engine"].endswith("threads=1)")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["predict", "PHOTOS", "--dtype", "int8"], "dtype='int8' needs calibration images: "),
+        (["predict", "PHOTOS", "--dtype", "int8"], "--calibration), a folder of photos"),
+        (["bench", "--dtype", "int8"], "--calibration), a folder of photos"),
+        (["predict", "PHOTOS", "--calibration", "PHOTOS"], "add --dtype int8, or leave it out"),
+        (["bench", "--calibration", "PHOTOS", "--dtype", "bf16"], "add --dtype int8, or leave it out"),
+        (["bench", "--calibration", "none/*.png", "--dtype", "int8"], "no file matches 'none/*.png'"),
+        (["bench", "--calibration", "none", "--dtype", "int8"], "none of the calibration photos can be used"),
+        (["bench", "--calibration", "PHOTOS", "--dtype", "int8", "--threads", "5000"], "from 1 to 1024"),
+    ],
+)
+def test_int8_without_its_photos_and_photos_without_int8(
+    args: list[str], words: str, weights: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(photos) if arg == "PHOTOS" else arg for arg in args]
+    assert cli.main([*given, "--model", weights]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith("mnv2: error: ")
+    assert words in last
+
+
+def test_an_engine_is_not_calibrated_again(
+    weights: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "m.safetensors"
+    assert run(capsys, "--data", photos, "--out", file, "--weights", weights, *ANY)[0] == 0
+    asked = ["predict", "--model", str(file), "--dtype", "int8", str(photos / "01.png")]
+    assert cli.main(asked) == 0
+    capsys.readouterr()
+    assert cli.main([*asked, "--calibration", str(photos)]) == 2
+    assert "is an engine, which has no model: give the weights" in capsys.readouterr().err
 
 
 def test_the_same_photos_give_the_same_tensors(
