@@ -8,7 +8,7 @@ import operator
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from .results import ROOT
 
@@ -18,14 +18,20 @@ REPEATS = 3  # a limit is the most that was ever seen: whoever else runs here ca
 
 @dataclass(frozen=True)
 class Limits:
-    """10^9 float32 multiply-accumulates a second, and 10^9 bytes read and written a second by memcpy."""
+    """10^9 a second: `gmacs` float32 multiply-accumulates, `int8_gmacs` those of int8 into int32, `gbs` bytes
+    read and written by memcpy."""
 
     gmacs: float
     gbs: float
+    int8_gmacs: float
 
     def __or__(self, other: Limits) -> Limits:
         """The larger of each."""
-        return Limits(max(self.gmacs, other.gmacs), max(self.gbs, other.gbs))
+        return Limits(*map(max, astuple(self), astuple(other)))
+
+    def peak(self, dtype: str) -> float:
+        """GMAC/s that a precision's share is of; bf16's is of float32's, for no loop measures its own."""
+        return self.int8_gmacs if dtype == "int8" else self.gmacs
 
 
 def measure(threads: int) -> Limits:
@@ -72,7 +78,12 @@ def main(arguments: list[str]) -> int:
 
     from mnv2_fast import _C
 
-    print(json.dumps(asdict(Limits(_C.fma_peak(threads), _C.copy_bandwidth(COPY_MEGABYTES, threads)))))
+    found = Limits(
+        gmacs=_C.fma_peak(threads),
+        gbs=_C.copy_bandwidth(COPY_MEGABYTES, threads),
+        int8_gmacs=_C.dot4_peak(threads),
+    )
+    print(json.dumps(asdict(found)))
     return 0
 
 
