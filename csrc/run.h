@@ -29,6 +29,8 @@ struct Rows {
 };
 
 // T: the element of activations between steps. What lies within a step before its depthwise filter is float32.
+// run.cpp has the walk over images and steps, run_block.cpp the convolutions, run_ends.cpp the stem,
+// the head and the classifier.
 template <class T> class Runner {
   public:
     Runner(const KernelTable &kernels, const std::vector<Layer> &layers, const std::vector<Step> &steps,
@@ -66,7 +68,8 @@ template <class T> class Runner {
     Ends place(int step, const T *x, T *y, int image) const;
     void run_step(Team &team, const Arena &arena, int step, const Ends &t, void *features) const;
     struct Block;
-    Block block(const Arena &arena, int step) const;
+    Block place_block(const Arena &arena, int step) const;
+    void block(Team &team, const Arena &arena, int step, const Ends &t) const;
     void fused(Team &team, const Block &b, const Ends &t) const;
     void part_fused(Team &team, const Arena &arena, const Block &b, const Ends &t) const;
     void by_layers(Team &team, const Arena &arena, const Block &b, const Ends &t) const;
