@@ -16,7 +16,7 @@ struct PixelRows {
 #pragma GCC unroll 16
             for (int i = 0; i < kBases; ++i) {
                 base_[i] = rows.x + 3 * i * rows.ld;
-                __asm__("" : "+r"(base_[i])); // or the compiler adds up each row's from the first one's
+                keep_in_register(base_[i]);
             }
         }
         const float *at(int r) const { return base_[r / 3] + r % 3 * ld_; }

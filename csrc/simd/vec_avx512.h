@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "simd/keep.h"
 #include "types.h"
 
 namespace mnv2::MNV2_ISA {

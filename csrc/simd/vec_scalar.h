@@ -1,6 +1,7 @@
 // Portable C++: four floats in an array, for a processor none of the other rows fits and as their twin in tests.
 #pragma once
 
+#include "simd/keep.h"
 #include "types.h"
 
 namespace mnv2::MNV2_ISA {
