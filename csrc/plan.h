@@ -54,6 +54,9 @@ struct Plan {
     std::size_t sums = 0; // of the pieces of a linear layer that is fused with the head before it; 0: it is not
     std::size_t scratch = 0;
 
+    // Whether the head also classifies its image: with several, the weights are read once for all instead.
+    bool head_classifies(int images) const { return sums > 0 && images == 1; }
+
     std::size_t arena(int threads) const { return 2 * activation + hidden + filtered + sums + threads * scratch; }
 };
 

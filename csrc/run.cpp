@@ -31,7 +31,7 @@ template <class T> void Runner<T>::run(Team &team, std::byte *memory, void *feat
         for (int k = begin; k < end; ++k)
             image(part, arena, k, features);
     });
-    if (steps_.back().form != Step::Form::linear || head_classifies())
+    if (steps_.back().form != Step::Form::linear || plan_.head_classifies(call_.n))
         return;
     const int last = static_cast<int>(steps_.size()) - 1;
     double since = seconds_ ? now() : 0;

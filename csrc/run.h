@@ -81,8 +81,6 @@ template <class T> class Runner {
     void piece(const Layer &layer, int piece, const float *x, std::ptrdiff_t images, float *y, std::ptrdiff_t y_ld,
                bool accumulate, int panel_begin, int panel_end) const;
     void add_pieces(Team &team, const Layer &layer, const float *sums) const;
-    // Whether the head also classifies its image: with several, the weights are read once for all instead.
-    bool head_classifies() const { return plan_.sums > 0 && call_.n == 1; }
 
     template <class X, class Y>
     void pointwise(Team &team, const Layer &layer, const Tensors<X, Y> &t, std::ptrdiff_t pixels, const Y *residual,

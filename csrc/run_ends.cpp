@@ -101,7 +101,7 @@ template <class T> void Runner<T>::head(Team &team, const Arena &arena, int step
     const std::ptrdiff_t pixels = static_cast<std::ptrdiff_t>(p.h) * p.w;
     float *const tile = reinterpret_cast<float *>(arena.scratch);
     const std::ptrdiff_t image = static_cast<std::ptrdiff_t>(t.image) * d.cout; // in the features
-    const bool classifies = head_classifies();
+    const bool classifies = plan_.head_classifies(call_.n);
     const Layer &linear = layers_.back();
     const int classes = linear.desc.cout, columns = packed_columns(kernels_, classes);
     const long per_piece = classifies ? kPiece / kernels_.panel : 1;
