@@ -74,29 +74,48 @@ bool run_int8(const Int8Network &network, Address x, bool bytes, const std::arra
     return network.run(call, threads);
 }
 
-// Names of block forms, in the order of BlockForm.
+// Names of block forms, in the order of BlockForm and of Int8BlockForm.
 constexpr std::array<const char *, 3> kFormNames = {"fused", "part-fused", "per-layer"};
+constexpr std::array<const char *, 2> kInt8FormNames = {"by-rows", "by-channels"};
 
 // [(first layer, last layer, form or "" of a step that is no block, seconds)] for one image.
-std::vector<std::tuple<int, int, std::string, double>> time_steps(const Network &network, Address x, Element element,
-                                                                  const std::array<std::ptrdiff_t, 4> &strides,
-                                                                  const std::array<int, 3> &size, Address y,
-                                                                  int threads, const std::string &form) {
-    const auto found = std::find(kFormNames.begin(), kFormNames.end(), form);
-    if (!form.empty() && found == kFormNames.end())
-        throw std::invalid_argument("no block form '" + form + "': fused, part-fused or per-layer");
-    const BlockForm forced = static_cast<BlockForm>(found - kFormNames.begin());
-    const Call call{at<void>(x), element, strides[0], strides[1], strides[2], strides[3],
-                    size[0],     size[1], size[2],    nullptr,    at<void>(y)};
-    std::vector<StepTime> times;
+using StepRows = std::vector<std::tuple<int, int, std::string, double>>;
+
+template <class Form, class AnyNetwork, class AnyCall, std::size_t N>
+StepRows step_rows(const AnyNetwork &network, const AnyCall &call, int threads, const std::string &form,
+                   const std::array<const char *, N> &names) {
+    const auto found = std::find(names.begin(), names.end(), form);
+    if (!form.empty() && found == names.end()) {
+        std::string all;
+        for (std::size_t i = 0; i < N; ++i)
+            all += (i == 0 ? "" : i + 1 < N ? ", " : " or ") + std::string(names[i]);
+        throw std::invalid_argument("no block form '" + form + "': " + all);
+    }
+    const Form forced = static_cast<Form>(found - names.begin());
+    std::vector<StepTime<Form>> times;
     {
         const py::gil_scoped_release release;
         times = network.time_steps(call, threads, form.empty() ? nullptr : &forced);
     }
-    std::vector<std::tuple<int, int, std::string, double>> rows;
-    for (const StepTime &t : times)
-        rows.emplace_back(t.first, t.last, t.block ? kFormNames[static_cast<int>(t.form)] : "", t.seconds);
+    StepRows rows;
+    for (const StepTime<Form> &t : times)
+        rows.emplace_back(t.first, t.last, t.block ? names[static_cast<std::size_t>(t.form)] : "", t.seconds);
     return rows;
+}
+
+StepRows time_steps(const Network &network, Address x, Element element, const std::array<std::ptrdiff_t, 4> &strides,
+                    const std::array<int, 3> &size, Address y, int threads, const std::string &form) {
+    const Call call{at<void>(x), element, strides[0], strides[1], strides[2], strides[3],
+                    size[0],     size[1], size[2],    nullptr,    at<void>(y)};
+    return step_rows<BlockForm>(network, call, threads, form, kFormNames);
+}
+
+StepRows time_int8_steps(const Int8Network &network, Address x, bool bytes,
+                         const std::array<std::ptrdiff_t, 4> &strides, const std::array<int, 3> &size, Address y,
+                         int threads, const std::string &form) {
+    const Int8Call call{at<void>(x), bytes,   strides[0], strides[1], strides[2],
+                        strides[3],  size[0], size[1],    size[2],    at<float>(y)};
+    return step_rows<Int8BlockForm>(network, call, threads, form, kInt8FormNames);
 }
 
 double seconds_since(std::chrono::steady_clock::time_point begin) {
@@ -154,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
         return features;
     });
     m.attr("BLOCK_FORMS") = std::vector<std::string>(kFormNames.begin(), kFormNames.end());
+    m.attr("INT8_BLOCK_FORMS") = std::vector<std::string>(kInt8FormNames.begin(), kInt8FormNames.end());
     m.def("default_threads", &default_threads);
     m.def("openmp_version", &openmp_version);
     m.def("compiler", [] { return std::string(__VERSION__); });
@@ -192,6 +212,8 @@ PYBIND11_MODULE(_C, m) {
              py::arg("table") = 0, py::arg("isa") = "")
         .def("run", &run_int8, py::arg("x"), py::arg("bytes"), py::arg("strides"), py::arg("size"), py::arg("y"),
              py::arg("threads"))
+        .def("time_steps", &time_int8_steps, py::arg("x"), py::arg("bytes"), py::arg("strides"), py::arg("size"),
+             py::arg("y"), py::arg("threads"), py::arg("form") = "")
         .def("workspace_bytes", &Int8Network::workspace_bytes, py::arg("n"), py::arg("h"), py::arg("w"),
              py::arg("threads"))
         .def("kept", &Int8Network::kept)

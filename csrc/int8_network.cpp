@@ -40,23 +40,49 @@ std::size_t Int8Network::workspace_bytes(int n, int h, int w, int threads) const
     return arena_bytes(*plan(h, w, usable_threads(threads)), n) + features.size();
 }
 
-bool Int8Network::run(const Int8Call &call, int threads) const {
+void Int8Network::check(const Int8Call &call, int threads) const {
     if (threads < 1)
         throw std::invalid_argument("threads must be 1 or more");
     if (call.n < 0 || call.h < 1 || call.w < 1)
         throw std::invalid_argument("H and W must be 1 or more");
     if (call.bytes && input_.table.empty())
         throw std::invalid_argument("uint8 images need the network's normalization");
+}
+
+bool Int8Network::run(const Int8Call &call, int threads) const {
+    check(call, threads);
     if (call.n == 0)
         return true;
     threads = usable_threads(threads);
-    const std::shared_ptr<const Int8Plan> plan = this->plan(call.h, call.w, threads);
+    return execute(call, *plan(call.h, call.w, threads), threads, nullptr);
+}
+
+std::vector<StepTime<Int8BlockForm>> Int8Network::time_steps(const Int8Call &call, int threads,
+                                                             const Int8BlockForm *forced) const {
+    check(call, threads);
+    if (call.n != 1)
+        throw std::invalid_argument("steps are timed for one image");
+    threads = usable_threads(threads);
+    const Int8Plan plan = make_int8_plan(kernels_, layers_, steps_, call.h, call.w, threads, forced);
+    std::vector<double> seconds(steps_.size() + 1);
+    if (!execute(call, plan, threads, seconds.data()))
+        throw std::invalid_argument("a value of the image is NaN or infinite");
+    std::vector<StepTime<Int8BlockForm>> times;
+    for (std::size_t i = 0; i < steps_.size(); ++i)
+        times.push_back({steps_[i].first(), steps_[i].last, steps_[i].form == Int8Step::Form::block,
+                         plan.steps[i].form(threads), seconds[i]});
+    const int classifier = static_cast<int>(layers_.size()) - 1;
+    times.push_back({classifier, classifier, false, Int8BlockForm::rows, seconds.back()});
+    return times;
+}
+
+bool Int8Network::execute(const Int8Call &call, const Int8Plan &plan, int threads, double *seconds) const {
     Int8Features features(call.n, layers_.back().desc.cin);
-    const std::size_t bytes = arena_bytes(*plan, call.n);
+    const std::size_t bytes = arena_bytes(plan, call.n);
     Workspace workspace = workspaces_.take(bytes + features.size());
     std::uint8_t *const arenas = reinterpret_cast<std::uint8_t *>(workspace.memory.get());
     features.data = arenas + bytes;
-    const Int8Runner runner(kernels_, layers_, steps_, *plan, call, input_, features);
+    const Int8Runner runner(kernels_, layers_, steps_, plan, call, input_, features, seconds);
     parallel(threads, [&](Team &team) { runner.run(team, arenas); });
     workspaces_.give(std::move(workspace));
     return runner.finite();

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "int8_plan.h"
+#include "step_time.h"
 #include "workspace.h"
 
 namespace mnv2 {
@@ -35,12 +36,19 @@ class Int8Network {
     // std::bad_alloc before any work.
     bool run(const Int8Call &call, int threads) const;
 
+    // The same for one image, in every block of the form `forced` as far as it fits, or of its own where that is null;
+    // a value that is no number is an std::invalid_argument here.
+    std::vector<StepTime<Int8BlockForm>> time_steps(const Int8Call &call, int threads,
+                                                    const Int8BlockForm *forced) const;
+
     std::size_t workspace_bytes(int n, int h, int w, int threads) const;
     std::pair<std::size_t, std::size_t> kept() const { return {plans_.size(), workspaces_.bytes()}; } // for later calls
     std::size_t weight_bytes() const { return weight_bytes_; }                                        // as packed
     const char *isa() const { return kernels_.isa; }
 
   private:
+    void check(const Int8Call &call, int threads) const;
+    bool execute(const Int8Call &call, const Int8Plan &plan, int threads, double *seconds) const;
     std::shared_ptr<const Int8Plan> plan(int h, int w, int threads) const;
 
     const KernelTable &kernels_;

@@ -1,6 +1,8 @@
 #include "int8_plan.h"
 
 #include <algorithm>
+#include <iterator>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -30,6 +32,56 @@ void check_chain(const std::vector<Int8Layer> &layers) {
 
 std::size_t pixels_size(int h, int w, int channels) {
     return static_cast<std::size_t>(groups(h)) * w * int8_column(channels);
+}
+
+constexpr int kAnyGroups = std::numeric_limits<int>::max();
+
+struct FormRow {
+    int threads;
+    int groups;
+    Int8BlockForm form;
+};
+
+constexpr FormRow kForms[] = {
+#define INT8_FORM(threads, groups, form) {threads, groups, Int8BlockForm::form},
+#include "int8_forms.def"
+#undef INT8_FORM
+};
+
+Int8BlockForm table_form(int groups, int threads) {
+    const int each = groups / threads;
+    return std::find_if(std::begin(kForms), std::end(kForms),
+                        [&](const FormRow &row) { return threads >= row.threads && each <= row.groups; })
+        ->form;
+}
+
+// The forms of a block and the memory they need.
+void plan_block(Int8Plan &plan, Int8StepPlan &p, const KernelTable &table, const Int8Layer &produce,
+                const Int8Layer &dw, const Int8BlockForm *forced) {
+    const int stride = dw.desc.stride, all = groups(p.hidden_h), made = groups(p.ho);
+    const std::size_t vector = static_cast<std::size_t>(p.hidden_w) * table.lanes * 4; // of a row group
+    const std::size_t filtered = static_cast<std::size_t>(p.wo) * int8_column(dw.desc.cout);
+    const bool expands = produce.desc.kind == Kind::pointwise;
+    if (expands && 2 * all * vector + made * filtered <= kFusedBytes) {
+        p.chunk = made;
+        p.kept = std::min(2, dw.vectors);
+    } else {
+        const std::size_t row = vector * dw.vectors * stride + filtered, fixed = 2 * vector * dw.vectors;
+        const std::size_t fits = kFusedBytes > fixed ? (kFusedBytes - fixed) / row : 0;
+        p.chunk = static_cast<int>(std::clamp<std::size_t>(fits, 1, made));
+        p.kept = dw.vectors;
+    }
+    p.ring = std::min(all, stride == 1 ? p.chunk + 2 : 2 * p.chunk + 1);
+    if (expands) {
+        p.alone = forced ? *forced : table_form(made, 1);
+        p.together = forced ? *forced : table_form(made, plan.threads);
+    }
+    plan.zeros = std::max(plan.zeros, whole_lines(vector));
+    plan.block = std::max(plan.block, whole_lines(p.kept * p.ring * vector) + p.chunk * filtered);
+    if (p.alone == Int8BlockForm::channels || p.together == Int8BlockForm::channels) {
+        plan.filtered = std::max(plan.filtered, made * filtered);
+        plan.block = std::max(plan.block, whole_lines(2 * all * vector));
+    }
 }
 
 } // namespace
@@ -75,12 +127,8 @@ std::vector<Int8Step> make_int8_steps(const std::vector<Int8Layer> &layers) {
     return steps;
 }
 
-bool by_channels(const std::vector<Int8Layer> &layers, const Int8Step &s, const Int8StepPlan &p, int threads) {
-    return threads > 1 && layers[s.produce].desc.kind == Kind::pointwise && groups(p.ho) < 2 * threads;
-}
-
 Int8Plan make_int8_plan(const KernelTable &table, const std::vector<Int8Layer> &layers,
-                        const std::vector<Int8Step> &steps, int h, int w, int threads) {
+                        const std::vector<Int8Step> &steps, int h, int w, int threads, const Int8BlockForm *forced) {
     if (static_cast<std::int64_t>(h) * w > kMaxPixels)
         throw std::length_error("an image has more than 2**36 pixels");
     Int8Plan plan;
@@ -91,34 +139,15 @@ Int8Plan make_int8_plan(const KernelTable &table, const std::vector<Int8Layer> &
     const auto out_size = [](int size, int stride) { return (size - 1) / stride + 1; };
     for (const Int8Step &s : steps) {
         const Int8LayerDesc &last = layers[s.last].desc;
-        Int8StepPlan p{h, w, h, w, out_size(h, last.stride), out_size(w, last.stride), 0, 0, 0};
+        Int8StepPlan p{h, w, h, w, out_size(h, last.stride), out_size(w, last.stride)};
         if (s.form == Int8Step::Form::block) {
             const Int8Layer &dw = layers[s.depthwise];
-            const int stride = dw.desc.stride, produced = layers[s.produce].desc.stride;
+            const int produced = layers[s.produce].desc.stride;
             p.hidden_h = out_size(h, produced);
             p.hidden_w = out_size(w, produced);
-            p.ho = out_size(p.hidden_h, stride);
-            p.wo = out_size(p.hidden_w, stride);
-            const std::size_t vector = static_cast<std::size_t>(p.hidden_w) * table.lanes * 4; // of a row group
-            const std::size_t filtered = static_cast<std::size_t>(p.wo) * int8_column(dw.desc.cout);
-            const int all = groups(p.hidden_h), made = groups(p.ho);
-            const bool expands = layers[s.produce].desc.kind == Kind::pointwise;
-            if (expands && 2 * all * vector + made * filtered <= kFusedBytes) {
-                p.chunk = made;
-                p.kept = std::min(2, dw.vectors);
-            } else {
-                const std::size_t row = vector * dw.vectors * stride + filtered, fixed = 2 * vector * dw.vectors;
-                const std::size_t fits = kFusedBytes > fixed ? (kFusedBytes - fixed) / row : 0;
-                p.chunk = static_cast<int>(std::clamp<std::size_t>(fits, 1, made));
-                p.kept = dw.vectors;
-            }
-            p.ring = std::min(all, stride == 1 ? p.chunk + 2 : 2 * p.chunk + 1);
-            plan.zeros = std::max(plan.zeros, whole_lines(vector));
-            plan.block = std::max(plan.block, whole_lines(p.kept * p.ring * vector) + p.chunk * filtered);
-            if (by_channels(layers, s, p, threads)) {
-                plan.filtered = std::max(plan.filtered, made * filtered);
-                plan.block = std::max(plan.block, whole_lines(2 * all * vector));
-            }
+            p.ho = out_size(p.hidden_h, dw.desc.stride);
+            p.wo = out_size(p.hidden_w, dw.desc.stride);
+            plan_block(plan, p, table, layers[s.produce], dw, forced);
             if (s.keep)
                 plan.residual = std::max(plan.residual, sizeof(float) * pixels_size(p.ho, p.wo, last.cout));
         }

@@ -19,13 +19,24 @@ struct Int8Step {
     int first() const { return form == Form::block ? produce : last; }
 };
 
+// How the threads of a team run a block. Both give the same answer.
+//   rows:     a strip of output row groups each, all three layers of it: one wait, a few hidden rows made twice
+//   channels: a share of the hidden channels each, none made twice; then, after a wait, a share of the output. The
+//             filtered tensor goes from core to core
+// `channels` is `rows` where the stem makes the hidden tensor.
+enum class Int8BlockForm { rows, channels };
+
 struct Int8StepPlan {
     int h, w;               // of the step's input
     int hidden_h, hidden_w; // of the depthwise layer's input
     int ho, wo;             // of its output
-    int chunk;              // output row groups a thread makes at a time
-    int ring;               // hidden row groups kept for them
-    int kept;               // hidden vectors kept: two where a chunk is the whole image, all elsewhere
+    int chunk = 0;          // output row groups a thread makes at a time
+    int ring = 0;           // hidden row groups kept for them
+    int kept = 0;           // hidden vectors kept: two where a chunk is the whole image, all elsewhere
+    // The forms in one thread and in more.
+    Int8BlockForm alone = Int8BlockForm::rows, together = Int8BlockForm::rows;
+
+    Int8BlockForm form(int threads) const { return threads > 1 ? together : alone; }
 };
 
 // Sizes are bytes, whole cache lines. One arena: two activations, float32 values for residuals, the tensor between the
@@ -54,11 +65,6 @@ constexpr std::ptrdiff_t int8_stem_row(int width) {
     return (4 * (static_cast<std::ptrdiff_t>(width) + 2 + kChannelPad) + 63) / 64 * 64;
 }
 
-// Whether a block shares its hidden channels among `threads`, not its rows: then each hidden row is made once, and the
-// filtered tensor goes from core to core, which costs more than a few rows made twice: only the smallest maps want that
-// (14x14 by rows: an image on two cores 0.90 ms, 0.86 so). More threads never turn a yes into a no.
-bool by_channels(const std::vector<Int8Layer> &layers, const Int8Step &s, const Int8StepPlan &p, int threads);
-
 // Steps of a pooled feature to one of a uint8: the power of two that fits the classifier's int32.
 constexpr int feature_steps(int channels) {
     int steps = 32;
@@ -70,8 +76,10 @@ constexpr int feature_steps(int channels) {
 // Groups layers into steps. Throws std::invalid_argument where they are not stem, blocks, 1x1 layer and classifier.
 std::vector<Int8Step> make_int8_steps(const std::vector<Int8Layer> &layers);
 
-// `threads`: the most that will share an image. Throws std::length_error where the image is too large to plan for.
+// `threads`: the most that will share an image; `forced`: the form of every block, or null for the one that
+// int8_forms.def has. Throws std::length_error where the image is too large to plan for.
 Int8Plan make_int8_plan(const KernelTable &table, const std::vector<Int8Layer> &layers,
-                        const std::vector<Int8Step> &steps, int h, int w, int threads);
+                        const std::vector<Int8Step> &steps, int h, int w, int threads,
+                        const Int8BlockForm *forced = nullptr);
 
 } // namespace mnv2

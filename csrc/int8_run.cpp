@@ -37,12 +37,15 @@ void Int8Runner::run(Team &team, std::uint8_t *memory) const {
         for (int k = begin; k < end; ++k)
             image(part, arena, k);
     });
+    StepClock clock(seconds_, team);
     classify(team);
+    clock.stop(static_cast<int>(steps_.size()));
 }
 
 void Int8Runner::image(Team &team, const Arena &arena, int image) const {
     Tensor x{nullptr, 0, 0, 0};
     arena.ahead->next = layers_.front().weight;
+    StepClock clock(seconds_, team);
     for (std::size_t i = 0; i < steps_.size(); ++i) {
         const int step = static_cast<int>(i);
         const Int8Step &s = steps_[i];
@@ -52,11 +55,12 @@ void Int8Runner::image(Team &team, const Arena &arena, int image) const {
             head(team, arena, step, image, x);
         else if (s.form == Int8Step::Form::stem)
             stem(team, arena, step, image, y);
-        else if (by_channels(layers_, s, p, team.size()))
+        else if (p.form(team.size()) == Int8BlockForm::channels)
             block_by_channels(team, arena, step, x, y);
         else
             block_by_rows(team, arena, step, image, x, y);
         team.sync();
+        clock.stop(step);
         x = y;
     }
 }

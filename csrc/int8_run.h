@@ -5,6 +5,7 @@
 
 #include "int8_network.h"
 #include "parallel.h"
+#include "step_time.h"
 
 namespace mnv2 {
 
@@ -29,9 +30,10 @@ struct Int8Features {
 class Int8Runner {
   public:
     Int8Runner(const KernelTable &kernels, const std::vector<Int8Layer> &layers, const std::vector<Int8Step> &steps,
-               const Int8Plan &plan, const Int8Call &call, const Int8Input &input, const Int8Features &features)
+               const Int8Plan &plan, const Int8Call &call, const Int8Input &input, const Int8Features &features,
+               double *seconds = nullptr)
         : kernels_(kernels), layers_(layers), steps_(steps), plan_(plan), call_(call), input_(input),
-          features_(features) {}
+          features_(features), seconds_(seconds) {}
 
     // Every image, by one member of a team that all call this with the same memory. Returns when this member is done.
     void run(Team &team, std::uint8_t *memory) const;
@@ -96,6 +98,7 @@ class Int8Runner {
     const Int8Call &call_;
     const Int8Input &input_;
     const Int8Features &features_;
+    double *const seconds_; // of each step for the last image and of the classifier, where the caller asks
     mutable std::atomic<bool> finite_{true};
 };
 

@@ -87,7 +87,7 @@ void Network::run(const Call &call, int threads) const {
     execute(call, *plan(call.h, call.w, threads), threads, nullptr);
 }
 
-std::vector<StepTime> Network::time_steps(const Call &call, int threads, const BlockForm *forced) const {
+std::vector<StepTime<BlockForm>> Network::time_steps(const Call &call, int threads, const BlockForm *forced) const {
     check(call, threads);
     if (call.n != 1)
         throw std::invalid_argument("steps are timed for one image");
@@ -95,7 +95,7 @@ std::vector<StepTime> Network::time_steps(const Call &call, int threads, const B
     const Plan plan = make_plan(layers_, steps_, call.h, call.w, threads, element_bytes(), forced);
     std::vector<double> seconds(steps_.size());
     execute(call, plan, threads, seconds.data());
-    std::vector<StepTime> times;
+    std::vector<StepTime<BlockForm>> times;
     for (std::size_t i = 0; i < steps_.size(); ++i)
         times.push_back({steps_[i].first(), steps_[i].last, steps_[i].form == Step::Form::block,
                          plan.steps[i].form(threads), seconds[i]});

@@ -8,6 +8,7 @@
 #include "layer.h"
 #include "pack.h"
 #include "plan.h"
+#include "step_time.h"
 #include "types.h"
 #include "workspace.h"
 
@@ -27,14 +28,6 @@ struct Call {
     void *y;              // [n, outputs], or NHWC and dense where the network ends in a convolution
 };
 
-// How long a step took: layers first..last, and the form it had where it is a block.
-struct StepTime {
-    int first, last;
-    bool block;
-    BlockForm form;
-    double seconds;
-};
-
 class Network {
   public:
     // `pool`: the last pointwise layer is averaged over H and W, as it always is before a linear one. `table`: the 256
@@ -46,7 +39,7 @@ class Network {
     void run(const Call &call, int threads) const;
 
     // The same for one image, in every block of the form `forced` as far as it fits, or of its own where that is null.
-    std::vector<StepTime> time_steps(const Call &call, int threads, const BlockForm *forced) const;
+    std::vector<StepTime<BlockForm>> time_steps(const Call &call, int threads, const BlockForm *forced) const;
 
     std::size_t workspace_bytes(int n, int h, int w, int threads) const;
     std::size_t weight_bytes() const { return weight_bytes_; }                                        // as packed

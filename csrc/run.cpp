@@ -1,14 +1,8 @@
 #include "run.h"
 
-#include <chrono>
 #include <type_traits>
 
 namespace mnv2 {
-namespace {
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-} // namespace
 
 template <class T> typename Runner<T>::Arena Runner<T>::arena(std::byte *memory, const Team &team) const {
     Arena a;
@@ -34,30 +28,21 @@ template <class T> void Runner<T>::run(Team &team, std::byte *memory, void *feat
     if (steps_.back().form != Step::Form::linear || plan_.head_classifies(call_.n))
         return;
     const int last = static_cast<int>(steps_.size()) - 1;
-    double since = seconds_ ? now() : 0;
+    StepClock clock(seconds_, team);
     linear(team, last, static_cast<const T *>(last > 0 ? features : call_.x), call_.n);
-    clock(team, last, since);
-}
-
-// The time of a step as the first member of the team sees it, waits included.
-template <class T> void Runner<T>::clock(const Team &team, int step, double &since) const {
-    if (!seconds_ || team.rank() != 0)
-        return;
-    const double time = now();
-    seconds_[step] = time - since;
-    since = time;
+    clock.stop(last);
 }
 
 // Every step for one image, but for a linear last one, which runs once for all.
 template <class T> void Runner<T>::image(Team &team, const Arena &arena, int image, void *features) const {
     const T *x = nullptr; // the call's own
-    double since = seconds_ ? now() : 0;
+    StepClock clock(seconds_, team);
     for (std::size_t i = 0; i < steps_.size() && steps_[i].form != Step::Form::linear; ++i) {
         const int step = static_cast<int>(i);
         const Ends t = place(step, x, arena.activation[i % 2], image);
         run_step(team, arena, step, t, features);
         team.sync();
-        clock(team, step, since);
+        clock.stop(step);
         x = t.y;
     }
 }

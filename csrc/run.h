@@ -5,6 +5,7 @@
 
 #include "network.h"
 #include "parallel.h"
+#include "step_time.h"
 
 namespace mnv2 {
 
@@ -64,7 +65,6 @@ template <class T> class Runner {
     Arena arena(std::byte *memory, const Team &team) const;
     void image(Team &team, const Arena &arena, int image, void *features) const;
 
-    void clock(const Team &team, int step, double &since) const;
     Ends place(int step, const T *x, T *y, int image) const;
     void run_step(Team &team, const Arena &arena, int step, const Ends &t, void *features) const;
     struct Block;

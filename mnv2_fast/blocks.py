@@ -13,8 +13,13 @@ from .backends import cpu
 from .engine import Engine
 from .errors import UserError
 
-# As `cpu.block_forms()` has them.
+# As the networks' `block_forms` have them: of float32 and bf16, then of int8.
 FUSED, PART_FUSED, PER_LAYER = "fused", "part-fused", "per-layer"
+BY_ROWS, BY_CHANNELS = "by-rows", "by-channels"
+_FORMS = (FUSED, PART_FUSED, PER_LAYER, BY_ROWS, BY_CHANNELS)
+# What gains are over, and forms of blocks alone, in which every other step is as in the first form.
+_PLAIN = (PER_LAYER, BY_ROWS)
+_BLOCKS_ONLY = (PART_FUSED, BY_CHANNELS)
 _WARM_UP = 5
 
 
@@ -32,8 +37,14 @@ class Block:
 
     @property
     def gain(self) -> float | None:
-        """How many times as fast as layer by layer the taken form is; None: there is no such form."""
-        return self.times[PER_LAYER] / self.times[self.taken] if PER_LAYER in self.times else None
+        """How many times as fast as the plain form the taken one is; None: the step has no such form."""
+        plain = self.plain
+        return None if plain is None else plain / self.times[self.taken]
+
+    @property
+    def plain(self) -> float | None:
+        """The time layer by layer, or of int8 by rows."""
+        return next((self.times[form] for form in _PLAIN if form in self.times), None)
 
 
 def measure(engine: Engine, size: int, threads: int, rounds: int = 100) -> list[Block]:
@@ -43,33 +54,36 @@ def measure(engine: Engine, size: int, threads: int, rounds: int = 100) -> list[
         UserError: the engine's network does not run on the CPU kernels.
     """
     network = engine.network
-    if not isinstance(network, cpu.Network):
-        raise UserError(
-            f"--blocks times the forms of fp32 and bf16 on the CPU kernels, not {engine}: see mnv2 info"
-        )
+    if not isinstance(network, cpu.Network | cpu.Int8Network):
+        raise UserError(f"--blocks times the forms of blocks on the CPU kernels, not {engine}: see mnv2 info")
     x = torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(0))
     seconds: dict[tuple[range, str], list[float]] = {}
     taken = {}
     for turn in range(_WARM_UP + rounds):
-        for form in ("", *cpu.block_forms()):
+        for form in ("", *network.block_forms):
             _, steps = network.time_steps(x, threads, form)
             for step in steps:
                 if not form:
                     taken[step.layers] = step.form
-                elif turn >= _WARM_UP and step.form in (form, "") and (step.form or form != PART_FUSED):
+                elif turn >= _WARM_UP and step.form in (form, "") and (step.form or form not in _BLOCKS_ONLY):
                     seconds.setdefault((step.layers, form), []).append(step.seconds)
     layers = arch.layers(size=size, specs=engine.layers)
-    return [_block(layers, step, form, seconds) for step, form in taken.items()]
+    forms = network.block_forms
+    return [_block(layers, step, form or forms[0], forms, seconds) for step, form in taken.items()]
 
 
 def _block(
-    layers: Sequence[arch.Layer], step: range, form: str, seconds: dict[tuple[range, str], list[float]]
+    layers: Sequence[arch.Layer],
+    step: range,
+    taken: str,
+    forms: Sequence[str],
+    seconds: dict[tuple[range, str], list[float]],
 ) -> Block:
     first, last = layers[step[0]], layers[step[-1]]
     where = f"{first.spec.cin} -> {last.spec.cout}, {first.h} x {first.w}"
     name = f"{'.'.join(last.spec.conv.split('.')[:2])}: {where}"
     times = {}
-    for each in cpu.block_forms():
+    for each in forms:
         # Where the classifier is not part of the head, the two are steps of their own.
         parts = [
             found
@@ -78,21 +92,25 @@ def _block(
         ]
         if parts:
             times[each] = 1e6 * sum(statistics.median(part) for part in parts)
-    return Block(name, form or FUSED, times)
+    return Block(name, taken, times)
 
 
 def table(blocks: Sequence[Block]) -> str:
     """A line a block, the taken form's time marked, and the sum over all."""
-    forms = cpu.block_forms()
+    forms = [form for form in _FORMS if any(form in block.times for block in blocks)]
     lines = [f"  {'median us':36}" + "".join(f"{form:>13}" for form in forms) + f"{'gain':>8}"]
     for block in blocks:
         cells = "".join(_cell(block.times.get(form), "*" if form == block.taken else " ") for form in forms)
         lines.append(f"  {block.name:36}{cells}" + (f"{block.gain:7.2f}x" if block.gain else f"{'-':>7}"))
     total = sum(block.times[block.taken] for block in blocks)
-    layered = sum(block.times.get(PER_LAYER, block.times[block.taken]) for block in blocks)
-    name, gain = "all: as the table has it, per layer", layered / total
-    lines.append(f"  {name:36}{total:12.1f} {layered:39.1f}{gain:7.2f}x")
-    lines.append("  * what the kernels' table (csrc/forms.def) takes; gain: over per-layer")
+    plain = next(form for form in _PLAIN if form in forms)
+    plain_total = sum(block.plain or block.times[block.taken] for block in blocks)
+    name = f"all: as the table has it, {plain}"
+    lines.append(
+        f"  {name:36}{total:12.1f} {plain_total:{13 * len(forms) - 14}.1f} {plain_total / total:6.2f}x"
+    )
+    source = "csrc/forms.def" if plain == PER_LAYER else "csrc/int8_forms.def"
+    lines.append(f"  * what the kernels' table ({source}) takes; gain: over {plain}")
     return "\n".join(lines)
 
 

@@ -230,8 +230,6 @@ def _settle_environment(args: argparse.Namespace) -> None:
     dtype = getattr(args, "dtype", None)
     if getattr(args, "calibration", None) and dtype != "int8":
         raise UserError("--calibration is for int8: add --dtype int8, or leave it out")
-    if getattr(args, "blocks", False) and dtype == "int8":
-        raise UserError("--blocks times the forms of fp32 and bf16, int8 has one only: give another --dtype")
 
 
 def _predict(args: argparse.Namespace) -> int:

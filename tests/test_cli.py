@@ -364,7 +364,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bench_shows_every_form_of_every_block(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, photos: Path
 ) -> None:
     monkeypatch.setattr(blocks, "measure", partial(blocks.measure, rounds=2))
     for dtype in ("fp32", "bf16"):
@@ -380,9 +380,18 @@ def test_bench_shows_every_form_of_every_block(
         assert "part-fused" not in forms["features.1"] | forms["classifier.1"]
         assert forms["features.2"] == forms["features.17"] == {"fused", "part-fused", "per-layer"}
         assert all(row["form"] in row["microseconds"] for row in facts["blocks"])
+    arguments = ["bench", "--blocks", "--size", "32", "--threads", "2", "--dtype", "int8", "--json"]
+    assert cli.main([*arguments, "--calibration", str(photos)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert len(facts["blocks"]) == 19  # 17 blocks, the head and the classifier
+    forms = {row["block"].partition(":")[0]: set(row["microseconds"]) for row in facts["blocks"]}
+    assert forms["features.1"] == forms["features.18"] == forms["classifier.1"] == {"by-rows"}
+    assert forms["features.2"] == forms["features.17"] == {"by-rows", "by-channels"}
+    assert {row["form"] for row in facts["blocks"]} == {"by-rows", "by-channels"}
     assert cli.main(["bench", "--blocks", "--size", "32", "--threads", "1"]) == 0
     out = capsys.readouterr().out
     assert "part-fused" in out
+    assert "gain: over per-layer" in out
     assert "features.17: 160 -> 320, 1 x 1" in out
     assert "leave --batch-size out" in _fails(capsys, "bench", "--blocks", "--batch-size", "2")
     assert "on the CPU kernels, not Engine(" in _fails(capsys, "bench", "--blocks", "--backend", "eager")

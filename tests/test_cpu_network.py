@@ -205,7 +205,7 @@ def test_all_forms_of_a_block_give_the_same_answer(isa: str, arithmetic: str | N
         network = cpu.Network(layers, folded(layers), pool=shape[1] == 3, isa=isa, **precision)
         x = torch.randn(shape)
         expected = network.run(x, 1)
-        for form in ("", *cpu.block_forms()):
+        for form in ("", *network.block_forms):
             for threads in (1, 2, 3, 8) if arithmetic is None else (1, 3):
                 y, times = network.time_steps(x, threads, form)
                 assert torch.equal(y, expected), (form, threads)

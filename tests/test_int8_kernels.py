@@ -135,6 +135,35 @@ def test_answer_does_not_depend_on_batch_threads_or_strides() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_both_forms_of_a_block_give_the_same_answer(isa: str) -> None:
+    """Of a network's every block, also where a block's rows are made in several chunks."""
+    for specs, (h, w) in [(arch.network(10, 0.35), (70, 50)), (arch.network(10), (61, 230))]:
+        network = network_of(specs)
+        x = images(1, h, w)
+        expected = int8.reference(network, x)
+        kernels = cpu.Int8Network(network, isa=isa)
+        for form in ("", *kernels.block_forms):
+            for threads in (1, 2, 3, 8):
+                y, times = kernels.time_steps(x, threads, form)
+                assert torch.equal(y, expected), (form, threads)
+                assert [i for step in times for i in step.layers] == list(range(len(specs)))
+                assert all(step.seconds > 0 for step in times)
+                # The stem makes a block's hidden tensor by rows alone.
+                ran = {step.form for step in times if len(step.layers) == 3 and step.layers[0] > 0}
+                assert ran == {form} or not form
+
+
+def test_steps_are_timed_for_one_image_of_numbers() -> None:
+    kernels = cpu.Int8Network(network_of(arch.network(10, 0.35)))
+    with pytest.raises(ValueError, match="by-rows or by-channels"):
+        kernels.time_steps(images(1, 32, 32), 1, "fused")
+    with pytest.raises(ValueError, match="one image"):
+        kernels.time_steps(images(2, 32, 32), 1)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        kernels.time_steps(torch.full((1, 3, 32, 32), float("nan")), 1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("identity", [True, False])
 def test_bytes_are_looked_up(isa: str, identity: bool) -> None:
     network = network_of(arch.network(5, 0.35))

@@ -152,8 +152,6 @@ def test_predict_and_bench_calibrate_by_themselves(
         (["bench", "--calibration", "none/*.png", "--dtype", "int8"], "no file matches 'none/*.png'"),
         (["bench", "--calibration", "none", "--dtype", "int8"], "none of the calibration photos can be used"),
         (["bench", "--calibration", "PHOTOS", "--dtype", "int8", "--threads", "5000"], "from 1 to 1024"),
-        (["bench", "--blocks", "--calibration", "PHOTOS", "--dtype", "int8"], "int8 has one only"),
-        (["bench", "--blocks", "--dtype", "int8"], "int8 has one only"),
     ],
 )
 def test_int8_without_its_photos_and_photos_without_int8(

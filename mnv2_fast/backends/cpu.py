@@ -149,15 +149,11 @@ class StepTime:
     seconds: float
 
 
-def block_forms() -> tuple[str, ...]:
-    """The forms a block may run in."""
-    return tuple(_c().BLOCK_FORMS)
-
-
 class _Native:
     """What networks of the extension say of themselves."""
 
     _network: Any  # of the extension
+    block_forms: tuple[str, ...]  # those that a block may run in
 
     @property
     def isa(self) -> str:
@@ -235,6 +231,7 @@ class Network(_Native):
             if arithmetic == "bf16_weights":
                 _say_of_bf16()
         self.arithmetic = arithmetic
+        self.block_forms = tuple(c.BLOCK_FORMS)
         self._activations = torch.bfloat16 if arithmetic == "bf16" else torch.float32
         self._elements = {
             torch.float32: c.Element.float32,
@@ -293,7 +290,7 @@ class Network(_Native):
         Args:
             x: one image, as for `run`.
             threads: as for `run`.
-            form: one of `block_forms()` for all blocks as far as it fits them; by default each its own.
+            form: one of `block_forms` for all blocks as far as it fits them; by default each its own.
 
         Raises:
             UserError: x does not fit the network, or there is no such form.
@@ -306,7 +303,7 @@ class Network(_Native):
             )
         except ValueError as error:
             raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
-        return y, [StepTime(range(first, last + 1), name, seconds) for first, last, name, seconds in rows]
+        return y, _step_times(rows)
 
     def _see(
         self, x: Tensor, residual: Tensor | None
@@ -396,6 +393,7 @@ class Int8Network(_Native):
             )
         except ValueError as error:
             raise UserError(f"{error}: use dtype='fp32'") from None
+        self.block_forms = tuple(_c().INT8_BLOCK_FORMS)
         self._classes = network.specs[-1].cout
 
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:
@@ -415,18 +413,7 @@ class Int8Network(_Native):
         """
         if threads is None:
             threads = torch.get_num_threads()
-        bytes_ = x.dtype == torch.uint8
-        if x.dtype not in (torch.uint8, torch.float32) or x.device.type != "cpu" or x.layout != torch.strided:
-            raise UserError(f"int8 takes float32 or uint8 images on the CPU, got {x.dtype} on {x.device}")
-        if x.dim() != 4 or x.shape[3 if bytes_ else 1] != 3:
-            raise UserError(
-                f"int8 takes float32 [N, 3, H, W] or uint8 [N, H, W, 3], got the shape {tuple(x.shape)}"
-            )
-        if max(x.shape) > _MAX_SIZE:
-            raise UserError(f"a size is over 2**31 - 1 in {tuple(x.shape)}: use smaller images or batches")
-        n, c, h, w = (0, 3, 1, 2) if bytes_ else (0, 1, 2, 3)
-        strides = (x.stride(n), x.stride(c), x.stride(h), x.stride(w))
-        size = (x.shape[n], x.shape[h], x.shape[w])
+        bytes_, strides, size = self._see(x)
         try:
             need = self.workspace_bytes(*size, threads) + 4 * size[0] * self._classes
             if not machine.fits_memory(need):
@@ -440,6 +427,44 @@ class Int8Network(_Native):
         if not finite:
             raise ValueError(NOT_FINITE)
         return y
+
+    def time_steps(self, x: Tensor, threads: int, form: str = "") -> tuple[Tensor, list[StepTime]]:
+        """The answer for one image, and the time of each step that makes it.
+
+        Args:
+            x: one image, as for `run`.
+            threads: as for `run`.
+            form: one of `block_forms` for all blocks as far as it fits them; by default each its own.
+
+        Raises:
+            UserError: x does not fit the network or has a NaN or infinite value, or there is no such form.
+        """
+        bytes_, strides, size = self._see(x)
+        y = torch.empty((size[0], self._classes), dtype=torch.float32, device="cpu")
+        try:
+            rows = self._network.time_steps(x.data_ptr(), bytes_, strides, size, y.data_ptr(), threads, form)
+        except ValueError as error:
+            raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
+        return y, _step_times(rows)
+
+    def _see(self, x: Tensor) -> tuple[bool, tuple[int, int, int, int], tuple[int, int, int]]:
+        """Whether x is of bytes, its strides (N, C, H, W) in elements, and (N, H, W)."""
+        bytes_ = x.dtype == torch.uint8
+        if x.dtype not in (torch.uint8, torch.float32) or x.device.type != "cpu" or x.layout != torch.strided:
+            raise UserError(f"int8 takes float32 or uint8 images on the CPU, got {x.dtype} on {x.device}")
+        if x.dim() != 4 or x.shape[3 if bytes_ else 1] != 3:
+            raise UserError(
+                f"int8 takes float32 [N, 3, H, W] or uint8 [N, H, W, 3], got the shape {tuple(x.shape)}"
+            )
+        if max(x.shape) > _MAX_SIZE:
+            raise UserError(f"a size is over 2**31 - 1 in {tuple(x.shape)}: use smaller images or batches")
+        n, c, h, w = (0, 3, 1, 2) if bytes_ else (0, 1, 2, 3)
+        strides = (x.stride(n), x.stride(c), x.stride(h), x.stride(w))
+        return bytes_, strides, (x.shape[n], x.shape[h], x.shape[w])
+
+
+def _step_times(rows: list[tuple[int, int, str, float]]) -> list[StepTime]:
+    return [StepTime(range(first, last + 1), form, seconds) for first, last, form, seconds in rows]
 
 
 def _dense(t: Tensor) -> Tensor:
