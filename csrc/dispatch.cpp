@@ -5,11 +5,13 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace mnv2 {
 
-#define ISA(name, flags, features)                                                                                     \
+#define ISA(name, flags, features, groups)                                                                             \
     namespace name {                                                                                                   \
     extern const KernelTable table;                                                                                    \
     }
@@ -30,6 +32,13 @@ std::uint64_t xgetbv() {
 bool intel() {
     std::uint32_t a, b, c, d;
     return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
+}
+
+// Linux gives tiles to a process that asks for them (Documentation/arch/x86/xstate.rst), once for all its threads. It
+// does not where a thread has a signal stack too small to save them on.
+bool tiles_granted() {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 // Intel SDM vol. 1, 14.3 and 15.2: an instruction set needs its CPUID bit and its registers saved by the system (XCR0).
@@ -53,6 +62,9 @@ std::uint32_t detect() {
         found |= kAvx512;
     if (zmm && (c & (1u << 11)))
         found |= kAvx512vnni;
+    constexpr std::uint32_t kTiles = 1u << 22 | 1u << 24 | 1u << 25; // AMX-BF16, AMX-TILE, AMX-INT8
+    if (zmm && (saved & 0x60000) == 0x60000 && (d & kTiles) == kTiles && tiles_granted())
+        found |= kAmx;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         if (zmm && (a & (1u << 5)))
             found |= intel() ? kAvx512bf16 : kAvx512bf16 | kFastBf16;
@@ -71,22 +83,43 @@ std::uint32_t features() {
 }
 
 struct Row {
-    const KernelTable *table;
+    KernelTable table;
     std::uint32_t needs;
 };
 
-const Row kRows[] = {
-#define ISA(name, flags, features) {&name::table, features},
+// What a row has not is the next row's.
+void complete(KernelTable &row, const KernelTable &next) {
+#define KERNEL(group, name, Args)                                                                                      \
+    if (!row.name)                                                                                                     \
+        row.name = next.name;
+#include "kernels.def"
+#undef KERNEL
+    if (!row.fma_peak)
+        row.fma_peak = next.fma_peak;
+    if (!row.dot4_peak)
+        row.dot4_peak = next.dot4_peak;
+}
+
+const std::vector<Row> &rows() {
+    static const std::vector<Row> all = [] {
+        std::vector<Row> made = {
+#define ISA(name, flags, features, groups) {name::table, features},
 #include "isa_built.def"
 #undef ISA
-};
+        };
+        for (std::size_t i = made.size() - 1; i-- > 0;)
+            complete(made[i].table, made[i + 1].table);
+        return made;
+    }();
+    return all;
+}
 
 bool runs(const Row &row) { return (features() & row.needs) == row.needs; }
 
 const KernelTable *best() {
-    for (const Row &row : kRows)
+    for (const Row &row : rows())
         if (runs(row))
-            return row.table;
+            return &row.table;
     throw std::runtime_error("the build has no row without requirements");
 }
 
@@ -102,15 +135,16 @@ const std::vector<std::pair<std::string, bool>> &cpu_features() {
         {"avx512_vnni", features() & kAvx512vnni},
         {"avx512_bf16", features() & kAvx512bf16},
         {"avx_vnni", features() & kAvxVnni},
+        {"amx", features() & kAmx},
     };
     return named;
 }
 
 std::vector<std::string> runnable_isas() {
     std::vector<std::string> names;
-    for (const Row &row : kRows)
+    for (const Row &row : rows())
         if (runs(row))
-            names.push_back(row.table->isa);
+            names.push_back(row.table.isa);
     return names;
 }
 
@@ -125,12 +159,12 @@ const KernelTable &kernels() {
 
 const KernelTable &kernels(const std::string &name) {
     std::string valid;
-    for (const Row &row : kRows) {
+    for (const Row &row : rows()) {
         if (!runs(row))
             continue;
-        if (name == row.table->isa)
-            return *row.table;
-        valid += (valid.empty() ? "" : ", ") + std::string(row.table->isa);
+        if (name == row.table.isa)
+            return row.table;
+        valid += (valid.empty() ? "" : ", ") + std::string(row.table.isa);
     }
     throw std::invalid_argument("no instruction set '" + name + "' here: use one of " + valid);
 }

@@ -10,6 +10,9 @@
 #include "kernels/depthwise.h"
 #include "kernels/head.h"
 #include "kernels/pointwise.h"
+#include "kernels/pointwise_pairs.h"
+#include "kernels/pointwise_tiles.h"
+
 #include "kernels/pointwise_bf16.h"
 #include "kernels/stem.h"
 
@@ -23,8 +26,21 @@
 
 #define MNV2_STRING_(x) #x
 #define MNV2_STRING(x) MNV2_STRING_(x)
+#define MNV2_JOIN_(a, b) a##b
+#define MNV2_JOIN(a, b) MNV2_JOIN_(a, b)
 
 namespace mnv2::MNV2_ISA {
+namespace {
+
+#define ISA(name, flags, features, groups) constexpr unsigned groups_##name = groups;
+#include "isa.def"
+#undef ISA
+// Null where the row leaves a kernel to another one: dispatch.cpp puts that one's in its place.
+template <class F> constexpr F *own(KernelGroup group, F *f) {
+    return (MNV2_JOIN(groups_, MNV2_ISA) & group) != 0 ? f : nullptr;
+}
+
+} // namespace
 
 extern const KernelTable table;
 const KernelTable table = {
@@ -33,11 +49,12 @@ const KernelTable table = {
     kPanel,
     kTileRows,
     kDot2,
-#define KERNEL(name, Args) name,
+    kBf16RingBytes,
+#define KERNEL(group, name, Args) own<void(const Args &)>(group, name),
 #include "kernels.def"
 #undef KERNEL
-    fma_peak,
-    dot4_peak,
+    own(kFp32, fma_peak),
+    own(kInt8, dot4_peak),
 };
 
 } // namespace mnv2::MNV2_ISA

@@ -56,7 +56,8 @@ Network::Network(const KernelTable &kernels, const std::vector<LayerDesc> &layer
 }
 
 std::shared_ptr<const Plan> Network::plan(int h, int w, int threads) const {
-    return plans_.get(h, w, threads, [&] { return make_plan(layers_, steps_, h, w, threads, element_bytes()); });
+    return plans_.get(h, w, threads,
+                      [&] { return make_plan(layers_, steps_, h, w, threads, element_bytes(), ring_bytes()); });
 }
 
 std::size_t Network::workspace_bytes(int n, int h, int w, int threads) const {
@@ -92,7 +93,7 @@ std::vector<StepTime<BlockForm>> Network::time_steps(const Call &call, int threa
     if (call.n != 1)
         throw std::invalid_argument("steps are timed for one image");
     threads = usable_threads(threads);
-    const Plan plan = make_plan(layers_, steps_, call.h, call.w, threads, element_bytes(), forced);
+    const Plan plan = make_plan(layers_, steps_, call.h, call.w, threads, element_bytes(), ring_bytes(), forced);
     std::vector<double> seconds(steps_.size());
     execute(call, plan, threads, seconds.data());
     std::vector<StepTime<BlockForm>> times;

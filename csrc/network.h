@@ -53,6 +53,7 @@ class Network {
     std::shared_ptr<const Plan> plan(int h, int w, int threads) const;
 
     std::size_t element_bytes() const { return arithmetic_ == Arithmetic::bf16 ? sizeof(bf16) : sizeof(float); }
+    std::size_t ring_bytes() const { return arithmetic_ == Arithmetic::bf16 ? kernels_.bf16_ring_bytes : kRingBytes; }
 
     const KernelTable &kernels_;
     const Arithmetic arithmetic_;

@@ -15,10 +15,6 @@ namespace {
 // pixels. 256k and 640k measure alike, 96k costs 1% of an image.
 constexpr std::size_t kFilteredBytes = 256 * 1024;
 
-// Bytes of a panel's hidden rows that are made at a time, in L1 (32 KB and more) beside the panel's weights and pixels:
-// 8k to 16k measure alike, 36k costs 1% of an image.
-constexpr std::size_t kRingBytes = 12 * 1024;
-
 // More is no image: planning for it would wrap around.
 constexpr std::int64_t kMaxPixels = std::int64_t{1} << 36;
 
@@ -78,7 +74,7 @@ bool residual_fits(const std::vector<Layer> &layers, const Step &s) {
 
 // The forms of a block and the memory they need.
 void plan_block(Plan &plan, StepPlan &p, const std::vector<Layer> &layers, const Step &s, std::size_t element,
-                const BlockForm *forced) {
+                std::size_t ring_bytes, const BlockForm *forced) {
     const LayerDesc &dw = layers[s.depthwise].desc;
     const bool expands = s.produce >= 0 && layers[s.produce].desc.kind == Kind::pointwise;
     p.alone = forced ? *forced : table_form(p.ho, 1);
@@ -91,7 +87,7 @@ void plan_block(Plan &plan, StepPlan &p, const std::vector<Layer> &layers, const
     const int channels = round_up(dw.cin, kMaxPanel);
     const std::size_t filtered_row = element * p.wo * padded(dw.cin);
     const std::size_t ring_row = sizeof(float) * p.hidden_w * (s.produce < 0 || expands ? kMaxPanel : channels);
-    const int fits = static_cast<int>(std::min<std::size_t>(kRingBytes / ring_row, kMaxGroup * 2 + 1));
+    const int fits = static_cast<int>(std::min<std::size_t>(ring_bytes / ring_row, kMaxGroup * 2 + 1));
     p.rows = static_cast<int>(std::clamp<std::size_t>(kFilteredBytes / filtered_row, 1, p.ho));
     p.group = std::clamp((fits - 3) / dw.stride + 1, 1, std::min(kMaxGroup, p.ho));
     p.ring = std::min((p.group - 1) * dw.stride + 3, p.hidden_h);
@@ -148,7 +144,7 @@ std::vector<Step> make_steps(const std::vector<Layer> &layers, bool pool) {
 }
 
 Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps, int h, int w, int threads,
-               std::size_t element, const BlockForm *forced) {
+               std::size_t element, std::size_t ring_bytes, const BlockForm *forced) {
     if (static_cast<std::int64_t>(h) * w > kMaxPixels)
         throw std::length_error("an image has more than 2**36 pixels");
     Plan plan;
@@ -167,7 +163,7 @@ Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps,
             }
             p.ho = out_size(p.hidden_h, dw.stride);
             p.wo = out_size(p.hidden_w, dw.stride);
-            plan_block(plan, p, layers, s, element, forced);
+            plan_block(plan, p, layers, s, element, ring_bytes, forced);
         } else if (s.form == Step::Form::single) {
             p.ho = out_size(h, last.stride);
             p.wo = out_size(w, last.stride);

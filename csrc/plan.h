@@ -62,15 +62,16 @@ struct Plan {
 
 constexpr int kPoolChunk = 56; // pixels of a head's tile of channels that are summed in float32 at a time
 
-constexpr int kMaxGroup = 8; // of StepPlan::group
+constexpr int kMaxGroup = 28; // of StepPlan::group
 
 // Groups layers into steps. Throws std::invalid_argument where they do not chain.
 std::vector<Step> make_steps(const std::vector<Layer> &layers, bool pool);
 
-// `threads`: the most that will share an image; `element`: bytes of an activation; `forced`: the form of every block,
-// or null for the one that forms.def has. Throws std::length_error where the image is too large to plan for.
+// `threads`: the most that will share an image; `element`: bytes of an activation; `ring_bytes`: of a panel's hidden
+// rows that are made at a time; `forced`: the form of every block, or null for the one that forms.def has. Throws
+// std::length_error where the image is too large to plan for.
 Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps, int h, int w, int threads,
-               std::size_t element, const BlockForm *forced = nullptr);
+               std::size_t element, std::size_t ring_bytes, const BlockForm *forced = nullptr);
 
 // Elements from one pixel to the next in internal tensors.
 constexpr int padded(int channels) { return (channels + kChannelPad - 1) / kChannelPad * kChannelPad; }

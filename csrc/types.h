@@ -111,13 +111,21 @@ using NarrowArgs = Convert<float, bf16>;
 
 namespace mnv2 {
 
+// Bytes of a panel's hidden rows that are made at a time, in L1 (32 KB and more) beside the panel's weights and pixels:
+// 8k to 16k measure alike, 36k costs 1% of an image.
+constexpr std::size_t kRingBytes = 12 * 1024;
+
+// Kernels that a row of isa.def has together. Each group has a peak of its own: float32 and int8 dot products.
+enum KernelGroup : unsigned { kFp32 = 1, kBf16 = 2, kInt8 = 4 };
+
 struct KernelTable {
     const char *isa;
-    int lanes;     // floats in a vector
-    int panel;     // output channels of a full panel of packed weights
-    int tile_rows; // pixels a full register tile computes at once
-    bool dot2;     // bf16 multiplied as it lies beats widening it to float32 first
-#define KERNEL(name, Args) void (*name)(const Args &);
+    int lanes;                   // floats in a vector
+    int panel;                   // output channels of a full panel of packed weights
+    int tile_rows;               // pixels a full register tile computes at once
+    bool dot2;                   // bf16 multiplied as it lies beats widening it to float32 first
+    std::size_t bf16_ring_bytes; // kRingBytes for bf16 activations
+#define KERNEL(group, name, Args) void (*name)(const Args &);
 #include "kernels.def"
 #undef KERNEL
     double (*fma_peak)(std::int64_t iterations); // runs them, returns the multiply-accumulates done
