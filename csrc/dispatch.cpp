@@ -35,10 +35,12 @@ bool intel() {
 }
 
 // Linux gives tiles to a process that asks for them (Documentation/arch/x86/xstate.rst), once for all its threads. It
-// does not where a thread has a signal stack too small to save them on.
+// does not where a thread has a signal stack too small to save them on, and lets none have such a stack afterwards:
+// so only who is about to use them asks.
 bool tiles_granted() {
     constexpr long kRequestPermission = 0x1023, kTileData = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted;
 }
 
 // Intel SDM vol. 1, 14.3 and 15.2: an instruction set needs its CPUID bit and its registers saved by the system (XCR0).
@@ -62,8 +64,8 @@ std::uint32_t detect() {
         found |= kAvx512;
     if (zmm && (c & (1u << 11)))
         found |= kAvx512vnni;
-    constexpr std::uint32_t kTiles = 1u << 22 | 1u << 24 | 1u << 25; // AMX-BF16, AMX-TILE, AMX-INT8
-    if (zmm && (saved & 0x60000) == 0x60000 && (d & kTiles) == kTiles && tiles_granted())
+    constexpr std::uint32_t kTiles = 1u << 22 | 1u << 24; // AMX-BF16, AMX-TILE
+    if (zmm && (saved & 0x60000) == 0x60000 && (d & kTiles) == kTiles)
         found |= kAmx;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         if (zmm && (a & (1u << 5)))
@@ -74,6 +76,7 @@ std::uint32_t detect() {
     return found;
 }
 #else
+bool tiles_granted() { return false; }
 std::uint32_t detect() { return 0; }
 #endif
 
@@ -87,8 +90,15 @@ struct Row {
     std::uint32_t needs;
 };
 
-// What a row has not is the next row's.
+// What a row has not is the next row's, and so is what is said of it. Both read the same packed weights.
 void complete(KernelTable &row, const KernelTable &next) {
+    if (!row.pointwise_bf16) {
+        row.dot2 = next.dot2;
+        row.bf16_ring_bytes = next.bf16_ring_bytes;
+    }
+    const bool whole = row.pointwise && row.pointwise_bf16 && row.int8_expand;
+    if (!whole && (row.lanes != next.lanes || row.panel != next.panel))
+        throw std::logic_error(std::string(row.isa) + " cannot take kernels from " + next.isa + ": other widths");
 #define KERNEL(group, name, Args)                                                                                      \
     if (!row.name)                                                                                                     \
         row.name = next.name;
@@ -114,7 +124,7 @@ const std::vector<Row> &rows() {
     return all;
 }
 
-bool runs(const Row &row) { return (features() & row.needs) == row.needs; }
+bool runs(const Row &row) { return (features() & row.needs) == row.needs && (!(row.needs & kAmx) || tiles_granted()); }
 
 const KernelTable *best() {
     for (const Row &row : rows())
@@ -158,14 +168,12 @@ const KernelTable &kernels() {
 }
 
 const KernelTable &kernels(const std::string &name) {
-    std::string valid;
-    for (const Row &row : rows()) {
-        if (!runs(row))
-            continue;
-        if (name == row.table.isa)
+    for (const Row &row : rows())
+        if (name == row.table.isa && runs(row))
             return row.table;
-        valid += (valid.empty() ? "" : ", ") + std::string(row.table.isa);
-    }
+    std::string valid;
+    for (const std::string &each : runnable_isas())
+        valid += (valid.empty() ? "" : ", ") + each;
     throw std::invalid_argument("no instruction set '" + name + "' here: use one of " + valid);
 }
 

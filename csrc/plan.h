@@ -62,7 +62,7 @@ struct Plan {
 
 constexpr int kPoolChunk = 56; // pixels of a head's tile of channels that are summed in float32 at a time
 
-constexpr int kMaxGroup = 28; // of StepPlan::group
+constexpr int kMaxGroup = 28; // of StepPlan::group: an image by bf16 tiles takes 1% longer with 8
 
 // Groups layers into steps. Throws std::invalid_argument where they do not chain.
 std::vector<Step> make_steps(const std::vector<Layer> &layers, bool pool);

@@ -89,8 +89,8 @@ void Runner<T>::widen_rows(const Ends &t, const Rows &ring, float *out, int chan
 }
 
 // Output rows [begin, end) of the panel of hidden channels from `channel` on, p.group at a time, so that its hidden
-// rows never leave L1. `ring` has those before row `made`; returns the row that is made next. `loaded` is of the stem;
-// `out` starts at row `begin`.
+// rows stay in L1 (of bf16 tiles: in L2). `ring` has those before row `made`; returns the row that is made next.
+// `loaded` is of the stem; `out` starts at row `begin`.
 template <class T>
 int Runner<T>::filter_panel(const Block &b, const Ends &t, int channel, int begin, int end, int made, float *ring,
                             int &loaded, T *out) const {

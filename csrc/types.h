@@ -115,7 +115,7 @@ namespace mnv2 {
 // 8k to 16k measure alike, 36k costs 1% of an image.
 constexpr std::size_t kRingBytes = 12 * 1024;
 
-// Kernels that a row of isa.def has together. Each group has a peak of its own: float32 and int8 dot products.
+// Kernels that a row of isa.def has together.
 enum KernelGroup : unsigned { kFp32 = 1, kBf16 = 2, kInt8 = 4 };
 
 struct KernelTable {

@@ -105,9 +105,8 @@ def table(blocks: Sequence[Block]) -> str:
     total = sum(block.times[block.taken] for block in blocks)
     plain = next(form for form in _PLAIN if form in forms)
     plain_total = sum(block.plain or block.times[block.taken] for block in blocks)
-    name = f"all: as the table has it, {plain}"
     lines.append(
-        f"  {name:36}{total:12.1f} {plain_total:{13 * len(forms) - 14}.1f} {plain_total / total:6.2f}x"
+        f"  all: {total:.1f} us as the table has it, {plain_total:.1f} {plain}, {plain_total / total:.2f}x"
     )
     source = "csrc/forms.def" if plain == PER_LAYER else "csrc/int8_forms.def"
     lines.append(f"  * what the kernels' table ({source}) takes; gain: over {plain}")

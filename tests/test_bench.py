@@ -386,7 +386,7 @@ def test_every_limit_is_measured_and_the_most_that_was_seen_counts(monkeypatch: 
     assert limits.Limits(1.0, 5.0, 6.0) | limits.Limits(4.0, 2.0, 8.0) == limits.Limits(4.0, 5.0, 8.0)
 
 
-def test_a_share_is_of_the_precisions_own_peak(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_share_is_of_the_float32_peak_but_for_int8(capsys: pytest.CaptureFixture[str]) -> None:
     bounds = limits.Limits(100.0, 10.0, 400.0)
     for dtype, peak in (("fp32", 100.0), ("bf16", 100.0), ("int8", 400.0)):
         contender = contenders.find(f"{contenders.ENGINE}, {dtype}")

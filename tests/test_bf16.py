@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from pathlib import Path
 
@@ -56,24 +57,26 @@ def check(y: Tensor, exact: Tensor, bound: Tensor) -> None:
 )
 def test_layers_round_once(isa: str, arithmetic: str, kind: str, stride: int) -> None:
     for channels in CHANNELS:
-        cin = {"stem": 3, "depthwise": channels, "pointwise": 19 + channels % 2}[kind]
-        spec = LayerSpec(kind, kind, "", cin, channels, stride, channels % 3 == 0)
-        pair = weights_of(spec)
-        network = cpu.Network([spec], [pair], pool=False, isa=isa, dtype="bf16", arithmetic=arithmetic)
-        for n, (h, w) in zip((1, 3, 1, 2), SIZES, strict=True):
-            x = (3 * torch.randn(n, cin, h, w)).bfloat16()
-            for layout in (x, x.contiguous(memory_format=torch.channels_last)):
-                y = network.run(layout, threads=1 + n % 2)
-                assert y.dtype == (torch.bfloat16 if arithmetic == "bf16" else torch.float32)
-                check(y, *expected(spec, pair, x))
+        # Of a 1x1 layer: an odd count, and those that tiles take in one step, two, three and six.
+        inputs = {"stem": (3,), "depthwise": (channels,), "pointwise": (19, 20, 56, 72, 144)}[kind]
+        for cin in inputs:
+            spec = LayerSpec(kind, kind, "", cin, channels, stride, channels % 3 == 0)
+            pair = weights_of(spec)
+            network = cpu.Network([spec], [pair], pool=False, isa=isa, dtype="bf16", arithmetic=arithmetic)
+            for n, (h, w) in zip((1, 3, 1, 2), SIZES, strict=True):
+                x = (3 * torch.randn(n, cin, h, w)).bfloat16()
+                for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+                    y = network.run(layout, threads=1 + n % 2)
+                    assert y.dtype == (torch.bfloat16 if arithmetic == "bf16" else torch.float32)
+                    check(y, *expected(spec, pair, x))
 
 
 @forms
 def test_residual_is_added_before_rounding(isa: str, arithmetic: str) -> None:
-    for channels in CHANNELS:
-        spec = LayerSpec("pointwise", "project", "", 11, channels, 1, False, -1)
+    for channels, cin, (h, w) in itertools.product(CHANNELS, (11, 48), ((5, 3), (7, 7))):
+        spec = LayerSpec("pointwise", "project", "", cin, channels, 1, False, -1)
         pair = weights_of(spec)
-        x, residual = torch.randn(2, 11, 5, 3).bfloat16(), torch.randn(2, channels, 5, 3).bfloat16()
+        x, residual = torch.randn(2, cin, h, w).bfloat16(), torch.randn(2, channels, h, w).bfloat16()
         exact, bound = expected(spec, pair, x)
         network = cpu.Network([spec], [pair], pool=False, isa=isa, dtype="bf16", arithmetic=arithmetic)
         exact = exact + residual.double()
@@ -130,7 +133,7 @@ def test_nothing_is_read_past_a_tensor() -> None:
     script = """
 dtypes = {"bf16": torch.bfloat16, "bf16_weights": torch.float32}
 for isa in cpu.isas():
-    for channels in (1, 3, 15, 17, 24, 33):
+    for channels in (1, 3, 15, 17, 24, 33, 48, 64):
         for kind, stride in (("stem", 2), ("depthwise", 1), ("depthwise", 2), ("pointwise", 1)):
             cin = 3 if kind == "stem" else channels
             spec = LayerSpec(kind, kind, "", cin, channels, stride, True)
@@ -138,7 +141,7 @@ for isa in cpu.isas():
             for arithmetic in dtypes:
                 form = dict(isa=isa, dtype="bf16", arithmetic=arithmetic)
                 network = cpu.Network([spec], tensors, pool=False, **form)
-                for h, w in ((1, 1), (2, 3), (1, 16)):
+                for h, w in ((1, 1), (2, 3), (1, 16), (1, 17), (5, 9)):
                     x = torch.randn(2, cin, h, w).to(dtypes[arithmetic])
                     assert torch.equal(network.run(guarded_nhwc(x), 1), network.run(x, 1))
         spec = LayerSpec("linear", "l", "", channels, 24)

@@ -6,6 +6,7 @@ import builtins
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -381,6 +382,8 @@ def test_bench_shows_every_form_of_every_block(
         assert forms["features.2"] == forms["features.17"] == {"fused", "part-fused", "per-layer"}
         assert all(row["form"] in row["microseconds"] for row in facts["blocks"])
     arguments = ["bench", "--blocks", "--size", "32", "--threads", "2", "--dtype", "int8", "--json"]
+    assert cli.main([*arguments[:-1], "--calibration", str(photos)]) == 0
+    assert re.search(r"all: [\d.]+ us as the table has it, [\d.]+ by-rows, [\d.]+x", capsys.readouterr().out)
     assert cli.main([*arguments, "--calibration", str(photos)]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert len(facts["blocks"]) == 19  # 17 blocks, the head and the classifier

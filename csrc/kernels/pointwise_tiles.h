@@ -3,7 +3,7 @@
 //
 // Pixels are read where they lie; weights are the pairs of pointwise_pairs.h, of which 16 rows are a tile. A channel's
 // sum takes the inputs in one order, its bias last, whatever the place of its pixel in a tile.
-// Against pairs of vectors: an image 5.2 -> 2.0 ms on a Xeon of the Emerald Rapids family.
+// An image takes 2.0 ms on a Xeon of the Emerald Rapids family, and 5.0 with float32 arithmetic on bf16 weights.
 #pragma once
 
 #ifdef MNV2_TILES
@@ -12,7 +12,7 @@ namespace mnv2::MNV2_ISA {
 namespace {
 
 // Inputs that a tile takes at a time: the most that all tiles can share evenly, so that none reads past a pixel, or 0
-// where that is too few.
+// where that is less than a quarter of a tile.
 inline int tile_depth(int cin) {
     for (int depth = 2 * kTileSize; depth >= 8; depth -= 2)
         if (cin % depth == 0)

@@ -21,7 +21,7 @@ class Tiles {
             c.rows[i] = static_cast<std::uint8_t>(i < 6 ? rows : quads);
             c.bytes[i] = static_cast<std::uint16_t>(i == 4 || i == 5 ? quads * 4 : kTileSize * 4);
         }
-        _tile_loadconfig(&c);
+        __asm__ volatile("ldtilecfg %0" : : "m"(c)); // GCC 12's own intrinsic says that it reads 8 bytes of it
     }
     ~Tiles() { _tile_release(); } // or every switch of threads saves 8 KB
     Tiles(const Tiles &) = delete;

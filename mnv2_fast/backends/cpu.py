@@ -294,8 +294,12 @@ class Network(_Native):
 
         Raises:
             UserError: x does not fit the network, or there is no such form.
+            MemoryError: as for `run`.
         """
         x, strides, size = self._see(x, None)
+        need = self.workspace_bytes(*size, threads) + 4 * math.prod(self._output_shape(*size))
+        if not machine.fits_memory(need):
+            raise machine.no_memory(need, *size)
         y = self._output(*size)
         try:
             rows = self._network.time_steps(
@@ -438,8 +442,12 @@ class Int8Network(_Native):
 
         Raises:
             UserError: x does not fit the network or has a NaN or infinite value, or there is no such form.
+            MemoryError: as for `run`.
         """
         bytes_, strides, size = self._see(x)
+        need = self.workspace_bytes(*size, threads) + 4 * size[0] * self._classes
+        if not machine.fits_memory(need):
+            raise machine.no_memory(need, *size)
         y = torch.empty((size[0], self._classes), dtype=torch.float32, device="cpu")
         try:
             rows = self._network.time_steps(x.data_ptr(), bytes_, strides, size, y.data_ptr(), threads, form)
