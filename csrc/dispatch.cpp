@@ -96,18 +96,20 @@ void complete(KernelTable &row, const KernelTable &next) {
         row.dot2 = next.dot2;
         row.bf16_ring_bytes = next.bf16_ring_bytes;
     }
-    const bool whole = row.pointwise && row.pointwise_bf16 && row.int8_expand;
-    if (!whole && (row.lanes != next.lanes || row.panel != next.panel))
-        throw std::logic_error(std::string(row.isa) + " cannot take kernels from " + next.isa + ": other widths");
-#define KERNEL(group, name, Args)                                                                                      \
-    if (!row.name)                                                                                                     \
-        row.name = next.name;
+    bool takes = false;
+    const auto take = [&takes](auto &kernel, auto other) {
+        if (kernel)
+            return;
+        kernel = other;
+        takes = true;
+    };
+#define KERNEL(group, name, Args) take(row.name, next.name);
 #include "kernels.def"
 #undef KERNEL
-    if (!row.fma_peak)
-        row.fma_peak = next.fma_peak;
-    if (!row.dot4_peak)
-        row.dot4_peak = next.dot4_peak;
+    take(row.fma_peak, next.fma_peak);
+    take(row.dot4_peak, next.dot4_peak);
+    if (takes && (row.lanes != next.lanes || row.panel != next.panel))
+        throw std::logic_error(std::string(row.isa) + " cannot take kernels from " + next.isa + ": other widths");
 }
 
 const std::vector<Row> &rows() {

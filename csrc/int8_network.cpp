@@ -70,7 +70,7 @@ std::vector<StepTime<Int8BlockForm>> Int8Network::time_steps(const Int8Call &cal
     std::vector<StepTime<Int8BlockForm>> times;
     for (std::size_t i = 0; i < steps_.size(); ++i)
         times.push_back({steps_[i].first(), steps_[i].last, steps_[i].form == Int8Step::Form::block,
-                         plan.steps[i].form(threads), seconds[i]});
+                         plan.steps[i].forms.of(threads), seconds[i]});
     const int classifier = static_cast<int>(layers_.size()) - 1;
     times.push_back({classifier, classifier, false, Int8BlockForm::rows, seconds.back()});
     return times;

@@ -1,8 +1,6 @@
 #include "int8_plan.h"
 
 #include <algorithm>
-#include <iterator>
-#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -34,26 +32,11 @@ std::size_t pixels_size(int h, int w, int channels) {
     return static_cast<std::size_t>(groups(h)) * w * int8_column(channels);
 }
 
-constexpr int kAnyGroups = std::numeric_limits<int>::max();
-
-struct FormRow {
-    int threads;
-    int groups;
-    Int8BlockForm form;
-};
-
-constexpr FormRow kForms[] = {
+constexpr FormRow<Int8BlockForm> kForms[] = {
 #define INT8_FORM(threads, groups, form) {threads, groups, Int8BlockForm::form},
 #include "int8_forms.def"
 #undef INT8_FORM
 };
-
-Int8BlockForm table_form(int groups, int threads) {
-    const int each = groups / threads;
-    return std::find_if(std::begin(kForms), std::end(kForms),
-                        [&](const FormRow &row) { return threads >= row.threads && each <= row.groups; })
-        ->form;
-}
 
 // The forms of a block and the memory they need.
 void plan_block(Int8Plan &plan, Int8StepPlan &p, const KernelTable &table, const Int8Layer &produce,
@@ -72,13 +55,13 @@ void plan_block(Int8Plan &plan, Int8StepPlan &p, const KernelTable &table, const
         p.kept = dw.vectors;
     }
     p.ring = std::min(all, stride == 1 ? p.chunk + 2 : 2 * p.chunk + 1);
-    if (expands) {
-        p.alone = forced ? *forced : table_form(made, 1);
-        p.together = forced ? *forced : table_form(made, plan.threads);
-    }
+    if (expands)
+        p.forms =
+            forced ? Forms<Int8BlockForm>{*forced, *forced}
+                   : Forms<Int8BlockForm>{look_up(kForms, 1, made), look_up(kForms, plan.threads, made / plan.threads)};
     plan.zeros = std::max(plan.zeros, whole_lines(vector));
     plan.block = std::max(plan.block, whole_lines(p.kept * p.ring * vector) + p.chunk * filtered);
-    if (p.alone == Int8BlockForm::channels || p.together == Int8BlockForm::channels) {
+    if (p.forms.has(Int8BlockForm::channels)) {
         plan.filtered = std::max(plan.filtered, made * filtered);
         plan.block = std::max(plan.block, whole_lines(2 * all * vector));
     }

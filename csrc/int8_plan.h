@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "forms.h"
 #include "int8_layer.h"
 
 namespace mnv2 {
@@ -33,10 +34,7 @@ struct Int8StepPlan {
     int chunk = 0;          // output row groups a thread makes at a time
     int ring = 0;           // hidden row groups kept for them
     int kept = 0;           // hidden vectors kept: two where a chunk is the whole image, all elsewhere
-    // The forms in one thread and in more.
-    Int8BlockForm alone = Int8BlockForm::rows, together = Int8BlockForm::rows;
-
-    Int8BlockForm form(int threads) const { return threads > 1 ? together : alone; }
+    Forms<Int8BlockForm> forms{Int8BlockForm::rows, Int8BlockForm::rows};
 };
 
 // Sizes are bytes, whole cache lines. One arena: two activations, float32 values for residuals, the tensor between the

@@ -55,7 +55,7 @@ void Int8Runner::image(Team &team, const Arena &arena, int image) const {
             head(team, arena, step, image, x);
         else if (s.form == Int8Step::Form::stem)
             stem(team, arena, step, image, y);
-        else if (p.form(team.size()) == Int8BlockForm::channels)
+        else if (p.forms.of(team.size()) == Int8BlockForm::channels)
             block_by_channels(team, arena, step, x, y);
         else
             block_by_rows(team, arena, step, image, x, y);

@@ -99,7 +99,7 @@ std::vector<StepTime<BlockForm>> Network::time_steps(const Call &call, int threa
     std::vector<StepTime<BlockForm>> times;
     for (std::size_t i = 0; i < steps_.size(); ++i)
         times.push_back({steps_[i].first(), steps_[i].last, steps_[i].form == Step::Form::block,
-                         plan.steps[i].form(threads), seconds[i]});
+                         plan.steps[i].forms.of(threads), seconds[i]});
     if (plan.head_classifies(call.n)) { // then the linear layer ran within the step before it
         times.pop_back();
         times.back().last = steps_.back().last;

@@ -1,8 +1,6 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <iterator>
-#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -42,26 +40,11 @@ void check_chain(const std::vector<Layer> &layers) {
     }
 }
 
-constexpr int kAnyRows = std::numeric_limits<int>::max();
-
-struct FormRow {
-    int threads;
-    int rows;
-    BlockForm form;
-};
-
-constexpr FormRow kForms[] = {
+constexpr FormRow<BlockForm> kForms[] = {
 #define FORM(threads, rows, form) {threads, rows, BlockForm::form},
 #include "forms.def"
 #undef FORM
 };
-
-BlockForm table_form(int rows, int threads) {
-    const int each = (rows - 1) / threads + 1;
-    return std::find_if(std::begin(kForms), std::end(kForms),
-                        [&](const FormRow &row) { return threads >= row.threads && each <= row.rows; })
-        ->form;
-}
 
 // A block of which only the project layer may add its own input, which is the hidden tensor's source.
 bool residual_fits(const std::vector<Layer> &layers, const Step &s) {
@@ -77,10 +60,11 @@ void plan_block(Plan &plan, StepPlan &p, const std::vector<Layer> &layers, const
                 std::size_t ring_bytes, const BlockForm *forced) {
     const LayerDesc &dw = layers[s.depthwise].desc;
     const bool expands = s.produce >= 0 && layers[s.produce].desc.kind == Kind::pointwise;
-    p.alone = forced ? *forced : table_form(p.ho, 1);
-    p.together = forced ? *forced : table_form(p.ho, std::max(plan.threads, 2));
+    const int team = std::max(plan.threads, 2);
+    p.forms = forced ? Forms<BlockForm>{*forced, *forced}
+                     : Forms<BlockForm>{look_up(kForms, 1, p.ho), look_up(kForms, team, (p.ho - 1) / team + 1)};
     const bool widens = s.produce < 0 && element != sizeof(float); // the input, for the depthwise layer
-    for (BlockForm *form : {&p.alone, &p.together})
+    for (BlockForm *form : {&p.forms.alone, &p.forms.together})
         if ((*form == BlockForm::part && !expands) || (*form == BlockForm::layers && widens))
             *form = BlockForm::fused;
 
@@ -95,10 +79,9 @@ void plan_block(Plan &plan, StepPlan &p, const std::vector<Layer> &layers, const
     if (s.produce >= 0 || widens)
         p.rings = static_cast<std::size_t>(p.ring) * p.hidden_w *
                   ((expands || widens) && p.rows == p.ho ? kMaxPanel : channels);
-    const auto runs = [&p](BlockForm form) { return p.alone == form || p.together == form; };
-    if (runs(BlockForm::layers) && s.produce >= 0)
+    if (p.forms.has(BlockForm::layers) && s.produce >= 0)
         plan.hidden = std::max(plan.hidden, sizeof(float) * p.hidden_h * p.hidden_w * padded(dw.cin));
-    if (runs(BlockForm::layers) || runs(BlockForm::part))
+    if (p.forms.has(BlockForm::layers) || p.forms.has(BlockForm::part))
         plan.filtered = std::max(plan.filtered, whole_lines(p.ho * filtered_row));
     plan.scratch = std::max(plan.scratch, sizeof(float) * p.rings + whole_lines(p.rows * filtered_row));
 }
@@ -154,7 +137,7 @@ Plan make_plan(const std::vector<Layer> &layers, const std::vector<Step> &steps,
     const auto out_size = [](int size, int stride) { return (size - 1) / stride + 1; };
     for (const Step &s : steps) {
         const LayerDesc &last = layers[s.last].desc;
-        StepPlan p{h, w, h, w, h, w, BlockForm::fused, BlockForm::fused, 0, 0, 0, 0};
+        StepPlan p{h, w, h, w, h, w, {BlockForm::fused, BlockForm::fused}, 0, 0, 0, 0};
         if (s.form == Step::Form::block) {
             const LayerDesc &dw = layers[s.depthwise].desc;
             if (s.produce >= 0) {

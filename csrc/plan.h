@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "forms.h"
 #include "layer.h"
 
 namespace mnv2 {
@@ -33,14 +34,11 @@ struct StepPlan {
     int h, w;               // of the step's input
     int hidden_h, hidden_w; // of the depthwise layer's input
     int ho, wo;             // of its output
-    BlockForm alone;        // the form in one thread
-    BlockForm together;     // and in more
-    int rows;               // output rows of a fused block that are projected at a time
-    int group;              // output rows that go through the ring at a time
-    int ring;               // hidden rows it keeps
-    std::size_t rings;      // floats of all rings of a thread
-
-    BlockForm form(int threads) const { return threads > 1 ? together : alone; }
+    Forms<BlockForm> forms;
+    int rows;          // output rows of a fused block that are projected at a time
+    int group;         // output rows that go through the ring at a time
+    int ring;          // hidden rows it keeps
+    std::size_t rings; // floats of all rings of a thread
 };
 
 // Sizes are bytes, whole cache lines. One arena: two activations, the tensors between the layers of a step that threads

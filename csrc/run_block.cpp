@@ -188,7 +188,7 @@ template <class T> void Runner<T>::by_layers(Team &team, const Arena &arena, con
 
 template <class T> void Runner<T>::block(Team &team, const Arena &arena, int step, const Ends &t) const {
     const Block b = place_block(arena, step);
-    switch (b.p.form(team.size())) {
+    switch (b.p.forms.of(team.size())) {
     case BlockForm::fused:
         fused(team, b, t);
         return;

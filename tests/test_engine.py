@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import mnv2_fast
 from mnv2_fast import Engine, MobileNetV2, UserError
+from mnv2_fast.backends.cpu import Network
 from mnv2_fast.engine import byte_table
 from mnv2_fast.weights import Preprocessing
 
@@ -184,6 +185,12 @@ def test_sizes_that_cannot_be(engine: Engine) -> None:
         engine(torch.zeros(1).expand(1, 3, 2**20, 2**20))
     with pytest.raises(MemoryError, match="use smaller batches or images"):
         engine(torch.zeros(1).expand(1, 3, 2**18, 2**17))
+    network = engine.network
+    assert isinstance(network, Network)
+    with pytest.raises(UserError, match=r"2\*\*36 pixels"):
+        network.time_steps(torch.zeros(1).expand(1, 3, 2**20, 2**20), 1)
+    with pytest.raises(MemoryError, match="use smaller batches or images"):
+        network.time_steps(torch.zeros(1).expand(1, 3, 2**18, 2**17), 1)
 
 
 def test_workspace_follows_the_call(engine: Engine) -> None:

@@ -376,6 +376,8 @@ def test_input_that_does_not_fit_is_refused() -> None:
     ]:
         with pytest.raises(UserError, match=message):
             kernels.run(x)
+        with pytest.raises(UserError, match=message):
+            kernels.time_steps(x, 1)
     for threads in (0, -1):
         with pytest.raises(UserError, match="threads must be 1 or more"):
             kernels.run(torch.randn(1, 3, 8, 8), threads)
@@ -387,6 +389,8 @@ def test_a_batch_that_memory_is_too_small_for() -> None:
     kernels = cpu.Int8Network(network_of(arch.network(3, 0.35)))
     with pytest.raises(MemoryError, match="use smaller batches or images"):
         kernels.run(torch.zeros(1, 3, 1, 1).expand(1, 3, 2**18, 2**18), 1)
+    with pytest.raises(MemoryError, match="use smaller batches or images"):
+        kernels.time_steps(torch.zeros(1, 3, 1, 1).expand(1, 3, 2**18, 2**18), 1)
 
 
 def test_nothing_is_read_past_the_image() -> None:

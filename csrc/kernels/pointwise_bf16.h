@@ -7,19 +7,18 @@ namespace {
 #ifdef MNV2_TILES
 // Tiles want many pixels at a time more than they want them in L1: an image takes 1.95 ms so, 2.22 with kRingBytes.
 constexpr std::size_t kBf16RingBytes = 100 * 1024;
-#else
-constexpr std::size_t kBf16RingBytes = kRingBytes;
-#endif
 
 template <class Y> void pointwise_by(const Pointwise<bf16, bf16, Y> &a) {
-#ifdef MNV2_TILES
-    if (const int depth = tile_depth(a.cin)) {
+    if (const int depth = tile_depth(a.cin))
         pointwise_tiles(a, depth);
-        return;
-    }
-#endif
-    pointwise_pairs(a);
+    else
+        pointwise_pairs(a);
 }
+#else
+constexpr std::size_t kBf16RingBytes = kRingBytes;
+
+template <class Y> void pointwise_by(const Pointwise<bf16, bf16, Y> &a) { pointwise_pairs(a); }
+#endif
 
 void pointwise_bf16(const PointwiseBf16Args &a) { pointwise_by(a); }
 void pointwise_bf16_float(const PointwiseBf16FloatArgs &a) { pointwise_by(a); }

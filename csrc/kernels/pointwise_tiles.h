@@ -41,18 +41,16 @@ template <int P, int V> inline void tile_store(float *sums) {
         _tile_stored(3, sums + kNext + kTileSize, kRow);
 }
 
-// P tiles of pixels, at x and at `second`, times V tiles of channels. `loaded`: the weights are few enough to be in
-// their tiles already.
+// P tiles of pixels, at x and at `second`, times V tiles of channels. The weights of a single block are in their tiles
+// already.
 template <int P, int V>
-inline void tile_product(const bf16 *x, const bf16 *second, std::ptrdiff_t ld, const bf16 *w, int depth, int blocks,
-                         bool loaded) {
-    constexpr std::ptrdiff_t kRow = V * kTileSize * 2 * sizeof(bf16);
+inline void tile_product(const bf16 *x, const bf16 *second, std::ptrdiff_t ld, const bf16 *w, int depth, int blocks) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int b = 0; b < blocks; ++b, x += depth, second += depth, w += depth * V * kTileSize) {
-        if (!loaded)
+        if (blocks > 1)
             tile_weights<V>(w);
         _tile_loadd(4, x, ld * sizeof(bf16));
         _tile_dpbf16ps(0, 4, 6);
@@ -111,17 +109,16 @@ inline void tile_panel(const Pointwise<bf16, bf16, Y> &a, const bf16 *w, int n, 
             tile_finish<V>(done + kSums, static_cast<int>(p + kTileSize - start(p + kTileSize)), rows, a,
                            start(p + kTileSize), n);
     };
-    const bool loaded = blocks == 1;
-    if (loaded)
+    if (blocks == 1)
         tile_weights<V>(w);
     int turn = 0;
     for (std::ptrdiff_t p = 0; p < a.pixels; p += kStep, turn ^= 1) {
         const bf16 *const x = a.x + start(p) * a.x_ld;
         if (p + kTileSize < a.pixels) {
-            tile_product<2, V>(x, a.x + start(p + kTileSize) * a.x_ld, a.x_ld, w, depth, blocks, loaded);
+            tile_product<2, V>(x, a.x + start(p + kTileSize) * a.x_ld, a.x_ld, w, depth, blocks);
             tile_store<2, V>(sums[turn]);
         } else {
-            tile_product<1, V>(x, nullptr, a.x_ld, w, depth, blocks, loaded);
+            tile_product<1, V>(x, nullptr, a.x_ld, w, depth, blocks);
             tile_store<1, V>(sums[turn]);
         }
         if (p > 0)

@@ -11,9 +11,9 @@ import logging
 import math
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from ..int8 import NOT_FINITE, QuantizedNetwork
 OPERATORS = ("stem", "depthwise", "pointwise", "head")
 
 log = logging.getLogger("mnv2_fast")
+Served = TypeVar("Served")  # what a call of the extension gives
 
 # Of the tensors that the operators take, and what a network of them is called.
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -169,6 +170,31 @@ class _Native:
         """Bytes of weights and biases as the kernels read them."""
         return int(self._network.weight_bytes)
 
+    def _served(
+        self,
+        x: Tensor,
+        size: tuple[int, int, int],
+        threads: int,
+        answer_bytes: int,
+        call: Callable[[], Served],
+    ) -> Served:
+        """What `call` returns, once there is the memory for it; its refusals in the user's words.
+
+        Raises:
+            UserError: x does not fit the network or is larger than it can plan for.
+            MemoryError: there is less memory than the call needs; nothing has been worked on.
+        """
+        need = 0
+        try:
+            need = self.workspace_bytes(*size, threads) + answer_bytes
+            if not machine.fits_memory(need):
+                raise MemoryError
+            return call()
+        except MemoryError:
+            raise machine.no_memory(need, *size) from None
+        except ValueError as error:
+            raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
+
     def kept(self) -> tuple[int, int]:
         """What stays for later calls: plans of image sizes, bytes of workspaces. Both are bounded."""
         plans, workspaces = self._network.kept()
@@ -263,11 +289,8 @@ class Network(_Native):
             threads = torch.get_num_threads()
         x, strides, size = self._see(x, residual)
         given = None if residual is None else _nhwc(residual.to(self._activations))
-        need = 0
-        try:
-            need = self.workspace_bytes(*size, threads) + 4 * math.prod(self._output_shape(*size))
-            if not machine.fits_memory(need):
-                raise MemoryError
+
+        def call() -> Tensor:
             y = self._output(*size)
             self._network.run(
                 x.data_ptr(),
@@ -278,11 +301,9 @@ class Network(_Native):
                 y.data_ptr(),
                 threads,
             )
-        except MemoryError:
-            raise machine.no_memory(need, *size) from None
-        except ValueError as error:
-            raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
-        return y
+            return y
+
+        return self._served(x, size, threads, 4 * math.prod(self._output_shape(*size)), call)
 
     def time_steps(self, x: Tensor, threads: int, form: str = "") -> tuple[Tensor, list[StepTime]]:
         """The answer for one image, and the time of each step that makes it.
@@ -297,17 +318,15 @@ class Network(_Native):
             MemoryError: as for `run`.
         """
         x, strides, size = self._see(x, None)
-        need = self.workspace_bytes(*size, threads) + 4 * math.prod(self._output_shape(*size))
-        if not machine.fits_memory(need):
-            raise machine.no_memory(need, *size)
-        y = self._output(*size)
-        try:
+
+        def call() -> tuple[Tensor, list[StepTime]]:
+            y = self._output(*size)
             rows = self._network.time_steps(
                 x.data_ptr(), self._elements[x.dtype], strides, size, y.data_ptr(), threads, form
             )
-        except ValueError as error:
-            raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
-        return y, _step_times(rows)
+            return y, _step_times(rows)
+
+        return self._served(x, size, threads, 4 * math.prod(self._output_shape(*size)), call)
 
     def _see(
         self, x: Tensor, residual: Tensor | None
@@ -418,16 +437,12 @@ class Int8Network(_Native):
         if threads is None:
             threads = torch.get_num_threads()
         bytes_, strides, size = self._see(x)
-        try:
-            need = self.workspace_bytes(*size, threads) + 4 * size[0] * self._classes
-            if not machine.fits_memory(need):
-                raise MemoryError
-            y = torch.empty((size[0], self._classes), dtype=torch.float32, device="cpu")
-            finite = self._network.run(x.data_ptr(), bytes_, strides, size, y.data_ptr(), threads)
-        except MemoryError:
-            raise machine.no_memory(need, *size) from None
-        except ValueError as error:
-            raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
+
+        def call() -> tuple[Tensor, bool]:
+            y = self._output(size[0])
+            return y, self._network.run(x.data_ptr(), bytes_, strides, size, y.data_ptr(), threads)
+
+        y, finite = self._served(x, size, threads, 4 * size[0] * self._classes, call)
         if not finite:
             raise ValueError(NOT_FINITE)
         return y
@@ -445,15 +460,16 @@ class Int8Network(_Native):
             MemoryError: as for `run`.
         """
         bytes_, strides, size = self._see(x)
-        need = self.workspace_bytes(*size, threads) + 4 * size[0] * self._classes
-        if not machine.fits_memory(need):
-            raise machine.no_memory(need, *size)
-        y = torch.empty((size[0], self._classes), dtype=torch.float32, device="cpu")
-        try:
+
+        def call() -> tuple[Tensor, list[StepTime]]:
+            y = self._output(size[0])
             rows = self._network.time_steps(x.data_ptr(), bytes_, strides, size, y.data_ptr(), threads, form)
-        except ValueError as error:
-            raise UserError(f"{error} (input of shape {tuple(x.shape)})") from None
-        return y, _step_times(rows)
+            return y, _step_times(rows)
+
+        return self._served(x, size, threads, 4 * size[0] * self._classes, call)
+
+    def _output(self, n: int) -> Tensor:
+        return torch.empty((n, self._classes), dtype=torch.float32, device="cpu")
 
     def _see(self, x: Tensor) -> tuple[bool, tuple[int, int, int, int], tuple[int, int, int]]:
         """Whether x is of bytes, its strides (N, C, H, W) in elements, and (N, H, W)."""
