@@ -6,7 +6,6 @@ import email
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -152,7 +151,7 @@ def test_wheel_holds_what_it_should_and_nothing_else(wheel: Path) -> None:
         expected = {f"{package}/{path.relative_to(folder)}" for path in folder.rglob("*.py")}
         assert expected <= packaged, sorted(expected - packaged)
     (extension,) = (name for name in names if name.endswith(".so"))
-    assert sizes[extension] < 4_000_000  # three precisions, each for the instruction sets that change it
+    assert sizes[extension] < 2_800_000  # three precisions, each for the instruction sets that change it
 
 
 def test_extension_links_to_the_system_only(wheel: Path, tmp_path: Path) -> None:
@@ -201,24 +200,16 @@ print(*(file for file in files if os.path.basename(file).startswith({OPENMP!r}))
 
 
 def test_import_costs_little_more_than_torch(run_python: RunPython) -> None:
-    """Processor time, which a busy machine disturbs less than the clock does; medians, in turns."""
-    timed = """
+    """Processor time of both in one process, the least of each: a busy machine only ever adds to either."""
+    code = """
 import time; begin = time.process_time()
-{}
-print(time.process_time() - begin)
+import torch; between = time.process_time()
+from mnv2_fast import MobileNetV2
+print(between - begin, time.process_time() - between)
 """
-    statements = {
-        "torch": "import torch",
-        "package": "import torch, mnv2_fast",
-        "model": "from mnv2_fast import MobileNetV2",
-    }
-    times: dict[str, list[float]] = {name: [] for name in statements}
-    for _ in range(3):
-        for name, statement in statements.items():
-            times[name].append(float(run_python(timed.format(statement)).stdout))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    assert medians["package"] < 1.2 * medians["torch"], medians
-    assert medians["model"] < 1.2 * medians["torch"], medians
+    times = [[float(value) for value in run_python(code).stdout.split()] for _ in range(3)]
+    least = [min(values) for values in zip(*times, strict=True)]
+    assert least[1] < 0.2 * least[0], times
 
 
 def test_import_loads_no_optional_package(run_python: RunPython) -> None:
@@ -319,7 +310,7 @@ def test_a_second_make_does_no_work_twice(tmp_path: Path) -> None:
     for target in ("demo", "test", "lint"):
         assert "install" not in planned(target)
     source = tmp_path / "csrc" / "bind.cpp"
-    later = source.stat().st_mtime + 3600
+    later = (tmp_path / ".venv" / ".dev").stat().st_mtime + 3600
     os.utime(source, (later, later))
     for target in ("demo", "test"):
         assert planned(target).count("install --no-build-isolation") == 1
