@@ -135,27 +135,21 @@ inline void pairs_tile_halves(const X *x, std::ptrdiff_t ld, const bf16 *w, cons
     finish_halves<R>(high, e);
 }
 
-// The tile for a run-time count of 1..kTileRows pixels and for the panel's channels.
-template <int R, class X, class Y>
-inline void pairs_tile(int rows, const X *x, std::ptrdiff_t ld, const bf16 *w, const float *bias, int depth,
-                       const EpilogueTo<Y> &e) {
-    if constexpr (R > 0) {
-        if (rows < R)
-            pairs_tile<R - 1>(rows, x, ld, w, bias, depth, e);
-        else if (e.channels <= kLanes)
-            pairs_tile<R, 1>(x, ld, w, bias, depth, e);
-        else if (e.channels <= kLanes + kHalf)
-            pairs_tile_halves<R>(x, ld, w, bias, depth, e);
-        else
-            pairs_tile<R, kTileVecs>(x, ld, w, bias, depth, e);
-    }
+// The tile of that width.
+template <int R, int kHalves, class X, class Y>
+inline void pairs_tile_of(const X *x, std::ptrdiff_t ld, const bf16 *w, const float *bias, int depth,
+                          const EpilogueTo<Y> &e) {
+    if constexpr (kHalves == 3)
+        pairs_tile_halves<R>(x, ld, w, bias, depth, e);
+    else
+        pairs_tile<R, kHalves / 2>(x, ld, w, bias, depth, e);
 }
 
 template <class X, class Y> void pointwise_pairs(const Pointwise<X, bf16, Y> &a) {
     const std::ptrdiff_t depth = (a.cin + 1) / 2 * 2;
     for (int panel = a.panel_begin; panel < a.panel_end; ++panel) {
         const int n = panel * kPanel;
-        for (std::ptrdiff_t p = 0; p < a.pixels; p += kTileRows) {
+        for (std::ptrdiff_t p = 0; p < a.pixels;) {
             const EpilogueTo<Y> e{a.residual ? a.residual + p * a.residual_ld + n : nullptr,
                                   a.residual_ld,
                                   a.y + p * a.y_ld + n,
@@ -163,8 +157,10 @@ template <class X, class Y> void pointwise_pairs(const Pointwise<X, bf16, Y> &a)
                                   a.cout - n,
                                   a.relu6,
                                   false};
-            pairs_tile<kTileRows>(min(a.pixels - p, kTileRows), a.x + p * a.x_ld, a.x_ld, a.weight + n * depth,
-                                  a.bias + n, a.cin, e);
+            p += with_tile(a.pixels - p, e.channels, [&](auto rows, auto halves) {
+                pairs_tile_of<decltype(rows)::value, decltype(halves)::value>(
+                    a.x + p * a.x_ld, a.x_ld, a.weight + n * depth, a.bias + n, a.cin, e);
+            });
         }
     }
 }

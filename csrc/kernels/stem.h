@@ -24,9 +24,9 @@ template <int Step> struct Taps {
 template <int Step> void stem(const StemArgs &a) {
     for (int n = 0; n < a.cout; n += kPanel) {
         const float *w = a.weight + static_cast<std::ptrdiff_t>(n) * kStemTaps;
-        for (std::ptrdiff_t p = 0; p < a.pixels; p += kTileRows) {
+        for (std::ptrdiff_t p = 0; p < a.pixels;) {
             const Epilogue e{nullptr, 0, a.y + p * a.y_ld + n, a.y_ld, a.cout - n, a.relu6, false};
-            gemm_tile(min(a.pixels - p, kTileRows), Taps<Step>{a.taps, p * Step}, w, a.bias + n, kStemTaps, w, e);
+            p += gemm_tile(a.pixels - p, Taps<Step>{a.taps, p * Step}, w, a.bias + n, kStemTaps, w, e);
         }
     }
 }
