@@ -64,7 +64,7 @@ std::uint32_t detect() {
         found |= kAvx512;
     if (zmm && (c & (1u << 11)))
         found |= kAvx512vnni;
-    constexpr std::uint32_t kTiles = 1u << 22 | 1u << 24; // AMX-BF16, AMX-TILE
+    constexpr std::uint32_t kTiles = 1u << 22 | 1u << 24 | 1u << 25; // AMX-BF16, AMX-TILE, AMX-INT8
     if (zmm && (saved & 0x60000) == 0x60000 && (d & kTiles) == kTiles)
         found |= kAmx;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {

@@ -18,7 +18,7 @@ enum Feature : std::uint32_t {
     kAvx512bf16 = 1u << 5,
     kAvxVnni = 1u << 6,
     kFastBf16 = 1u << 7, // kAvx512bf16, and worth using
-    kAmx = 1u << 8,      // tiles of bf16, which a process has to ask for
+    kAmx = 1u << 8,      // tiles of bf16 and int8, which a process has to ask for
 };
 
 // Features of this processor that its operating system lets programs use, by name.

@@ -80,7 +80,7 @@ void Int8Runner::stem(Team &team, const Arena &arena, int step, int image, const
     long begin, end;
     team.share(groups(y.h), 1, begin, end);
     int loaded = -1;
-    const Int8Target target{y.data, vector_bytes(), y.group(), y.column};
+    const Int8Target target{y.data, y.group(), y.column, false, 0};
     stem_groups(layers_[steps_[step].last], image, arena, static_cast<int>(begin), static_cast<int>(end), y.h, y.w,
                 target, groups(y.h), loaded);
 }
@@ -109,7 +109,7 @@ void Int8Runner::block_by_rows(Team &team, const Arena &arena, int step, int ima
         const int height = last < end ? p.hidden_h : std::min(p.hidden_h, (stride * last * kGroup + 2 - stride));
         if (from_image)
             stem_groups(produce, image, arena, made, needed, height, p.hidden_w,
-                        {hidden, hidden_vector, hidden_group, vector_bytes()}, p.ring, loaded);
+                        {hidden, hidden_group, vector_bytes(), true, hidden_vector}, p.ring, loaded);
         // Two vectors of channels are expanded and filtered before the next ones, their rows still in L1.
         for (int v = 0; v < vectors; v += 2) {
             const int v_end = std::min(v + 2, vectors);
@@ -165,7 +165,7 @@ void Int8Runner::expand(const Int8Layer &layer, const Arena &arena, const Tensor
         const int slot = begin % ring, next = std::min(end, begin + ring - slot);
         kernels_.int8_expand({{x.part(begin, next, 0, width), layer.weight, layer.quads, layer.scales, vector_begin,
                                vector_end, fetch(arena, layer)},
-                              {hidden + slot * group - vector_begin * vector, vector, group, vector_bytes()}});
+                              {hidden + slot * group - vector_begin * vector, group, vector_bytes(), true, vector}});
         begin = next;
     }
 }
@@ -181,7 +181,9 @@ void Int8Runner::project(const Int8Step &s, const Arena &arena, const Tensor &fi
     const std::ptrdiff_t at = part.group_begin * y.group() + part.column_begin * y.column; // bytes, and floats
     kernels_.int8_project(
         {{x, layer.weight, layer.quads, layer.scales, part.vector_begin, part.vector_end, fetch(arena, layer)},
-         {y.data + at, vector_bytes(), y.group(), y.column},
+         y.data + at,
+         y.group(),
+         y.column,
          arena.residual + at,
          y.group(),
          y.column,

@@ -4,7 +4,8 @@
 // [4 rows][4 channels], what packing the accumulators of four rows gives for free. Four channels of a pixel are thus
 // the four bytes of a lane of a dot product. Two layouts hold them, channels padded to kChannelPad:
 //   pixels [row group][column][channels / 4][4 rows][4 channels]: the input of 1x1 layers; a group's rows below the
-//          image's last hold anything
+//          image's last hold anything. Where the kernels have tiles: [row group][column][4 rows][channels], a pixel's
+//          channels together, and pixels at even distances
 //   hidden [channels / lanes][row group][column][lanes / 4][4 rows][4 channels]: the input of depthwise layers; rows
 //          below the last are zero
 // Strides are in bytes, but for floats, whose strides are in floats. `vectors` are of `lanes` output channels.
@@ -34,15 +35,18 @@ struct Int8Ahead {
     const std::int8_t *end; // fetch no further
 };
 
-// Where a 1x1 layer or the stem writes vector v of column c of group g: y + v * vector + g * group + c * column.
+// Where a 1x1 layer with ReLU6 or the stem writes column c of group g: y + g * group + c * column, and its vector v in
+// the hidden layout: v * vector further.
 struct Int8Target {
     std::uint8_t *y;
-    std::ptrdiff_t vector;
     std::ptrdiff_t group;
     std::ptrdiff_t column;
+    bool hidden; // or the pixels layout
+    std::ptrdiff_t vector;
 };
 
-// A rectangle of pixels in the pixels layout: row groups from `x` on, of which the last has `last_rows` rows.
+// A rectangle of pixels in the pixels layout: row groups from `x` on, of which the last has `last_rows` rows. Where
+// they follow one another without a gap, so do those of the output.
 struct Int8Pixels {
     const std::uint8_t *x;
     std::ptrdiff_t group;
@@ -73,7 +77,9 @@ struct Int8ExpandArgs {
 // y = clamp(rne(v * output_scale) + zero).
 struct Int8ProjectArgs {
     Int8Matrix m;
-    Int8Target y;
+    std::uint8_t *y; // in the pixels layout
+    std::ptrdiff_t y_group;
+    std::ptrdiff_t y_column;
     float *v; // [row group][column][4 rows][channels]: of the residual before, of this layer after
     std::ptrdiff_t v_group;
     std::ptrdiff_t v_column;

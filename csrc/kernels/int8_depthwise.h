@@ -54,20 +54,20 @@ template <int S> class Int8Filter {
             Int8Column<S> middle = column(0);
             for (int o = 0; o + 1 < columns; ++o, y += y_column) {
                 const Int8Column<S> right = column(o + 1);
-                output(left, middle, right, y);
+                output(left, middle, right, y, y_column);
                 left = middle;
                 middle = right;
             }
-            output(left, middle, Int8Column<S>(), y);
+            output(left, middle, Int8Column<S>(), y, y_column);
         } else {
             int c = 0;
             for (; c + 1 < columns; c += 2, y += y_column) {
                 const Int8Column<S> right = column(c + 1);
-                output(left, column(c), right, y);
+                output(left, column(c), right, y, y_column);
                 left = right;
             }
             if (c < columns)
-                output(left, column(c), Int8Column<S>(), y);
+                output(left, column(c), Int8Column<S>(), y, y_column);
         }
     }
 
@@ -78,7 +78,7 @@ template <int S> class Int8Filter {
     }
 
     inline void output(const Int8Column<S> &left, const Int8Column<S> &middle, const Int8Column<S> &right,
-                       std::uint8_t *y) const {
+                       std::uint8_t *y, std::ptrdiff_t y_column) const {
         Int acc[kGroup];
 #pragma GCC unroll 4
         for (int r = 0; r < kGroup; ++r) {
@@ -86,7 +86,7 @@ template <int S> class Int8Filter {
             acc[r] = dot4(acc[r], middle.rows(r), w_[1][r % 2]);
             acc[r] = dot4(acc[r], right.rows(r), w_[2][r % 2]);
         }
-        store(y, pack4(int8_steps(acc, scale_)));
+        store_pixels(y, y_column, pack4(int8_steps(acc, scale_)));
     }
 
     const std::uint8_t *const above_, *const at_, *const below_;
@@ -102,7 +102,7 @@ void int8_depthwise(const Int8DepthwiseArgs &a) {
         const std::int8_t *const weight = a.weight + static_cast<std::ptrdiff_t>(v) * kInt8FilterForms * kLanes * 4;
         for (int g = a.begin; g < a.end; ++g) {
             const long at = static_cast<long>(g) * a.stride;
-            std::uint8_t *const y = a.y + (g - a.begin) * a.y_group + v * kLanes * 4;
+            std::uint8_t *const y = a.y + (g - a.begin) * a.y_group + v * kPixelsVector;
             if (a.stride == 1)
                 Int8Filter<1>({group(at - 1), group(at), group(at + 1)}, weight, a.scales, v)
                     .run(a.columns, y, a.y_column);

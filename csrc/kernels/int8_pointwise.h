@@ -4,37 +4,32 @@
 namespace mnv2::MNV2_ISA {
 namespace {
 
-// Calls f(row group, its rows, first vector, its weights, vectors) over all of a matrix product: vectors outside, so
-// that a tile's weights stay in L1 while the pixels pass.
-template <class F> inline void int8_matrix(const Int8Matrix &m, const F &f) {
+#ifndef MNV2_TILES
+// All of a matrix product; output(g): what becomes of the sums of row group g. Vectors are outside, so that a tile's
+// weights stay in L1 while the pixels pass.
+template <class F> inline void int8_matrix(const Int8Matrix &m, const F &output) {
     for (int v = m.vector_begin; v < m.vector_end; v += kInt8Vecs) {
         const std::int8_t *const weight = m.weight + static_cast<std::ptrdiff_t>(v) * m.quads * kLanes * 4;
-        for (int g = 0; g < m.x.groups; ++g)
-            f(g, g + 1 == m.x.groups ? m.x.last_rows : kGroup, v, weight, min(m.vector_end - v, kInt8Vecs));
+        for (int g = 0; g < m.x.groups; ++g) {
+            const Int8Columns input{m.x.x + g * m.x.group, m.x.column};
+            const int rows = g + 1 == m.x.groups ? m.x.last_rows : kGroup;
+            if (v + kInt8Vecs <= m.vector_end)
+                int8_group<kInt8Vecs>(rows, input, weight, m.quads, *m.ahead, output(g), v, m.x.columns);
+            else
+                int8_group<1>(rows, input, weight, m.quads, *m.ahead, output(g), v, m.x.columns);
+        }
     }
 }
-
-template <class Output>
-inline void int8_tiles(const Int8Matrix &m, int group, int rows, int vector, const std::int8_t *weight, int vectors,
-                       const Output &output) {
-    const Int8Columns input{m.x.x + group * m.x.group, m.x.column};
-    if (vectors == kInt8Vecs)
-        int8_group<kInt8Vecs>(rows, input, weight, m.quads, *m.ahead, output, vector, m.x.columns);
-    else
-        int8_group<1>(rows, input, weight, m.quads, *m.ahead, output, vector, m.x.columns);
-}
+#endif
 
 void int8_expand(const Int8ExpandArgs &a) {
-    int8_matrix(a.m, [&](int g, int rows, int v, const std::int8_t *weight, int vectors) {
-        int8_tiles(a.m, g, rows, v, weight, vectors,
-                   Int8Relu6{a.m.scales, a.y.y + g * a.y.group, a.y.vector, a.y.column});
-    });
+    int8_matrix(a.m, [&](int g) { return Int8Relu6{a.m.scales, a.y.y + g * a.y.group, a.y.vector, a.y.column}; });
 }
 
 struct Int8Linear {
     Int8Scales scales;
     std::uint8_t *y; // of the row group
-    std::ptrdiff_t y_vector, y_column;
+    std::ptrdiff_t y_column;
     float *v;
     std::ptrdiff_t v_column, v_row;
     bool add, keep;
@@ -59,16 +54,15 @@ struct Int8Linear {
             steps.row[r] = to_int(mul(value, output_scale));
         }
         const Bytes zero = load_bytes(scales.zero + vector * kLanes * 2);
-        store(y + vector * y_vector + column * y_column,
-              pack4(steps.row[0], steps.row[1], steps.row[2], steps.row[3], zero));
+        store_pixels(y + vector * kPixelsVector + column * y_column, y_column,
+                     pack4(steps.row[0], steps.row[1], steps.row[2], steps.row[3], zero));
     }
 };
 
 void int8_project(const Int8ProjectArgs &a) {
-    int8_matrix(a.m, [&](int g, int rows, int v, const std::int8_t *weight, int vectors) {
-        int8_tiles(a.m, g, rows, v, weight, vectors,
-                   Int8Linear{a.m.scales, a.y.y + g * a.y.group, a.y.vector, a.y.column, a.v + g * a.v_group,
-                              a.v_column, a.v_row, a.add, a.keep});
+    int8_matrix(a.m, [&](int g) {
+        return Int8Linear{a.m.scales, a.y + g * a.y_group, a.y_column, a.v + g * a.v_group, a.v_column, a.v_row, a.add,
+                          a.keep};
     });
 }
 
@@ -94,21 +88,21 @@ struct Int8Sums {
 };
 
 void int8_head(const Int8HeadArgs &a) {
-    Int sums[kInt8Vecs];
-    int8_matrix(a.m, [&](int g, int rows, int v, const std::int8_t *weight, int vectors) {
-        if (g == 0)
-            for (Int &sum : sums)
-                sum = zero_int();
-        int8_tiles(a.m, g, rows, v, weight, vectors, Int8Sums{a.m.scales, sums, v});
-        if (g + 1 < a.m.x.groups)
-            return;
-        for (int i = 0; i < vectors; ++i) {
+    Int8Matrix m = a.m;
+    for (int v = a.m.vector_begin; v < a.m.vector_end; v += kInt8Vecs) {
+        Int sums[kInt8Vecs];
+        for (Int &sum : sums)
+            sum = zero_int();
+        m.vector_begin = v;
+        m.vector_end = min(v + kInt8Vecs, a.m.vector_end);
+        int8_matrix(m, [&](int) { return Int8Sums{m.scales, sums, v}; });
+        for (int i = 0; i < m.vector_end - v; ++i) {
             std::int32_t lanes[kLanes];
             store(lanes, sums[i]);
             for (int lane = 0; lane < kLanes; ++lane)
                 a.sums[(v + i) * kLanes + lane] += lanes[lane];
         }
-    });
+    }
 }
 
 // R images x V vectors. Features have up to 13 bits: their low and high bytes are summed apart, 256 to one.

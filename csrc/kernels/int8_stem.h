@@ -15,9 +15,25 @@ struct Int8Taps {
     Int8Taps from(int c) const { return {x + c * column, row}; }
 };
 
+// ReLU6 to either layout.
+struct Int8StemOutput {
+    Int8Scales scales;
+    Int8Target y;
+
+    static constexpr bool kFetches = false;
+    template <int R> inline __attribute__((always_inline)) void put(const Int (&acc)[R], int vector, int column) const {
+        const Bytes packed = pack4(int8_steps(acc, load(scales.scale + vector * kLanes)));
+        std::uint8_t *const at = y.y + column * y.column;
+        if (y.hidden)
+            store(at + vector * y.vector, packed);
+        else
+            store_pixels(at + vector * kPixelsVector, y.column, packed);
+    }
+};
+
 void int8_stem(const Int8StemArgs &a) {
     const Int8Taps input{a.rows, a.row};
-    const Int8Relu6 output{a.scales, a.y.y, a.y.vector, a.y.column};
+    const Int8StemOutput output{a.scales, a.y};
     for (int v = 0; v < a.vectors; v += kInt8Vecs) {
         const std::int8_t *const weight = a.weight + static_cast<std::ptrdiff_t>(v) * kInt8StemQuads * kLanes * 4;
         if (v + kInt8Vecs <= a.vectors)

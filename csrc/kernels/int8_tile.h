@@ -9,6 +9,16 @@ namespace {
 
 constexpr int kInt8Vecs = 2; // of a tile
 
+// The pixels layout, of which int8_types.h has both forms: bytes from a column's vector of channels to the next, and
+// what writes one, of which pack4 gave the bytes. `column`: bytes from one to the next.
+#ifdef MNV2_TILES
+constexpr std::ptrdiff_t kPixelsVector = kLanes;
+inline void store_pixels(std::uint8_t *y, std::ptrdiff_t column, Bytes a) { store_rows(y, column / kGroup, a); }
+#else
+constexpr std::ptrdiff_t kPixelsVector = kLanes * kGroup;
+inline void store_pixels(std::uint8_t *y, std::ptrdiff_t, Bytes a) { store(y, a); }
+#endif
+
 // Pixels in their layout: four channels after the other.
 struct Int8Columns {
     const std::uint8_t *x;
@@ -122,7 +132,7 @@ template <int R> inline Int8Four int8_steps(const Int (&acc)[R], Vec scale) {
 
 inline Bytes pack4(const Int8Four &f) { return pack4(f.row[0], f.row[1], f.row[2], f.row[3]); }
 
-// ReLU6: packing saturates to 0..255.
+// ReLU6: packing saturates to 0..255. To the hidden layout.
 struct Int8Relu6 {
     Int8Scales scales;
     std::uint8_t *y; // of the row group
