@@ -9,23 +9,25 @@ namespace {
 
 constexpr int kInt8Vecs = 2; // of a tile
 
-// The pixels layout, of which int8_types.h has both forms: bytes from a column's vector of channels to the next, and
-// what writes one, of which pack4 gave the bytes. `column`: bytes from one to the next.
+// The pixels layout, of which int8_types.h has both forms: bytes from a column's vector of channels to the next, from
+// its four channels to the next ones, and from its row to the next; and what writes a vector, of which pack4 gave the
+// bytes. `column`: bytes from one to the next.
 #ifdef MNV2_TILES
-constexpr std::ptrdiff_t kPixelsVector = kLanes;
-inline void store_pixels(std::uint8_t *y, std::ptrdiff_t column, Bytes a) { store_rows(y, column / kGroup, a); }
+constexpr std::ptrdiff_t kPixelsVector = kLanes, kPixelsQuad = 4;
+inline std::ptrdiff_t pixels_row(std::ptrdiff_t column) { return column / kGroup; }
+inline void store_pixels(std::uint8_t *y, std::ptrdiff_t column, Bytes a) { store_rows(y, pixels_row(column), a); }
 #else
-constexpr std::ptrdiff_t kPixelsVector = kLanes * kGroup;
+constexpr std::ptrdiff_t kPixelsVector = kLanes * kGroup, kPixelsQuad = 4 * kGroup;
+constexpr std::ptrdiff_t pixels_row(std::ptrdiff_t) { return 4; }
 inline void store_pixels(std::uint8_t *y, std::ptrdiff_t, Bytes a) { store(y, a); }
 #endif
 
-// Pixels in their layout: four channels after the other.
 struct Int8Columns {
     const std::uint8_t *x;
     std::ptrdiff_t column;
 
     static constexpr int kInner = 1; // quads that follow one another at 4 bytes
-    const std::uint8_t *at(int outer, int r) const { return x + (outer * kGroup + r) * 4; }
+    const std::uint8_t *at(int outer, int r) const { return x + outer * kPixelsQuad + r * pixels_row(column); }
     Int8Columns from(int c) const { return {x + c * column, column}; }
 };
 

@@ -42,7 +42,7 @@ template <int P, int V> inline void tile_store(float *sums) {
 }
 
 // P tiles of pixels, at x and at `second`, times V tiles of channels. The weights of a single block are in their tiles
-// already. Every tile is loaded again as soon as its last product has begun: 3% of a layer of 256 inputs or more.
+// already. Tiles are loaded again as soon as their last product has begun: 3% of a layer of 64 inputs or more.
 template <int P, int V>
 inline void tile_product(const bf16 *x, const bf16 *second, std::ptrdiff_t ld, const bf16 *w, int depth, int blocks) {
     constexpr std::ptrdiff_t kRow = V * kTileSize * 2 * sizeof(bf16);
@@ -52,30 +52,28 @@ inline void tile_product(const bf16 *x, const bf16 *second, std::ptrdiff_t ld, c
     _tile_zero(2);
     _tile_zero(3);
     _tile_loadd(4, x, pixel);
-    if constexpr (P == 2)
-        _tile_loadd(5, second, pixel);
     if (blocks > 1)
         tile_weights<V>(w);
     for (int b = 1;; ++b) {
         const bool more = b < blocks;
         x += depth;
-        second += depth;
         w += depth * V * kTileSize;
         _tile_dpbf16ps(0, 4, 6);
         if constexpr (V == 2)
             _tile_dpbf16ps(1, 4, 7);
         if (more)
             _tile_loadd(4, x, pixel);
-        if constexpr (P == 2)
+        if constexpr (P == 2) {
+            _tile_loadd(5, second, pixel);
             _tile_dpbf16ps(2, 5, 6);
+        }
         if (more)
             _tile_loadd(6, w, kRow);
         if constexpr (P == 2 && V == 2)
             _tile_dpbf16ps(3, 5, 7);
         if (!more)
             return;
-        if constexpr (P == 2)
-            _tile_loadd(5, second, pixel);
+        second += depth;
         if constexpr (V == 2)
             _tile_loadd(7, w + 2 * kTileSize, kRow);
     }
