@@ -38,8 +38,9 @@ void Team::sync() {
     if (size_ == 1)
         return;
     expected_ += size_;
-    arrived_->fetch_add(1, std::memory_order_acq_rel);
-    for (int spins = 0; arrived_->load(std::memory_order_acquire) < expected_; ++spins) {
+    std::atomic<int> &arrived = counts_->arrived;
+    arrived.fetch_add(1, std::memory_order_acq_rel);
+    for (int spins = 0; arrived.load(std::memory_order_acquire) < expected_; ++spins) {
         if (spins < kSpins)
             relax();
         else
@@ -62,11 +63,11 @@ void run_team(int threads, void (*body)(Team &, void *), void *context) {
         body(team, context);
         return;
     }
-    std::atomic<int> arrived{0};
+    TeamCounts counts;
 #pragma omp parallel num_threads(threads)
     {
         // OpenMP may give fewer threads than asked for (nested regions, thread limits).
-        Team team(omp_get_num_threads(), omp_get_thread_num(), &arrived);
+        Team team(omp_get_num_threads(), omp_get_thread_num(), &counts);
         body(team, context);
     }
 }

@@ -5,15 +5,24 @@
 
 namespace mnv2 {
 
+// What the members of a team count together.
+struct TeamCounts {
+    std::atomic<int> arrived{0}; // calls of sync
+    std::atomic<int> taken{0};   // of take
+};
+
 // A place in a team of threads that run the same code. `sync` returns when every member has called it.
 class Team {
   public:
-    Team(int size, int rank, std::atomic<int> *arrived) : size_(size), rank_(rank), arrived_(arrived) {}
+    Team(int size, int rank, TeamCounts *counts) : size_(size), rank_(rank), counts_(counts) {}
     static Team solo() { return Team(1, 0, nullptr); }
 
     int size() const { return size_; }
     int rank() const { return rank_; }
     void sync();
+
+    // Of a team of several: the next number from 0 on that no member has taken.
+    int take() { return counts_->taken.fetch_add(1, std::memory_order_relaxed); }
 
     // This member's share of 0..count-1, in whole multiples of `grain` but for the last.
     void share(long count, long grain, long &begin, long &end) const {
@@ -29,7 +38,7 @@ class Team {
   private:
     int size_;
     int rank_;
-    std::atomic<int> *arrived_;
+    TeamCounts *counts_;
     int expected_ = 0;
 };
 

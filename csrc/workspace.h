@@ -109,19 +109,23 @@ template <class Plan> std::size_t arena_bytes(const Plan &plan, int n) {
     return std::max(n >= plan.threads ? plan.threads * plan.arena(1) : 0, plan.arena(plan.threads));
 }
 
-// One member's part of n images: whole ones for itself alone, during which it never waits; then, with the others, what
-// is left over. All members give the same `memory`, of arena_bytes. run(team, at, begin, end) makes images [begin, end)
-// in the arena at `at`.
+// One member's part of n images: whole ones for itself alone, as many as it can take while the others take theirs, so
+// that a core which somebody else slows down holds up nobody; then, with the others, what is left over. All members
+// give the same `memory`, of arena_bytes. run(team, at, begin, end) makes images [begin, end) in the arena at `at`.
 template <class Plan, class Byte, class Run>
 void share_images(Team &team, const Plan &plan, int n, Byte *memory, const Run &run) {
-    const int each = n >= plan.threads ? n / team.size() : 0;
-    if (each > 0) {
-        Team alone = Team::solo();
-        run(alone, memory + team.rank() * plan.arena(1), team.rank() * each, (team.rank() + 1) * each);
+    const int whole = n >= plan.threads ? n - n % team.size() : 0;
+    Team alone = Team::solo();
+    Byte *const own = memory + team.rank() * plan.arena(1);
+    if (team.size() == 1)
+        run(alone, own, 0, whole);
+    else
+        for (int k = team.take(); k < whole; k = team.take())
+            run(alone, own, k, k + 1);
+    if (whole > 0)
         team.sync();
-    }
-    if (each * team.size() < n)
-        run(team, memory, each * team.size(), n);
+    if (whole < n)
+        run(team, memory, whole, n);
 }
 
 } // namespace mnv2
