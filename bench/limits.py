@@ -18,11 +18,12 @@ REPEATS = 3  # a limit is the most that was ever seen: whoever else runs here ca
 
 @dataclass(frozen=True)
 class Limits:
-    """10^9 a second: `gmacs` float32 multiply-accumulates, `int8_gmacs` those of int8 into int32, `gbs` bytes
-    read and written by memcpy."""
+    """10^9 a second: `gmacs` float32 multiply-accumulates, `bf16_gmacs` and `int8_gmacs` those by what our
+    kernels multiply bf16 and int8 with, `gbs` bytes read and written by memcpy."""
 
     gmacs: float
     gbs: float
+    bf16_gmacs: float
     int8_gmacs: float
 
     def __or__(self, other: Limits) -> Limits:
@@ -30,8 +31,8 @@ class Limits:
         return Limits(*map(max, astuple(self), astuple(other)))
 
     def peak(self, dtype: str) -> float:
-        """GMAC/s that a precision's share is of; bf16's is of float32's, for no loop measures its own."""
-        return self.int8_gmacs if dtype == "int8" else self.gmacs
+        """GMAC/s that a precision's share is of."""
+        return {"fp32": self.gmacs, "bf16": self.bf16_gmacs, "int8": self.int8_gmacs}[dtype]
 
 
 def measure(threads: int) -> Limits:
@@ -81,6 +82,7 @@ def main(arguments: list[str]) -> int:
     found = Limits(
         gmacs=_C.fma_peak(threads),
         gbs=_C.copy_bandwidth(COPY_MEGABYTES, threads),
+        bf16_gmacs=_C.dot2_peak(threads),
         int8_gmacs=_C.dot4_peak(threads),
     )
     print(json.dumps(asdict(found)))

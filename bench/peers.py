@@ -200,7 +200,7 @@ def _row(
         images_per_s=rate,
         gmacs=gmacs,
         gmacs_peak=bounds.gmacs,
-        int8_peak=bounds.int8_gmacs if contender.dtype == "int8" else None,
+        own_peak=bounds.peak(contender.dtype),
         gmacs_share=gmacs / bounds.peak(contender.dtype),
         gbs_copy=bounds.gbs,
         weights=weights,
@@ -211,8 +211,10 @@ def _row(
 def show(rows: Sequence[results.Row]) -> None:
     """One setting's table."""
     first = rows[0]
-    peak = f"int8 peak {first.int8_peak:.1f}" if first.int8_peak else f"fp32 peak {first.gmacs_peak:.1f}"
-    print(f"\n{first.dtype}, batch {first.batch}, {first.threads} core(s), {first.form}: {peak} GMAC/s")
+    print(
+        f"\n{first.dtype}, batch {first.batch}, {first.threads} core(s), {first.form}: "
+        f"{first.dtype} peak {first.own_peak:.1f} GMAC/s"
+    )
     print(f"{'':24} {'ms':>8} {'20%':>8} {'80%':>8} {'alone':>8}   {'img/s':>7} {'of peak':>7}")
     for row in sorted(rows, key=lambda row: row.ms):
         mark = "*" if row.noisy else " "

@@ -42,7 +42,7 @@ class Row:
     did it and `form` how (a session, streams, ...). `ms_alone` is the median with every other contender
     stopped; `noisy` says that it differs from `ms` by more than 10%. `gmacs` are 10^9 multiply-accumulates a
     second, `gbs` 10^9 bytes read and written a second, each tensor counted once. `gmacs_peak` is fp32's in
-    every row; of an int8 row, `int8_peak` is the peak that `gmacs_share` is of.
+    every row, `own_peak` the one that `gmacs_share` is of.
 
     Of a network's answers: `agreement` is the share of photos with the first class of the float network,
     `top1` that with the right one, `logit_error` the largest error of a logit. `file_mb` are 10^6 bytes of
@@ -68,7 +68,7 @@ class Row:
     images_per_s: float | None = None
     gmacs: float | None = None
     gmacs_peak: float | None = None
-    int8_peak: float | None = None
+    own_peak: float | None = None
     gmacs_share: float | None = None
     gbs: float | None = None
     gbs_copy: float | None = None

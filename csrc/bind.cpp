@@ -178,6 +178,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("openmp_version", &openmp_version);
     m.def("compiler", [] { return std::string(__VERSION__); });
     m.def("fma_peak", [](int threads) { return peak(kernels().fma_peak, threads); }, py::arg("threads"));
+    m.def("dot2_peak", [](int threads) { return peak(kernels().dot2_peak, threads); }, py::arg("threads"));
     m.def("dot4_peak", [](int threads) { return peak(kernels().dot4_peak, threads); }, py::arg("threads"));
     m.def("copy_bandwidth", &copy_bandwidth, py::arg("megabytes"), py::arg("threads"));
     py::class_<TensorTable>(m, "TensorTable")

@@ -107,6 +107,7 @@ void complete(KernelTable &row, const KernelTable &next) {
 #include "kernels.def"
 #undef KERNEL
     take(row.fma_peak, next.fma_peak);
+    take(row.dot2_peak, next.dot2_peak);
     take(row.dot4_peak, next.dot4_peak);
     if (takes && (row.lanes != next.lanes || row.panel != next.panel))
         throw std::logic_error(std::string(row.isa) + " cannot take kernels from " + next.isa + ": other widths");

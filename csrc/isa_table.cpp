@@ -55,6 +55,7 @@ const KernelTable table = {
 #include "kernels.def"
 #undef KERNEL
     own(kFp32, fma_peak),
+    own(kBf16, dot2_peak),
     own(kInt8, dot4_peak),
 };
 

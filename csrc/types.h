@@ -129,6 +129,7 @@ struct KernelTable {
 #include "kernels.def"
 #undef KERNEL
     double (*fma_peak)(std::int64_t iterations); // runs them, returns the multiply-accumulates done
+    double (*dot2_peak)(std::int64_t iterations);
     double (*dot4_peak)(std::int64_t iterations);
 };
 
