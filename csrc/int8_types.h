@@ -5,7 +5,7 @@
 // the four bytes of a lane of a dot product. Two layouts hold them, channels padded to kChannelPad:
 //   pixels [row group][column][channels / 4][4 rows][4 channels]: the input of 1x1 layers; a group's rows below the
 //          image's last hold anything. Where the kernels have tiles: [row group][column][4 rows][channels], a pixel's
-//          channels together, and pixels at even distances
+//          channels together, and all pixels equally far apart
 //   hidden [channels / lanes][row group][column][lanes / 4][4 rows][4 channels]: the input of depthwise layers; rows
 //          below the last are zero
 // Strides are in bytes, but for floats, whose strides are in floats. `vectors` are of `lanes` output channels.
@@ -35,8 +35,8 @@ struct Int8Ahead {
     const std::int8_t *end; // fetch no further
 };
 
-// Where a 1x1 layer with ReLU6 or the stem writes column c of group g: y + g * group + c * column, and its vector v in
-// the hidden layout: v * vector further.
+// Where an expansion or the stem writes column c of group g: y + g * group + c * column, and its vector v in the hidden
+// layout: v * vector further. Only the stem, where it is alone, writes to the pixels layout.
 struct Int8Target {
     std::uint8_t *y;
     std::ptrdiff_t group;

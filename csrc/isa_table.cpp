@@ -17,7 +17,7 @@
 #include "kernels/stem.h"
 
 #include "kernels/int8_tile.h"
-#include "kernels/int8_tiles.h"
+#include "kernels/int8_pointwise_tiles.h"
 
 #include "kernels/int8_depthwise.h"
 #include "kernels/int8_pointwise.h"

@@ -21,7 +21,7 @@ class Team {
     int rank() const { return rank_; }
     void sync();
 
-    // Of a team of several: the next number from 0 on that no member has taken.
+    // The next number from 0 on that no member of the team has taken. Not for a team of one.
     int take() { return counts_->taken.fetch_add(1, std::memory_order_relaxed); }
 
     // This member's share of 0..count-1, in whole multiples of `grain` but for the last.

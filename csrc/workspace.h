@@ -109,9 +109,9 @@ template <class Plan> std::size_t arena_bytes(const Plan &plan, int n) {
     return std::max(n >= plan.threads ? plan.threads * plan.arena(1) : 0, plan.arena(plan.threads));
 }
 
-// One member's part of n images: whole ones for itself alone, as many as it can take while the others take theirs, so
-// that a core which somebody else slows down holds up nobody; then, with the others, what is left over. All members
-// give the same `memory`, of arena_bytes. run(team, at, begin, end) makes images [begin, end) in the arena at `at`.
+// One member's part of n images, once a team. Whole ones for itself alone, as they come, so that a core which another
+// program slows down takes fewer of them; then, with the others, what is left over. All members give the same `memory`,
+// of arena_bytes. run(team, at, begin, end) makes images [begin, end) in the arena at `at`.
 template <class Plan, class Byte, class Run>
 void share_images(Team &team, const Plan &plan, int n, Byte *memory, const Run &run) {
     const int whole = n >= plan.threads ? n - n % team.size() : 0;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import os
 import sys
@@ -63,6 +64,14 @@ def test_summary_is_of_medians_and_quantiles() -> None:
     assert not timing.differ(10.0, 10.9)
     assert timing.differ(10.0, 11.1)
     assert timing.differ(11.1, 10.0)
+
+
+def test_rows_can_be_added_to_the_results_that_are_kept() -> None:
+    files = sorted(results.FOLDER.glob("*.csv"))
+    assert files
+    for path in files:
+        with path.open(newline="", encoding="utf-8") as file:
+            assert set(next(csv.reader(file))) <= set(results.COLUMNS), path
 
 
 def test_rows_come_back_from_the_csv(tmp_path: Path) -> None:

@@ -169,13 +169,13 @@ def small() -> tuple[list[LayerSpec], cpu.Network]:
     return layers, cpu.Network(layers, folded(layers))
 
 
-def test_answer_does_not_depend_on_batch_threads_or_strides(
-    small: tuple[list[LayerSpec], cpu.Network],
-) -> None:
-    _, network = small
-    x = torch.randn(9, 3, 70, 50)
+@pytest.mark.parametrize("isa", ISAS)
+def test_answer_does_not_depend_on_batch_threads_or_strides(isa: str) -> None:
+    layers = list(arch.network(10, 0.35))
+    network = cpu.Network(layers, folded(layers), isa=isa)
+    x = torch.randn(17, 3, 70, 50)  # more than a tile of the classifier has
     alone = torch.cat([network.run(image[None], 1) for image in x])
-    wide = torch.randn(9, 3, 70, 100)
+    wide = torch.randn(17, 3, 70, 100)
     wide[..., ::2] = x
     layouts = [
         x,
@@ -183,10 +183,10 @@ def test_answer_does_not_depend_on_batch_threads_or_strides(
         wide[..., ::2],
         x.transpose(2, 3).contiguous().mT,
     ]
-    for threads in (1, 2, 3, 5):
+    for threads in (1, 2, 3, 5, 8):  # images are taken as they come, by more threads than there are cores
         for layout in layouts:
             assert torch.equal(network.run(layout, threads), alone)
-        for n in (1, 2, 4, 7):
+        for n in (1, 2, 4, 7, 10):
             assert torch.equal(network.run(x[:n], threads), alone[:n])
     assert torch.equal(network.run(x[:1].expand(3, -1, -1, -1), 2), alone[:1].expand(3, -1))
 

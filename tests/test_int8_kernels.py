@@ -23,6 +23,9 @@ from mnv2_fast.int8 import QuantizedLayer, QuantizedNetwork
 ISAS = cpu.isas() if cpu.available() else []
 # Channels that are no multiple of four, stride 2 on odd sizes, residuals that follow one another.
 ODD = ((1, 5, 1, 1), (3, 7, 3, 2), (2, 9, 2, 1), (5, 17, 2, 2))
+# The same with enough of them for matrix tiles: 8, 6, 10 and 17 times four inputs, and a stem of two vectors.
+ODD_WIDE = ((3, 21, 2, 1), (2, 37, 2, 2), (2, 66, 2, 1))
+odd_networks = pytest.mark.parametrize(("width", "blocks"), [(0.3, ODD), (1.0, ODD_WIDE)])
 
 
 def layer_of(spec: LayerSpec, rng: torch.Generator, inputs: float, largest: int = 127) -> QuantizedLayer:
@@ -76,17 +79,27 @@ def check(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_odd_channels_and_sizes(isa: str) -> None:
-    network = network_of(arch.network(11, 0.3, ODD, round_nearest=1))
-    for n, h, w in [(1, 1, 1), (1, 2, 7), (3, 7, 2), (2, 8, 15), (1, 15, 8), (3, 33, 33), (1, 65, 64)]:
+@odd_networks
+def test_odd_channels_and_sizes(isa: str, width: float, blocks: Sequence[Sequence[int]]) -> None:
+    network = network_of(arch.network(11, width, blocks, round_nearest=1))
+    sizes = [(1, 1, 1), (1, 2, 7), (3, 7, 2), (2, 8, 15), (1, 15, 8), (1, 6, 18), (3, 33, 33), (1, 65, 64)]
+    for n, h, w in sizes:
         check(network, images(n, h, w), [isa], live=h * w > 1000)  # of a few pixels little is left at the end
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_rings_that_wrap(isa: str) -> None:
+@odd_networks
+def test_rings_that_wrap(isa: str, width: float, blocks: Sequence[Sequence[int]]) -> None:
     """Maps so wide that the hidden rows of a block do not fit its ring at once."""
-    network = network_of(arch.network(11, 0.3, ODD, round_nearest=1))
-    check(network, images(2, 40, 1000), [isa], [1, 2] if isa != "scalar" else [2])
+    network = network_of(arch.network(11, width, blocks, round_nearest=1))
+    check(network, images(2, 40, int(300 / width)), [isa], [1, 2] if isa != "scalar" else [2])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("inputs", [16, 17, 19, 20, 136])
+def test_inputs_on_both_sides_of_where_tiles_begin(isa: str, inputs: int) -> None:
+    network = network_of(arch.network(11, 1.0, ((1, inputs, 1, 1), (2, 24, 1, 2)), round_nearest=1))
+    check(network, images(2, 21, 38), [isa])
 
 
 @pytest.mark.parametrize(("width", "classes"), [(0.35, 1), (0.5, 7), (0.75, 101), (1.0, 1000), (1.4, 10)])
@@ -112,9 +125,9 @@ def test_answers_depend_on_the_image() -> None:
 
 def test_answer_does_not_depend_on_batch_threads_or_strides() -> None:
     network = network_of(arch.network(10, 0.35))
-    x = images(9, 70, 50)
+    x = images(17, 70, 50)
     expected = int8.reference(network, x)
-    wide = torch.randn(9, 3, 70, 100)
+    wide = torch.randn(17, 3, 70, 100)
     wide[..., ::2] = x
     layouts = [
         x,
@@ -125,10 +138,10 @@ def test_answer_does_not_depend_on_batch_threads_or_strides() -> None:
     ]
     for isa in ISAS:
         kernels = cpu.Int8Network(network, isa=isa)
-        for threads in (1, 2, 3, 5):
+        for threads in (1, 2, 3, 5, 8):
             for layout in layouts:
                 assert torch.equal(kernels.run(layout, threads), expected)
-            for n in (1, 2, 4, 7):
+            for n in (1, 2, 4, 7, 10):
                 assert torch.equal(kernels.run(x[:n], threads), expected[:n])
         assert torch.equal(kernels.run(x[:1].expand(3, -1, -1, -1), 2), expected[:1].expand(3, -1))
         assert kernels.run(x[:0]).shape == (0, 10)

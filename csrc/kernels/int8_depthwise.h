@@ -2,7 +2,7 @@
 //
 // A lane holds four rows of a channel, so one dot product is a whole column of taps. Of the four output rows two read
 // bytes 0..2 of some lane and two bytes 1..3: the weights come in these two forms. Rows that straddle two row groups
-// are joined in the pixels layout, where a row is four bytes of every 16, and then transposed: one operation each,
+// are joined as the hidden layout has them, a row four bytes of every 16, and then transposed: one operation each,
 // where shifting lanes of rows takes three (all depthwise layers of an image: 260 us, 234 so). Nine taps of 64 outputs
 // are 12 dot products and 4 shuffles (stride 1), not 36 dot products.
 #pragma once
@@ -11,7 +11,7 @@ namespace mnv2::MNV2_ISA {
 namespace {
 
 // Lanes of a channel's four rows.
-inline Unsigned4 by_rows(Bytes pixels) { return as_unsigned(transpose4(pixels)); }
+inline Unsigned4 by_rows(Bytes hidden) { return as_unsigned(transpose4(hidden)); }
 
 // For output rows 0..3 of the group, the lanes with the three rows that each reads: in bytes 0..2 of rows 0 and 2,
 // in bytes 1..3 of rows 1 and 3.

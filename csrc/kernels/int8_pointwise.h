@@ -21,22 +21,23 @@ template <class F> inline void int8_by_vectors(const Int8Matrix &m, const F &out
 }
 
 #ifdef MNV2_TILES
-constexpr int kTileQuads =
-    5; // fewer are multiplied faster by vectors: 16 to 96 channels of 112 x 112 from 225 to 200 us
-
 template <class F> inline void int8_matrix(const Int8Matrix &m, const F &output) { int8_by_tiles(m, output); }
-#else
-constexpr int kTileQuads = 0;
 
+// Tiles are slower where their results outnumber what goes into them (16 to 96 channels of 112 x 112: 225 us, 200 by
+// vectors) and where their inputs have no large divisor.
+inline bool tiles_expand(int quads) { return quads > 4 && int8_tile_depth(quads) > 2; }
+#else
 template <class F> inline void int8_matrix(const Int8Matrix &m, const F &output) { int8_by_vectors(m, output); }
+
+constexpr bool tiles_expand(int) { return true; } // as int8_matrix does
 #endif
 
 void int8_expand(const Int8ExpandArgs &a) {
     const auto output = [&](int g) { return Int8Relu6{a.m.scales, a.y.y + g * a.y.group, a.y.vector, a.y.column}; };
-    if (a.m.quads < kTileQuads)
-        int8_by_vectors(a.m, output);
-    else
+    if (tiles_expand(a.m.quads))
         int8_matrix(a.m, output);
+    else
+        int8_by_vectors(a.m, output);
 }
 
 struct Int8Linear {

@@ -31,7 +31,7 @@ double fma_peak(std::int64_t iterations) {
 #ifdef MNV2_TILES
 // product(): four independent products of whole tiles, of `macs` multiply-accumulates each.
 template <class Product> double tile_peak(std::int64_t iterations, int macs, const Product &product) {
-    constexpr int kProducts = 4, kSlower = 8; // a product takes as long as many instructions on vectors
+    constexpr int kProducts = 4, kSlower = 8; // for about the time that the iterations of vectors take
     const Tiles tiles(kTileSize, kTileSize);
     _tile_zero(0);
     _tile_zero(1);

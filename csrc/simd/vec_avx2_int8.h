@@ -28,7 +28,7 @@ inline Vec clamp(Vec a, Vec low, Vec high) { return {_mm256_min_ps(_mm256_max_ps
 inline Bytes zero_bytes() { return {_mm256_setzero_si256()}; }
 inline Bytes load_bytes(const void *p) { return {_mm256_loadu_si256(static_cast<const __m256i *>(p))}; }
 inline void store(std::uint8_t *p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a.v); }
-// Rows N, N + 1, .. of eight: four of `low`, then four of `high`; in the pixels layout.
+// Rows N, N + 1, .. of eight: four of `low`, then four of `high`; as the hidden layout has them.
 template <int N> inline Bytes rows_from(Bytes low, Bytes high) { return {_mm256_alignr_epi8(high.v, low.v, 4 * N)}; }
 
 // Lanes of four rows -> bytes, saturated to 0..255: for each four channels, row after row.

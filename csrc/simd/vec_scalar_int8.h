@@ -70,7 +70,7 @@ inline Bytes load_bytes(const void *p) {
     return a;
 }
 inline void store(std::uint8_t *p, Bytes a) { __builtin_memcpy(p, a.v, sizeof(a.v)); }
-// Rows N, N + 1, .. of eight: four of `low`, then four of `high`; in the pixels layout.
+// Rows N, N + 1, .. of eight: four of `low`, then four of `high`; as the hidden layout has them.
 template <int N> inline Bytes rows_from(Bytes low, Bytes high) {
     return each_byte([&](int i) { return i + 4 * N < 16 ? low.v[i + 4 * N] : high.v[i + 4 * N - 16]; });
 }

@@ -106,8 +106,9 @@ template <int V, class Output> class Int8TileRun {
                     m.quads / depth};
     }
 
-    // Each tile's sums are finished a turn after they were stored, and make room for those of the next turn: vectors of
-    // a store under way wait for it, and for one 4 KB from it, as other room would be (an image from 1.31 to 1.21 ms).
+    // Each tile's sums are finished a turn after they were stored, in the room that those of this turn are stored to
+    // then: a load waits for a tile's store under way, and for one whose address differs by 4 KB, as a second room's
+    // would (7% of an image).
     inline void run() {
         if (product_.blocks == 1)
             int8_tile_weights<V>(product_.weight, product_.next);
@@ -165,10 +166,11 @@ template <int V, class Output> class Int8TileRun {
 #pragma GCC unroll 4
             for (int r = 0; r < kGroup; ++r)
                 acc[r] = load(sums + r * kTileSize);
-            if (__builtin_expect(c >= run_.whole, 0))
+            if (__builtin_expect(c >= run_.whole, 0)) {
 #pragma GCC unroll 4
                 for (int r = 0; r < kGroup; ++r)
                     acc[r] = r < run_.rows ? acc[r] : zero_int();
+            }
             output_.put(acc, vector_ + Tile % 2, c);
         }
     }
@@ -182,10 +184,12 @@ template <int V, class Output> class Int8TileRun {
     alignas(kCacheLine) std::int32_t sums_[4 * kTileSums];
 };
 
+constexpr int kMostColumns = 1 << 20; // of a run, far from an int's end
+
 // All of a matrix product; output(g): what becomes of the sums of row group g and of those that follow it in memory.
 template <class F> inline void int8_by_tiles(const Int8Matrix &m, const F &output) {
     const bool joined = m.x.group == m.x.columns * m.x.column && // as are the output's groups then
-                        m.x.columns * static_cast<std::ptrdiff_t>(m.x.groups) <= kInt8HeadPixels; // no overflow
+                        m.x.columns * static_cast<std::ptrdiff_t>(m.x.groups) <= kMostColumns;
     const int runs = joined ? 1 : m.x.groups, columns = joined ? m.x.groups * m.x.columns : m.x.columns;
     const int depth = int8_tile_depth(m.quads);
     using Output = decltype(output(0));
