@@ -115,6 +115,7 @@ void pointwise(const PointwiseArgs &a) {
         std::ptrdiff_t p = 0;
         if (chunks == 1) {
             const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(a.cin) * width;
+            // By hand, not as with_tile does: called from a lambda, the loop is slower (an image by 3%).
             const int halves = tile_halves(a.cout - n);
             if (halves == 2)
                 full_tiles<2>(a, n, weight, size, ahead);
