@@ -244,7 +244,7 @@ def _current(index: _Index, paths: Sequence[Path]) -> dict[str, _Entry]:
             return None
         try:
             stat = _stat(key)
-            settled = max(stat[1:]) < index.written_ns - _CLOCK_TICK_NS
+            settled = bool(entry.digest) and max(stat[1:]) < index.written_ns - _CLOCK_TICK_NS
             if (stat == entry.stat and settled) or _digest(Path(key).read_bytes()) == entry.digest:
                 return entry._replace(stat=stat)
         except OSError:

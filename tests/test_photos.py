@@ -201,13 +201,20 @@ def test_pixels_may_not_be_written(paths: list[Path]) -> None:
         pixels[:] = 0
 
 
-def test_a_change_of_content_is_seen_whatever_the_times_say(paths: list[Path], decoded: list[str]) -> None:
+@pytest.mark.parametrize("kind", ["times are old", "times are new and stand still"])
+def test_a_change_of_content_is_seen_whatever_its_times(
+    paths: list[Path], decoded: list[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     old = paths[0].stat()
+    if kind == "times are old":  # the cache is made an hour later: its reader believes them
+        monkeypatch.setattr(time, "time_ns", lambda now=time.time_ns: now() + 3600 * 10**9)
+    else:
+        monkeypatch.setattr(imagecache, "_stat", lambda _: [1, old.st_mtime_ns, old.st_ctime_ns])
     _open(paths)
     decoded.clear()
-    content = bytearray(paths[0].read_bytes())
+    size = old.st_size
     other = _save(paths[0].with_name("other.png"), 99).read_bytes()
-    paths[0].write_bytes((other + bytes(len(content)))[: len(content)])  # of the same size
+    paths[0].write_bytes((other + bytes(size))[:size])
     os.utime(paths[0], ns=(old.st_atime_ns, old.st_mtime_ns))
     _check(_open(paths), paths[:-1])
     assert decoded == [paths[0].name]
@@ -229,6 +236,28 @@ def test_files_that_stand_unchanged_are_not_read_again(
     _open(paths)
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"reads {path}"))
     _open(paths)
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(
+    paths: list[Path], decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time_ns", lambda now=time.time_ns: now() + 3600 * 10**9)  # times are believed
+    real = Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path == paths[2]:
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "read_bytes", broken)
+        with pytest.raises(data.ImageError, match=r"2 ü.png cannot be read \(Input/output error\)"):
+            _open(paths).get(paths[2])
+        decoded.clear()
+        _open(paths)
+        assert decoded == []
+    _check(_open(paths), paths[:-1])
+    assert decoded == [paths[2].name]
 
 
 def test_a_new_photo_is_added_and_one_gone_does_no_harm(paths: list[Path], decoded: list[str]) -> None:
