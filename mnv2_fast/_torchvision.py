@@ -57,6 +57,16 @@ def torchvision() -> ModuleType:
         ) from error
 
 
+@functools.cache
+def transforms_v2() -> ModuleType:
+    """torchvision's `transforms.v2`, which the package itself does not load.
+
+    Raises:
+        UserError: as `torchvision`.
+    """
+    return importlib.import_module(f"{torchvision().__name__}.transforms.v2")
+
+
 def _define_schemas() -> None:
     global _library
     if _library is None:

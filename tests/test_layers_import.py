@@ -28,7 +28,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("chain", "int8"),
     ("_C", "kernels"),
 )
-BESIDE = ("data", "weights", "_torchvision", "metrics", "plots", "lenet")  # of every layer above the model's
+# Of every layer above the model's.
+BESIDE = (
+    "data",
+    "photos",
+    "imagecache",
+    "loading",
+    "weights",
+    "_torchvision",
+    "metrics",
+    "plots",
+    "lenet",
+)
 LEAVES = ("arch", "env", "errors", "machine")
 INSIDE_ONLY = (
     "torchvision",

@@ -1,0 +1,126 @@
+"""A labelled folder of photos: which there are, of which classes, and on which side of the split."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from . import data
+from .errors import UserError
+
+SIDES = ("train", "val")
+
+
+class Photo(NamedTuple):
+    """A file and the number of its class."""
+
+    path: Path
+    label: int
+
+
+@dataclass(frozen=True)
+class LabelledFolder:
+    """The photos to train on and those to validate on; `classes[photo.label]` is a photo's class name."""
+
+    root: Path
+    classes: tuple[str, ...]
+    train: tuple[Photo, ...]
+    val: tuple[Photo, ...]
+
+
+def find(folder: str | os.PathLike[str], val_share: float = 0.2, seed: int = 0) -> LabelledFolder:
+    """The photos of a folder in torchvision's `ImageFolder` layout: one subfolder a class, named after it.
+
+    A folder with `train/` and `val/` is taken as it is. Any other one is split: of each class `val_share`,
+    rounded, goes to validation, and at least one photo to either side. Which ones follows from `seed`, the
+    class's name and its file names, so that a change to one class moves no photo of another.
+
+    Classes are numbered in the order of their sorted names, as by torchvision. Photos are those that
+    `data.expand_inputs` finds in a class's folder; hidden folders are no classes.
+
+    Args:
+        folder: with one subfolder a class, or with `train/` and `val/` that each have one.
+        val_share: above 0 and below 1; not used where there are `train/` and `val/`.
+        seed: at least 0; likewise.
+
+    Raises:
+        UserError: there is no such folder, there are fewer than two classes, a class has no photo or, where
+            it is to be split, only one, or `train/` and `val/` differ in their classes.
+    """
+    root = Path(folder).expanduser()
+    if not os.fspath(folder) or not root.is_dir():
+        what = "is a file" if root.is_file() else "does not exist"
+        raise UserError(f"folder of photos {os.fspath(folder)!r} {what}: give one with a subfolder per class")
+    if not 0 < val_share < 1:
+        raise UserError(f"val_share={val_share!r}: give a number above 0 and below 1")
+    if seed < 0:
+        raise UserError(f"seed={seed}: give a whole number of at least 0")
+    there = [side for side in SIDES if (root / side).is_dir()]
+    # One of photos alone is a class that happens to have a side's name.
+    if not any(_subfolders(root / side) for side in there):
+        return _split(root, val_share, seed)
+    if len(there) == 1:
+        (missing,) = set(SIDES) - set(there)
+        raise UserError(
+            f"{root} has {there[0]}/ and no {missing}/: add it, or give {root / there[0]} to split that"
+        )
+    return _as_given(root)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+    except OSError as error:
+        raise UserError(f"cannot read {folder} ({error.strerror}): check its permissions") from error
+
+
+def _by_class(folder: Path) -> dict[str, list[Path]]:
+    """Class name -> its photos, both sorted."""
+    names = _subfolders(folder)
+    if not names:
+        raise UserError(
+            f"no photos in subfolders of {folder}: put those of each class into one that has its name"
+        )
+    if len(names) == 1:
+        raise UserError(f"{folder} has one class only, {names[0]!r}: add a folder for each other class")
+    return {name: data.expand_inputs([folder / name]) for name in names}
+
+
+def _as_given(root: Path) -> LabelledFolder:
+    train, val = (_by_class(root / side) for side in SIDES)
+    differ = [
+        f"only {side}/ has {', '.join(map(repr, only))}"
+        for side, only in zip(SIDES, (sorted(train.keys() - val), sorted(val.keys() - train)), strict=True)
+        if only
+    ]
+    if differ:
+        raise UserError(
+            f"train/ and val/ in {root} differ in their classes, {'; '.join(differ)}: "
+            "give both the same folders"
+        )
+    return LabelledFolder(root, tuple(train), _labelled(train), _labelled(val))
+
+
+def _split(root: Path, val_share: float, seed: int) -> LabelledFolder:
+    train, val = {}, {}
+    for name, paths in _by_class(root).items():
+        if len(paths) < 2:
+            raise UserError(
+                f"class {name!r} in {root} has one photo, and training and validation need one each: "
+                "add photos, or remove its folder"
+            )
+        count = min(max(1, round(val_share * len(paths))), len(paths) - 1)
+        order = np.random.default_rng([seed, *os.fsencode(name)]).permutation(len(paths))
+        chosen = set(order[:count].tolist())
+        val[name] = [path for i, path in enumerate(paths) if i in chosen]
+        train[name] = [path for i, path in enumerate(paths) if i not in chosen]
+    return LabelledFolder(root, tuple(train), _labelled(train), _labelled(val))
+
+
+def _labelled(found: dict[str, list[Path]]) -> tuple[Photo, ...]:
+    return tuple(Photo(path, label) for label, paths in enumerate(found.values()) for path in paths)
