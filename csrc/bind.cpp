@@ -14,6 +14,7 @@
 #include "int8_network.h"
 #include "network.h"
 #include "parallel.h"
+#include "train_bind.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -220,4 +221,5 @@ PYBIND11_MODULE(_C, m) {
         .def("kept", &Int8Network::kept)
         .def_property_readonly("weight_bytes", &Int8Network::weight_bytes)
         .def_property_readonly("isa", [](const Int8Network &n) { return std::string(n.isa()); });
+    bind_train(m);
 }

@@ -23,6 +23,11 @@
 #include "kernels/int8_pointwise.h"
 #include "kernels/int8_stem.h"
 
+#include "kernels/train_rows.h"
+
+#include "kernels/train_depthwise.h"
+#include "kernels/train_weight.h"
+
 #include "kernels/peak.h"
 
 #define MNV2_STRING_(x) #x

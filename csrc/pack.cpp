@@ -36,15 +36,10 @@ std::size_t packed_depthwise_size(const KernelTable &table, int channels) {
     return whole_lines(sizeof(float) * round_up(channels, table.lanes) * kDepthwiseBlock);
 }
 
-namespace {
-
-// Inputs [begin, end) of all panels. Of one vector and a half, the half holds two inputs in alternate lanes, in the
-// rows of the even ones.
-float *pack_panels(const KernelTable &table, const float *weight, int cout, int depth, int begin, int end, float *out) {
-    const auto at = [&](int c, int k) {
-        return c < cout && k < end ? weight[static_cast<std::ptrdiff_t>(c) * depth + k] : 0.0f;
-    };
-    for (int n = 0; n < cout; n += table.panel) {
+float *pack_panels(const KernelTable &table, const Matrix &m, int cout, int begin, int end, int from, int to,
+                   float *out) {
+    const auto at = [&](int c, int k) { return c < cout && k < end ? m.weight[c * m.channel + k * m.input] : 0.0f; };
+    for (int n = from; n < to; n += table.panel) {
         const bool halves = has_half(table, cout - n);
         const int width = cout - n > table.lanes ? table.panel : table.lanes, plain = halves ? table.lanes : width;
         for (int k = begin; k < end; ++k) {
@@ -56,6 +51,8 @@ float *pack_panels(const KernelTable &table, const float *weight, int cout, int 
     }
     return out;
 }
+
+namespace {
 
 // The channel at place i of the panel from `begin` on. Of one vector and a half, the half stands twice, for two pixels.
 int channel(const KernelTable &table, int cout, int begin, int i) {
@@ -78,7 +75,7 @@ Packed pack_inputs(const KernelTable &table, const float *weight, const float *b
     pack_bias(table, bias, cout, packed_bias);
     float *out = packed;
     for (int begin = 0; begin < depth; begin += piece)
-        out = pack_panels(table, weight, cout, depth, begin, std::min(begin + piece, depth), out);
+        out = pack_panels(table, {weight, depth, 1}, cout, begin, std::min(begin + piece, depth), 0, cout, out);
     return {packed, packed_bias, std::min(piece, depth), false};
 }
 

@@ -108,6 +108,7 @@ using NarrowArgs = Convert<float, bf16>;
 } // namespace mnv2
 
 #include "int8_types.h"
+#include "train_types.h"
 
 namespace mnv2 {
 
@@ -116,7 +117,7 @@ namespace mnv2 {
 constexpr std::size_t kRingBytes = 12 * 1024;
 
 // Kernels that a row of isa.def has together.
-enum KernelGroup : unsigned { kFp32 = 1, kBf16 = 2, kInt8 = 4 };
+enum KernelGroup : unsigned { kFp32 = 1, kBf16 = 2, kInt8 = 4, kTrain = 8 };
 
 struct KernelTable {
     const char *isa;

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("autograd", "reading"),
     ("ops",),
     ("packs",),
+    ("backends.cpu_train",),
     ("backends.cpu", "backends.triton", "backends.eager"),
     ("quant", "calibration"),
     ("chain", "int8"),

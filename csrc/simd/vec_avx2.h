@@ -30,6 +30,9 @@ inline Vec broadcast(const float *p) { return {_mm256_broadcast_ss(p)}; }
 inline Vec load(const float *p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load_first(const float *p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
 inline void store(float *p, Vec a) { _mm256_storeu_ps(p, a.v); }
+// Past the caches, to a vector's boundary; others see them after drain().
+inline void stream(float *p, Vec a) { _mm256_stream_ps(p, a.v); }
+inline void drain() { _mm_sfence(); }
 inline void store_first(float *p, Vec a, int n) { _mm256_maskstore_ps(p, first(n), a.v); }
 // Loads into a register for good: the compiler would rather read memory again for each use.
 inline Vec load_once(const float *p) {
@@ -38,6 +41,7 @@ inline Vec load_once(const float *p) {
     return a;
 }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 
 // Two inputs side by side in memory, one in all even lanes and one in all odd; or the even lanes of
@@ -112,6 +116,12 @@ inline Vec dot2(Vec acc, Vec a, Vec b) { return fma(firsts(a), firsts(b), fma(se
 
 // min(max(a, 0), 6). The instructions return their second operand when either is NaN, so a NaN stays.
 inline Vec relu6(Vec a) { return {_mm256_min_ps(_mm256_set1_ps(6.0f), _mm256_max_ps(_mm256_setzero_ps(), a.v))}; }
+// Its gradient at a: g, or 0 where a <= 0 or a >= 6.
+inline Vec relu6_gradient(Vec a, Vec g) {
+    const __m256 outside = _mm256_or_ps(_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_LE_OQ),
+                                        _mm256_cmp_ps(a.v, _mm256_set1_ps(6.0f), _CMP_GE_OQ));
+    return {_mm256_andnot_ps(outside, g.v)};
+}
 
 } // namespace
 } // namespace mnv2::MNV2_ISA

@@ -28,6 +28,9 @@ inline Vec broadcast(const float *p) { return {_mm512_set1_ps(*p)}; }
 inline Vec load(const float *p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load_first(const float *p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 inline void store(float *p, Vec a) { _mm512_storeu_ps(p, a.v); }
+// Past the caches, to a vector's boundary; others see them after drain().
+inline void stream(float *p, Vec a) { _mm512_stream_ps(p, a.v); }
+inline void drain() { _mm_sfence(); }
 inline void store_first(float *p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
 // Loads into a register for good: the compiler would rather read memory again for each use.
 inline Vec load_once(const float *p) {
@@ -36,6 +39,7 @@ inline Vec load_once(const float *p) {
     return a;
 }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
 // Two inputs side by side in memory, one in all even lanes and one in all odd; or the even lanes of
@@ -121,6 +125,12 @@ inline void store_halves(bf16 *low, bf16 *high, Vec a) {
 
 // min(max(a, 0), 6). The instructions return their second operand when either is NaN, so a NaN stays.
 inline Vec relu6(Vec a) { return {_mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_max_ps(_mm512_setzero_ps(), a.v))}; }
+// Its gradient at a: g, or 0 where a <= 0 or a >= 6.
+inline Vec relu6_gradient(Vec a, Vec g) {
+    const __mmask16 inside = _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ) &
+                             _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(6.0f), _CMP_NGE_UQ);
+    return {_mm512_maskz_mov_ps(inside, g.v)};
+}
 
 } // namespace
 } // namespace mnv2::MNV2_ISA

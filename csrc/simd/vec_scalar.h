@@ -40,12 +40,18 @@ inline void store(float *p, Vec a) {
     for (int i = 0; i < kLanes; ++i)
         p[i] = a.v[i];
 }
+// Past the caches, where there is a way; others see them after drain().
+inline void stream(float *p, Vec a) { store(p, a); }
+inline void drain() {}
 inline void store_first(float *p, Vec a, int n) {
     for (int i = 0; i < n; ++i)
         p[i] = a.v[i];
 }
 inline Vec add(Vec a, Vec b) {
     return each([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Vec sub(Vec a, Vec b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
 }
 inline Vec fma(Vec a, Vec b, Vec c) {
     return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
@@ -140,6 +146,10 @@ inline Vec dot2(Vec acc, Vec a, Vec b) { return fma(firsts(a), firsts(b), fma(se
 // Both comparisons are false for a NaN, which stays.
 inline Vec relu6(Vec a) {
     return each([&](int i) { return a.v[i] < 0.0f ? 0.0f : a.v[i] > 6.0f ? 6.0f : a.v[i]; });
+}
+// Its gradient at a: g, or 0 where a <= 0 or a >= 6.
+inline Vec relu6_gradient(Vec a, Vec g) {
+    return each([&](int i) { return a.v[i] <= 0.0f || a.v[i] >= 6.0f ? 0.0f : g.v[i]; });
 }
 inline void store_halves(bf16 *low, bf16 *high, Vec a) {
     store_first(low, a, kLanes / 2);

@@ -57,7 +57,12 @@ def _load() -> tuple[types.ModuleType | None, str]:
     return module, ""
 
 
-def _c() -> types.ModuleType:
+def extension() -> types.ModuleType:
+    """The extension, once it is there.
+
+    Raises:
+        UserError: it is not.
+    """
     module, reason = _load()
     if module is None:
         raise UserError(reason)
@@ -76,22 +81,22 @@ def unavailable_reason() -> str:
 
 def isa() -> str:
     """The instruction set in use."""
-    return str(_c().isa())
+    return str(extension().isa())
 
 
 def isas() -> list[str]:
     """The instruction sets that run here, best first."""
-    return list(_c().isas())
+    return list(extension().isas())
 
 
 def features() -> dict[str, bool]:
     """Features of this processor that its operating system lets programs use."""
-    return dict(_c().cpu_features())
+    return dict(extension().cpu_features())
 
 
 def build_info() -> dict[str, str]:
     """The compiler that built the extension and where the extension lies."""
-    return {"compiler": str(_c().compiler()), "file": str(_c().__file__)}
+    return {"compiler": str(extension().compiler()), "file": str(extension().__file__)}
 
 
 def openmp() -> dict[str, object]:
@@ -103,12 +108,16 @@ def openmp() -> dict[str, object]:
         runtimes = sorted(
             file for file in files if os.path.basename(file).startswith(("libgomp", "libomp", "libiomp"))
         )
-    return {"runtimes": runtimes, "version": _c().openmp_version(), "threads": _c().default_threads()}
+    return {
+        "runtimes": runtimes,
+        "version": extension().openmp_version(),
+        "threads": extension().default_threads(),
+    }
 
 
 def bf16_arithmetic() -> str:
     """How bf16 is computed with the instruction set in use."""
-    if _c().dot2():
+    if extension().dot2():
         return "bf16 weights and activations, fp32 sums"
     return "bf16 storage, fp32 arithmetic: no instruction for bf16 is faster here"
 
@@ -249,7 +258,7 @@ class Network(_Native):
                 )
             )
         lookup = None if table is None else _dense(table)
-        c = _c()
+        c = extension()
         if dtype == "fp32":
             arithmetic = "float32"
         elif arithmetic is None:
@@ -411,12 +420,12 @@ class Int8Network(_Native):
             for spec, layer in zip(network.specs, network.layers, strict=True)
         ]
         try:
-            self._network = _c().Int8Network(
+            self._network = extension().Int8Network(
                 rows, address(network.input_scale), address(network.input_zero), address(table), isa
             )
         except ValueError as error:
             raise UserError(f"{error}: use dtype='fp32'") from None
-        self.block_forms = tuple(_c().INT8_BLOCK_FORMS)
+        self.block_forms = tuple(extension().INT8_BLOCK_FORMS)
         self._classes = network.specs[-1].cout
 
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:

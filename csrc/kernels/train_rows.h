@@ -1,0 +1,151 @@
+// What a training step does to each element between its convolutions: normalize and activate, the gradient of that, and
+// sums over pixels.
+//
+// Pixels outside, channels inside: a tensor from memory is read as it lies. Sums over pixels take kGroup pixels of a
+// vector of channels at a time, so that a sum is fetched once for all of them, and keeps its digits: a chunk is 8 + 28
+// additions deep, not 224.
+#pragma once
+
+namespace mnv2::MNV2_ISA {
+namespace {
+
+constexpr int kGroup = 8;
+
+// A vector of channels, all of which exist or the first `count`.
+struct WholeVector {
+    Vec get(const float *p) const { return load(p); }
+    void put(float *p, Vec a) const { store(p, a); }
+};
+struct PartVector {
+    int count;
+    Vec get(const float *p) const { return load_first(p, count); }
+    void put(float *p, Vec a) const { store_first(p, a, count); }
+};
+
+// f(c, vector) for every vector of channels, c its first.
+template <class F> inline __attribute__((always_inline)) void each_vector(int channels, const F &f) {
+    int c = 0;
+    for (; c + kLanes <= channels; c += kLanes)
+        f(c, WholeVector());
+    if (c < channels)
+        f(c, PartVector{channels - c});
+}
+
+template <class V> inline Vec normalized(const V &vector, const Norm &norm, Vec z, int c) {
+    return fma(z, vector.get(norm.scale + c), vector.get(norm.shift + c));
+}
+
+template <class V> inline Vec activated(const V &vector, const Norm &norm, const float *x, int c) {
+    Vec v = vector.get(x + c);
+    if (norm.scale)
+        v = normalized(vector, norm, v, c);
+    return norm.relu6 ? relu6(v) : v;
+}
+
+template <class V> inline Vec masked(const V &vector, const Norm &norm, Vec g, Vec z, int c) {
+    return norm.relu6 ? relu6_gradient(normalized(vector, norm, z, c), g) : g;
+}
+
+void train_activate(const ActivateArgs &a) {
+    const Norm norm = a.norm;
+    for (std::ptrdiff_t p = 0; p < a.pixels; ++p) {
+        const float *const x = a.x + p * a.x_ld;
+        const float *const residual = a.residual ? a.residual + p * a.residual_ld : nullptr;
+        float *const y = a.y + p * a.y_ld;
+        each_vector(a.channels, [&](int c, auto vector) __attribute__((always_inline)) {
+            const Vec v = activated(vector, norm, x, c);
+            vector.put(y + c, residual ? add(v, vector.get(residual + c)) : v);
+        });
+    }
+}
+
+void train_panels(const PanelsArgs &a) {
+    const Norm norm = a.norm;
+    for (std::ptrdiff_t p = 0; p < a.pixels; ++p) {
+        const float *const x = a.x + p * a.x_ld;
+        each_vector(a.channels, [&](int c, auto vector) __attribute__((always_inline)) {
+            const int n = c / kPanel * kPanel, width = a.channels - n > kLanes ? kPanel : kLanes;
+            store(a.y + n * a.capacity + p * width + (c - n), activated(vector, norm, x, c));
+        });
+    }
+}
+
+void train_gradient(const GradientArgs &a) {
+    const Norm norm = a.norm;
+    for (std::ptrdiff_t p = 0; p < a.pixels; ++p) {
+        const float *const g = a.g + p * a.g_ld, *const z = a.z + p * a.z_ld;
+        float *const dz = a.dz + p * a.dz_ld;
+        each_vector(a.channels, [&](int c, auto vector) __attribute__((always_inline)) {
+            const Vec at = vector.get(z + c), through = masked(vector, norm, vector.get(g + c), at, c);
+            const Vec rest = fma(at, vector.get(a.of_z + c), vector.get(a.constant + c));
+            vector.put(dz + c, fma(through, vector.get(a.of_g + c), rest));
+        });
+    }
+}
+
+// Adds a group's sum to that of the groups before, or begins it.
+template <class V> inline void add_group(const V &vector, float *total, Vec sum, bool begin) {
+    vector.put(total, begin ? sum : add(vector.get(total), sum));
+}
+
+void train_moments(const MomentsArgs &a) {
+    for (std::ptrdiff_t p = 0; p < a.pixels; p += kGroup) {
+        const int rows = min(a.pixels - p, kGroup);
+        each_vector(a.channels, [&](int c, auto vector) __attribute__((always_inline)) {
+            const Vec origin = vector.get(a.x + c);
+            Vec sum = zero(), square = zero();
+            const float *x = a.x + p * a.x_ld + c;
+            for (int r = 0; r < rows; ++r, x += a.x_ld) {
+                const Vec d = sub(vector.get(x), origin);
+                sum = add(sum, d);
+                square = fma(d, d, square);
+            }
+            add_group(vector, a.sum + c, sum, p == 0);
+            add_group(vector, a.square + c, square, p == 0);
+        });
+    }
+}
+
+template <bool kRelu6> inline void sums(const SumsArgs &a) {
+    for (std::ptrdiff_t p = 0; p < a.pixels; p += kGroup) {
+        const int rows = min(a.pixels - p, kGroup);
+        each_vector(a.channels, [&](int c, auto vector) __attribute__((always_inline)) {
+            // Read once: a store to `masked` could change them for all the compiler knows.
+            const Vec mean = vector.get(a.norm.mean + c);
+            const Vec scale = kRelu6 ? vector.get(a.norm.scale + c) : zero();
+            const Vec shift = kRelu6 ? vector.get(a.norm.shift + c) : zero();
+            Vec sum = zero(), dot = zero();
+            const float *z = a.z + p * a.z_ld + c, *from = a.g + p * a.g_ld + c;
+            float *to = a.masked ? a.masked + p * a.masked_ld + c : nullptr;
+            for (int r = 0; r < rows; ++r, z += a.z_ld, from += a.g_ld) {
+                const Vec at = vector.get(z);
+                Vec g = vector.get(from);
+                if (kRelu6)
+                    g = relu6_gradient(fma(at, scale, shift), g);
+                if (to) {
+                    if (a.stream)
+                        stream(to, g);
+                    else
+                        vector.put(to, g);
+                    to += a.masked_ld;
+                }
+                sum = add(sum, g);
+                dot = fma(g, sub(at, mean), dot);
+            }
+            add_group(vector, a.sum + c, sum, p == 0);
+            add_group(vector, a.dot + c, dot, p == 0);
+        });
+    }
+    if (a.stream)
+        drain();
+}
+
+void train_sums(const SumsArgs &a) {
+    if (a.norm.relu6)
+        sums<true>(a);
+    else
+        sums<false>(a);
+}
+
+} // namespace
+} // namespace mnv2::MNV2_ISA

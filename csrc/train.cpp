@@ -1,0 +1,121 @@
+#include "train_run.h"
+
+#include <cmath>
+
+namespace mnv2 {
+
+Workspaces &Scratch::pool() {
+    static Workspaces workspaces;
+    return workspaces;
+}
+
+int chunk_pixels(std::ptrdiff_t floats) {
+    constexpr std::ptrdiff_t kBytes = 64 * 1024, kUnit = 56; // a multiple of every tile's height but AVX2's
+    const std::ptrdiff_t fit = kBytes / static_cast<std::ptrdiff_t>(sizeof(float)) / floats / kUnit * kUnit;
+    return static_cast<int>(std::clamp<std::ptrdiff_t>(fit, kUnit, 4 * kUnit));
+}
+
+void ChannelSums::add() {
+    for (int c = 0; c < channels_; ++c) {
+        total_[c] += first[c];
+        total_[channels_ + c] += second[c];
+    }
+}
+
+void ChannelSums::add_moments(const float *origin, std::ptrdiff_t pixels) {
+    const double count = static_cast<double>(pixels);
+    for (int c = 0; c < channels_; ++c) {
+        const double from = origin[c], sum = first[c];
+        total_[c] += sum + count * from;
+        total_[channels_ + c] += second[c] + from * (2 * sum + count * from);
+    }
+}
+
+namespace {
+
+constexpr long kChunk = 256; // pixels of a chunk where nothing is kept between its steps
+
+} // namespace
+
+void train_activate(const KernelTable &kernels, const TrainActivate &a, int threads) {
+    parallel(threads, [&](Team &team) {
+        long begin, end;
+        team.share(static_cast<long>(a.pixels), 1, begin, end);
+        const std::ptrdiff_t at = begin * static_cast<std::ptrdiff_t>(a.channels);
+        kernels.train_activate({a.z + at, a.channels, a.norm, a.residual ? a.residual + at : nullptr, a.channels,
+                                a.y + at, a.channels, end - begin, a.channels});
+    });
+}
+
+void train_sums(const KernelTable &kernels, const TrainSums &s, int threads) {
+    threads = usable_threads(threads);
+    const auto make = [&](Carver &carver) { return ChannelSums(carver, s.channels); };
+    const std::size_t each = bytes_of(make);
+    const Scratch scratch(threads * each);
+    const auto of = [&](int rank) {
+        Carver carver(scratch.data() + rank * each);
+        return make(carver);
+    };
+    parallel(threads, [&](Team &team) {
+        ChannelSums sums = of(team.rank());
+        sums.clear();
+        long begin, end;
+        team.share(static_cast<long>(s.pixels), 1, begin, end);
+        for (long at = begin; at < end; at += kChunk) {
+            const std::ptrdiff_t from = at * static_cast<std::ptrdiff_t>(s.channels);
+            kernels.train_sums({s.g + from, s.channels, s.z + from, s.channels, s.norm, nullptr, 0, false, sums.first,
+                                sums.second, std::min(kChunk, end - at), s.channels});
+            sums.add();
+        }
+        add_parts<double>(team, [&](int t) { return of(t).total(); }, 2 * s.channels, s.sums);
+    });
+}
+
+void train_norm(const TrainNorm &n, std::ptrdiff_t pixels) {
+    for (int c = 0; c < n.channels; ++c) {
+        double &mean = n.moments[c], &variance = n.moments[n.channels + c];
+        if (pixels > 0) {
+            mean /= static_cast<double>(pixels);
+            // Rounding may leave less than nothing of a constant channel; a NaN stays.
+            variance = variance / static_cast<double>(pixels) - mean * mean;
+            if (variance < 0)
+                variance = 0;
+        }
+        const double scale = (n.gamma ? n.gamma[c] : 1.0) / std::sqrt(variance + n.eps);
+        n.norm[c] = static_cast<float>(mean);
+        n.norm[n.channels + c] = static_cast<float>(scale);
+        n.norm[2 * n.channels + c] = static_cast<float>((n.beta ? n.beta[c] : 0.0) - mean * scale);
+    }
+}
+
+void train_norm_gradient(const TrainNormGradient &n) {
+    for (int c = 0; c < n.channels; ++c) {
+        const double sum = n.sums[c], mean = n.moments[c];
+        const double inverse = 1 / std::sqrt(n.moments[n.channels + c] + n.eps);
+        const double scale = (n.gamma ? n.gamma[c] : 1.0) * inverse;
+        // The kernels' mean is rounded to float32.
+        const double dgamma = inverse * (n.sums[n.channels + c] + (n.norm[c] - mean) * sum);
+        const double share = n.pixels > 0 ? scale / static_cast<double>(n.pixels) : 0.0;
+        n.coefficients[c] = static_cast<float>(scale);
+        n.coefficients[n.channels + c] = static_cast<float>(-share * inverse * dgamma);
+        n.coefficients[2 * n.channels + c] = static_cast<float>(share * (mean * inverse * dgamma - sum));
+        n.dgamma[c] = static_cast<float>(dgamma);
+        n.dbeta[c] = static_cast<float>(sum);
+    }
+}
+
+void train_forward(const KernelTable &kernels, const TrainForward &f, int threads) {
+    if (f.shape.kind == TrainKind::depthwise)
+        train_depthwise_forward(kernels, f, usable_threads(threads));
+    else
+        train_gemm_forward(kernels, f, usable_threads(threads));
+}
+
+void train_backward(const KernelTable &kernels, const TrainBackward &b, int threads) {
+    if (b.shape.kind == TrainKind::depthwise)
+        train_depthwise_backward(kernels, b, usable_threads(threads));
+    else
+        train_gemm_backward(kernels, b, usable_threads(threads));
+}
+
+} // namespace mnv2

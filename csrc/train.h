@@ -1,0 +1,105 @@
+// The convolutions of a training step over a batch, forward and backward. Tensors are NHWC without gaps.
+//
+// Work is divided by the number of threads alone, and partial sums are added in order: the same bits every time at one
+// instruction set and number of threads. All of them throw std::bad_alloc.
+#pragma once
+
+#include "types.h"
+
+namespace mnv2 {
+
+enum class TrainKind { pointwise, depthwise, stem };
+
+struct TrainShape {
+    TrainKind kind; // pointwise; depthwise 3x3 with padding 1; stem: 3x3 of stride 2 with padding 1 from `cin` channels
+    int n, h, w;    // of the input
+    int cin, cout;
+    int stride;
+    std::ptrdiff_t strides[4]; // of a stem's x, N C H W in elements; any other x is without gaps
+
+    int out_h() const { return (h - 1) / stride + 1; }
+    int out_w() const { return (w - 1) / stride + 1; }
+    std::ptrdiff_t in_pixels() const { return static_cast<std::ptrdiff_t>(n) * h * w; }
+    std::ptrdiff_t out_pixels() const { return static_cast<std::ptrdiff_t>(n) * out_h() * out_w(); }
+};
+
+// z = conv(act(x)). The weight is torch's.
+struct TrainForward {
+    TrainShape shape;
+    const float *x;
+    Norm in;
+    const float *weight;
+    float *z;
+    double *sums; // [2][cout]: of z and of its square over all pixels; or null
+};
+
+// Gradients from g, that of what follows z: dz is as GradientArgs makes it of g and z.
+struct TrainBackward {
+    TrainShape shape;
+    const float *x;
+    Norm in;
+    const float *weight;
+    const float *z;
+    const float *g;
+    Norm out; // its relu6: g is yet to be masked
+    const float *of_g;
+    const float *of_z;
+    const float *constant;
+    const float *residual; // is added to dx; or null; pointwise only
+    float *dx;             // the gradient of x's normalized value, before its ReLU6; or null; not of a stem
+    double *sums;          // [2][cin]: of dx, and of dx * (x - in.mean), where x is normalized; or null
+    float *dw;             // or null
+};
+
+// y = act(z) + residual
+struct TrainActivate {
+    const float *z;
+    Norm norm;
+    const float *residual; // or null
+    float *y;
+    std::ptrdiff_t pixels;
+    int channels;
+};
+
+// sums [2][channels]: of g', and of g' * (z - norm.mean); g' is g masked as norm.relu6 says.
+struct TrainSums {
+    const float *g;
+    const float *z;
+    Norm norm;
+    double *sums;
+    std::ptrdiff_t pixels;
+    int channels;
+};
+
+// Batch norm of one layer, [channels] each.
+struct TrainNorm {
+    double *moments;           // [2]: mean and biased variance
+    const float *gamma, *beta; // or null: ones and zeros
+    double eps;
+    float *norm; // [3]: mean, scale, shift, as Norm has them
+    int channels;
+};
+
+// The same for the way back.
+struct TrainNormGradient {
+    const double *sums; // [2]: as TrainSums has them
+    const double *moments;
+    const float *gamma;
+    double eps;
+    std::ptrdiff_t pixels; // 0: the moments are not those of the batch
+    const float *norm;
+    float *coefficients; // [3]: of_g, of_z, constant
+    float *dgamma, *dbeta;
+    int channels;
+};
+
+// Makes the moments out of sums over that many pixels, unless it is 0, and then the norm.
+void train_norm(const TrainNorm &n, std::ptrdiff_t pixels);
+void train_norm_gradient(const TrainNormGradient &n);
+
+void train_forward(const KernelTable &kernels, const TrainForward &f, int threads);
+void train_backward(const KernelTable &kernels, const TrainBackward &b, int threads);
+void train_activate(const KernelTable &kernels, const TrainActivate &a, int threads);
+void train_sums(const KernelTable &kernels, const TrainSums &s, int threads);
+
+} // namespace mnv2

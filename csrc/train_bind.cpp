@@ -1,0 +1,128 @@
+#include "train_bind.h"
+
+#include <array>
+#include <string>
+
+#include <pybind11/stl.h>
+
+#include "dispatch.h"
+#include "train.h"
+#include "train_buffer.h"
+
+namespace py = pybind11;
+
+namespace mnv2 {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T> T *at(Address address) { return reinterpret_cast<T *>(address); }
+
+// [mean, scale, shift] as train_norm writes them, or none.
+Norm norm_of(Address norm, bool relu6, int channels) {
+    const float *const rows = at<float>(norm);
+    if (!rows)
+        return {nullptr, nullptr, nullptr, relu6};
+    return {rows, rows + channels, rows + 2 * static_cast<std::ptrdiff_t>(channels), relu6};
+}
+
+TrainShape shape_of(TrainKind kind, const std::array<int, 6> &size, const std::array<std::ptrdiff_t, 4> &strides) {
+    return {kind,    size[0], size[1], size[2],
+            size[3], size[4], size[5], {strides[0], strides[1], strides[2], strides[3]}};
+}
+
+void forward(TrainKind kind, const std::array<int, 6> &size, const std::array<std::ptrdiff_t, 4> &strides, Address x,
+             Address norm, bool relu6, Address weight, Address z, Address sums, int threads) {
+    const TrainForward f{shape_of(kind, size, strides),
+                         at<float>(x),
+                         norm_of(norm, relu6, size[3]),
+                         at<float>(weight),
+                         at<float>(z),
+                         at<double>(sums)};
+    const py::gil_scoped_release release;
+    train_forward(kernels(), f, threads);
+}
+
+void backward(TrainKind kind, const std::array<int, 6> &size, const std::array<std::ptrdiff_t, 4> &strides, Address x,
+              Address norm, bool relu6, Address weight, Address z, Address g, Address out_norm, bool mask,
+              Address coefficients, Address residual, Address dx, Address sums, Address dw, int threads) {
+    const int cout = size[4];
+    const float *const rows = at<float>(coefficients);
+    const TrainBackward b{shape_of(kind, size, strides),
+                          at<float>(x),
+                          norm_of(norm, relu6, size[3]),
+                          at<float>(weight),
+                          at<float>(z),
+                          at<float>(g),
+                          norm_of(out_norm, mask, cout),
+                          rows,
+                          rows + cout,
+                          rows + 2 * static_cast<std::ptrdiff_t>(cout),
+                          at<float>(residual),
+                          at<float>(dx),
+                          at<double>(sums),
+                          at<float>(dw)};
+    const py::gil_scoped_release release;
+    train_backward(kernels(), b, threads);
+}
+
+void activate(Address z, Address norm, bool relu6, Address residual, Address y, std::ptrdiff_t pixels, int channels,
+              int threads) {
+    const TrainActivate a{at<float>(z), norm_of(norm, relu6, channels), at<float>(residual), at<float>(y), pixels,
+                          channels};
+    const py::gil_scoped_release release;
+    train_activate(kernels(), a, threads);
+}
+
+void sums(Address g, Address z, Address norm, bool relu6, Address out, std::ptrdiff_t pixels, int channels,
+          int threads) {
+    const TrainSums s{at<float>(g), at<float>(z), norm_of(norm, relu6, channels), at<double>(out), pixels, channels};
+    const py::gil_scoped_release release;
+    train_sums(kernels(), s, threads);
+}
+
+} // namespace
+
+void bind_train(py::module_ &m) {
+    py::enum_<TrainKind>(m, "TrainKind")
+        .value("pointwise", TrainKind::pointwise)
+        .value("depthwise", TrainKind::depthwise)
+        .value("stem", TrainKind::stem);
+    m.def("train_forward", &forward, py::arg("kind"), py::arg("size"), py::arg("strides"), py::arg("x"),
+          py::arg("norm"), py::arg("relu6"), py::arg("weight"), py::arg("z"), py::arg("sums"), py::arg("threads"));
+    m.def("train_backward", &backward, py::arg("kind"), py::arg("size"), py::arg("strides"), py::arg("x"),
+          py::arg("norm"), py::arg("relu6"), py::arg("weight"), py::arg("z"), py::arg("g"), py::arg("out_norm"),
+          py::arg("mask"), py::arg("coefficients"), py::arg("residual"), py::arg("dx"), py::arg("sums"), py::arg("dw"),
+          py::arg("threads"));
+    m.def("train_activate", &activate, py::arg("z"), py::arg("norm"), py::arg("relu6"), py::arg("residual"),
+          py::arg("y"), py::arg("pixels"), py::arg("channels"), py::arg("threads"));
+    m.def("train_sums", &sums, py::arg("g"), py::arg("z"), py::arg("norm"), py::arg("relu6"), py::arg("out"),
+          py::arg("pixels"), py::arg("channels"), py::arg("threads"));
+    m.def(
+        "train_norm",
+        [](Address moments, std::ptrdiff_t pixels, Address gamma, Address beta, double eps, Address norm,
+           int channels) {
+            train_norm({at<double>(moments), at<float>(gamma), at<float>(beta), eps, at<float>(norm), channels},
+                       pixels);
+        },
+        py::arg("moments"), py::arg("pixels"), py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("norm"),
+        py::arg("channels"));
+    m.def(
+        "train_norm_gradient",
+        [](Address sums, Address moments, Address gamma, double eps, std::ptrdiff_t pixels, Address norm,
+           Address coefficients, Address dgamma, Address dbeta, int channels) {
+            train_norm_gradient({at<double>(sums), at<double>(moments), at<float>(gamma), eps, pixels, at<float>(norm),
+                                 at<float>(coefficients), at<float>(dgamma), at<float>(dbeta), channels});
+        },
+        py::arg("sums"), py::arg("moments"), py::arg("gamma"), py::arg("eps"), py::arg("pixels"), py::arg("norm"),
+        py::arg("coefficients"), py::arg("dgamma"), py::arg("dbeta"), py::arg("channels"));
+    py::class_<TrainBuffer>(m, "TrainBuffer", py::buffer_protocol())
+        .def(py::init<std::size_t>(), py::arg("bytes"))
+        .def_buffer([](TrainBuffer &b) {
+            return py::buffer_info(b.data(), 1, py::format_descriptor<std::uint8_t>::format(),
+                                   static_cast<py::ssize_t>(b.bytes()));
+        })
+        .def_static("kept", &TrainBuffer::kept);
+}
+
+} // namespace mnv2

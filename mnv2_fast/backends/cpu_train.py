@@ -1,0 +1,255 @@
+"""The kernels of a training step on `_C`: float32 tensors on the CPU, [N, H, W, C] without gaps.
+
+Between layers there are raw outputs of convolutions only. A `Norm` says how one is read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import cpu
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Batch norm of a raw output and the ReLU6 after it.
+
+    `moments`: [2, C] float64, mean and biased variance. `values`: [3, C] float32, mean, scale and shift.
+    """
+
+    moments: Tensor
+    values: Tensor
+    eps: float
+    relu6: bool
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution.
+
+    `kind`: "pointwise", "depthwise" (3x3 with padding 1) or "stem" (3x3 of stride 2 with padding 1).
+    `weight`: float32, as torch has it, contiguous. `stride`: of a depthwise one 1 or 2.
+    """
+
+    kind: str
+    weight: Tensor
+    stride: int
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of a raw output, unmade.
+
+    `g`: of what follows its norm. `mask`: the norm, where its ReLU6 is yet to be applied to g.
+    `coefficients`: from `norm_gradient`.
+    """
+
+    g: Tensor
+    mask: Norm | None
+    coefficients: Tensor
+
+
+def empty(*shape: int) -> Tensor:
+    """A float32 tensor, not initialised, in memory that goes to the next one of its size when it dies."""
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    buffer = cpu.extension().TrainBuffer(4 * count)
+    return torch.frombuffer(buffer, dtype=torch.float32, count=count).view(shape)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _size(conv: Conv, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(n, h, w, cin, cout, stride), and the strides of a stem's image [N, C, H, W]."""
+    cout = conv.weight.shape[0]
+    if conv.kind == "stem":
+        n, cin, h, w = x.shape
+        return (n, h, w, cin, cout, conv.stride), x.stride()
+    n, h, w, cin = x.shape
+    return (n, h, w, cin, cout, conv.stride), (0, 0, 0, 0)
+
+
+def forward(conv: Conv, x: Tensor, norm: Norm | None, *, sums: bool) -> tuple[Tensor, Tensor]:
+    """A convolution of `norm` applied to x.
+
+    Args:
+        conv: the convolution.
+        x: the raw output of the layer before with its norm, or anything with None. [N, H, W, Cin]; of a stem
+            [N, Cin, H, W] of any strides, without norm.
+        norm: of x.
+        sums: whether they are wanted.
+
+    Returns:
+        The raw output [N, Ho, Wo, Cout], and [2, Cout] float64, its sum and sum of squares over all pixels.
+    """
+    c = cpu.extension()
+    size, strides = _size(conv, x)
+    n, h, w, _, cout, stride = size
+    z = empty(n, (h - 1) // stride + 1, (w - 1) // stride + 1, cout)
+    total = torch.empty((2, cout), dtype=torch.float64, device="cpu")
+    c.train_forward(
+        getattr(c.TrainKind, conv.kind),
+        size,
+        strides,
+        x.data_ptr(),
+        0 if norm is None else norm.values.data_ptr(),
+        norm is not None and norm.relu6,
+        conv.weight.data_ptr(),
+        z.data_ptr(),
+        total.data_ptr() if sums else 0,
+        torch.get_num_threads(),
+    )
+    return z, total
+
+
+def normalize(
+    moments: Tensor, pixels: int, gamma: Tensor | None, beta: Tensor | None, *, eps: float, relu6: bool
+) -> Norm:
+    """The norm of a raw output.
+
+    Args:
+        moments: [2, C] float64, the sums that `forward` gives over `pixels`, which are replaced by mean and
+            biased variance; or these, with 0 pixels.
+        pixels: that were summed over.
+        gamma, beta: [C], or None for ones and zeros.
+        eps: is added to the variance.
+        relu6: follows.
+    """
+    channels = moments.shape[1]
+    values = torch.empty((3, channels), dtype=torch.float32, device="cpu")
+    cpu.extension().train_norm(
+        moments.data_ptr(), pixels, _address(gamma), _address(beta), eps, values.data_ptr(), channels
+    )
+    return Norm(moments, values, eps, relu6)
+
+
+def activate(z: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
+    """What follows a raw output: normalized, activated, the residual of its shape added."""
+    y = empty(*z.shape)
+    channels = z.shape[-1]
+    cpu.extension().train_activate(
+        z.data_ptr(),
+        norm.values.data_ptr(),
+        norm.relu6,
+        _address(residual),
+        y.data_ptr(),
+        z.numel() // channels,
+        channels,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def sums(g: Tensor, z: Tensor, norm: Norm) -> Tensor:
+    """Sums over pixels of g, the gradient of `activate`'s result masked by ReLU6, and of g * (z - mean).
+
+    Returns:
+        [2, C] float64.
+    """
+    channels = z.shape[-1]
+    total = torch.empty((2, channels), dtype=torch.float64, device="cpu")
+    cpu.extension().train_sums(
+        g.data_ptr(),
+        z.data_ptr(),
+        norm.values.data_ptr(),
+        norm.relu6,
+        total.data_ptr(),
+        z.numel() // channels,
+        channels,
+        torch.get_num_threads(),
+    )
+    return total
+
+
+def norm_gradient(
+    total: Tensor, norm: Norm, gamma: Tensor | None, pixels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What turns a gradient into that of the raw output.
+
+    Args:
+        total: as `sums` or `backward` gives it.
+        norm: of the raw output.
+        gamma: as it was for `normalize`.
+        pixels: the moments are those of; 0 where they are not of the batch.
+
+    Returns:
+        [3, C] coefficients for `backward`, and the gradients of gamma and beta.
+    """
+    channels = total.shape[1]
+    coefficients, affine = (
+        torch.empty((rows, channels), dtype=torch.float32, device="cpu") for rows in (3, 2)
+    )
+    dgamma, dbeta = affine
+    cpu.extension().train_norm_gradient(
+        total.data_ptr(),
+        norm.moments.data_ptr(),
+        _address(gamma),
+        norm.eps,
+        pixels,
+        norm.values.data_ptr(),
+        coefficients.data_ptr(),
+        dgamma.data_ptr(),
+        dbeta.data_ptr(),
+        channels,
+    )
+    return coefficients, dgamma, dbeta
+
+
+def backward(
+    conv: Conv,
+    x: Tensor,
+    norm: Norm | None,
+    z: Tensor,
+    gradient: Gradient,
+    *,
+    residual: Tensor | None = None,
+    for_x: bool = True,
+    for_weight: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Gradients of `forward`.
+
+    Args:
+        conv, x, norm: as for `forward`.
+        z: what it gave.
+        gradient: of z.
+        residual: is added to the gradient of x; of a pointwise layer without norm only.
+        for_x: the gradient of x is wanted; not of a stem.
+        for_weight: the gradient of the weight is.
+
+    Returns:
+        The gradient of x, or of its normalized value if it has a norm, then masked already; its `sums`, if
+        so; the gradient of the weight.
+    """
+    c = cpu.extension()
+    size, strides = _size(conv, x)
+    g, mask = gradient.g, gradient.mask
+    dx = empty(*x.shape) if for_x else None
+    dw = torch.empty_like(conv.weight) if for_weight else None
+    total = torch.empty((2, size[3]), dtype=torch.float64, device="cpu")
+    c.train_backward(
+        getattr(c.TrainKind, conv.kind),
+        size,
+        strides,
+        x.data_ptr(),
+        0 if norm is None else norm.values.data_ptr(),
+        norm is not None and norm.relu6,
+        conv.weight.data_ptr(),
+        z.data_ptr(),
+        g.data_ptr(),
+        0 if mask is None else mask.values.data_ptr(),
+        mask is not None and mask.relu6,
+        gradient.coefficients.data_ptr(),
+        _address(residual),
+        _address(dx),
+        0 if norm is None else total.data_ptr(),
+        _address(dw),
+        torch.get_num_threads(),
+    )
+    return dx, total, dw
