@@ -14,7 +14,7 @@ from . import ops, packs
 from .backends import eager
 from .ops import Op
 
-_TWICE = (
+TWICE = (
     "the fast forward of mnv2_fast has no double backward (create_graph=True): "
     "use MobileNetV2(backend='eager') or set MNV2_BACKEND=eager"
 )
@@ -89,7 +89,7 @@ class ChainFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of what asked for one."""
         if torch.is_grad_enabled():
-            raise RuntimeError(_TWICE)
+            raise RuntimeError(TWICE)
         _, _, _, for_x, *of_asked = ctx.needs_input_grad
         rest = iter(of_asked)
         needed = [for_x, *(asked and next(rest) for asked in ctx.asked)]
@@ -169,7 +169,7 @@ def _gradients_fake(
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(_TWICE)
+    raise RuntimeError(TWICE)
 
 
 def _register_all() -> None:

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adopt",),
     ("model",),
     ("nn",),
+    ("training",),
     ("autograd", "reading"),
     ("ops",),
     ("packs",),

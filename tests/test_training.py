@@ -1,0 +1,217 @@
+"""Layers in train mode on the kernels against the same modules in plain torch, in float64."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mnv2_fast import training
+from mnv2_fast.backends import cpu
+from mnv2_fast.nn import ConvBNReLU6, InvertedResidual
+
+EPS = torch.finfo(torch.float32).eps
+BLOCKS = ((16, 24, 2, 6), (24, 24, 1, 6), (32, 16, 1, 1), (8, 8, 1, 1), (17, 17, 1, 3), (33, 9, 2, 2))
+Forward = Callable[[nn.Module, Tensor], Tensor]
+
+
+def fast(module: nn.Module, x: Tensor) -> Tensor:
+    return training.run(x, training.layers_of(module), getattr(module, "use_res_connect", False))
+
+
+def plain(module: nn.Module, x: Tensor) -> Tensor:
+    return module._run_eager(x)  # type: ignore[operator]
+
+
+def spread(module: nn.Module) -> nn.Module:
+    """Norms away from the identity, as in a trained network; statistics that are no one's default."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, 0.5, 0.5)
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+    return module.train()
+
+
+def step(forward: Forward, module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The answer, every gradient and every buffer after one forward and backward pass."""
+    x = x.clone().requires_grad_()
+    y = forward(module, x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
+    found = {"y": y.detach(), "x": x.grad}
+    found |= {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+    return found | {name: b.clone() for name, b in module.named_buffers()}  # type: ignore[return-value]
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Relative, in L2."""
+    return float(torch.linalg.vector_norm(a.double() - b.double()) / torch.linalg.vector_norm(b.double()))
+
+
+def compare(module: nn.Module, x: Tensor) -> None:
+    """One step of the kernels is as near to float64 as design.md asks, beside torch's in float32."""
+    wide, narrow = copy.deepcopy(module).double(), copy.deepcopy(module)
+    right = step(plain, wide, x.double())
+    torchs = step(plain, narrow, x.contiguous(memory_format=torch.channels_last))
+    ours = step(fast, module, x)
+    assert ours.keys() == right.keys()
+    for name, expected in right.items():
+        if not expected.is_floating_point():
+            assert torch.equal(ours[name], expected), name
+            continue
+        factor = 4 if name.endswith("weight") else 2
+        limit = factor * distance(torchs[name], expected) + 16 * EPS
+        assert distance(ours[name], expected) <= limit, name
+
+
+@pytest.mark.parametrize(("cin", "cout", "stride", "ratio"), BLOCKS)
+@pytest.mark.parametrize("size", [(1, 1), (7, 2), (15, 16)])
+def test_block(cin: int, cout: int, stride: int, ratio: int, size: tuple[int, int]) -> None:
+    compare(spread(InvertedResidual(cin, cout, stride, ratio)), torch.randn(3, cin, *size) * 2)
+
+
+@pytest.mark.parametrize("isa", cpu.isas() if cpu.available() else [])
+def test_every_instruction_set(isa: str) -> None:
+    before = cpu.isa()
+    cpu.extension().select_isa(isa)
+    try:
+        compare(spread(InvertedResidual(24, 24, 1, 6)), torch.randn(2, 24, 9, 8))
+        compare(spread(ConvBNReLU6(3, 17, stride=2)), torch.randn(2, 3, 9, 8))
+    finally:
+        cpu.extension().select_isa(before)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_stem_and_head(layout: torch.memory_format) -> None:
+    compare(spread(ConvBNReLU6(3, 32, stride=2)), torch.randn(2, 3, 15, 16).contiguous(memory_format=layout))
+    compare(spread(ConvBNReLU6(3, 8, stride=2)), torch.randn(2, 3, 18, 31)[:, :, 1:, ::2])
+    compare(
+        spread(ConvBNReLU6(40, 96, kernel_size=1)), torch.randn(2, 40, 7, 7).contiguous(memory_format=layout)
+    )
+
+
+def test_streamed_tensors() -> None:
+    """Tensors of 4 MB and more are written past the caches."""
+    compare(spread(InvertedResidual(16, 24, 2, 6)), torch.randn(2, 16, 80, 80))
+    compare(spread(InvertedResidual(16, 16, 1, 6)), torch.randn(2, 16, 80, 80))
+
+
+def norms(module: nn.Module) -> list[nn.BatchNorm2d]:
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_momentum_none_averages_all_batches() -> None:
+    block = spread(InvertedResidual(8, 8, 1, 2))
+    for norm in norms(block):
+        norm.reset_running_stats()
+        norm.momentum = None
+    for _ in range(3):
+        compare(block, torch.randn(2, 8, 5, 5))
+        block.zero_grad()
+    assert norms(block)[0].num_batches_tracked == 3
+
+
+def test_frozen_norms() -> None:
+    block = spread(InvertedResidual(16, 16, 1, 6))
+    norms(block)[0].eval()
+    compare(block, torch.randn(2, 16, 7, 7))
+    for norm in norms(block):
+        norm.eval()
+    block.zero_grad()
+    before = [norm.running_mean.clone() for norm in norms(block)]
+    compare(block, torch.randn(2, 16, 7, 7))
+    assert all(torch.equal(norm.running_mean, b) for norm, b in zip(norms(block), before, strict=True))
+
+
+def test_norms_without_statistics_or_scale() -> None:
+    block = spread(InvertedResidual(8, 12, 1, 2))
+    block.conv[0][1] = nn.BatchNorm2d(16, affine=False)
+    block.conv[1][1] = nn.BatchNorm2d(16, track_running_stats=False)
+    compare(block, torch.randn(2, 8, 5, 5))
+    block.zero_grad()
+    block.conv[1][1].eval()
+    compare(block, torch.randn(2, 8, 5, 5))
+
+
+def test_any_subset_of_parameters() -> None:
+    """Gradients of what asks for one are those of a step where all do; the rest has none."""
+    x = torch.randn(2, 16, 9, 9)
+    block = spread(InvertedResidual(16, 16, 1, 6))
+    full = step(fast, copy.deepcopy(block), x)
+    names = [name for name, _ in block.named_parameters()]
+    for asked in itertools.chain(([name] for name in names), (names[:4], names[5:])):
+        part = copy.deepcopy(block)
+        for name, p in part.named_parameters():
+            p.requires_grad_(name in asked)
+        fast(part, x).backward(torch.randn(2, 16, 9, 9, generator=torch.Generator().manual_seed(1)))
+        for name, p in part.named_parameters():
+            assert (p.grad is not None) == (name in asked)
+            assert p.grad is None or torch.equal(p.grad, full[name])
+    for p in block.parameters():
+        p.requires_grad_(False)
+    assert not fast(block, x).requires_grad
+    with torch.no_grad():
+        assert not fast(spread(InvertedResidual(16, 16, 1, 6)), x).requires_grad
+
+
+def test_accumulation_and_two_forwards_before_a_backward() -> None:
+    block = spread(InvertedResidual(8, 8, 1, 3))
+    a, b = torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 6)
+    alone = []
+    for x in (a, b):
+        block.zero_grad()
+        fast(block, x).sum().backward()
+        alone.append([p.grad.clone() for p in block.parameters()])
+    block.zero_grad()
+    one, two = fast(block, a), fast(block, b)
+    two.sum().backward()
+    one.sum().backward(retain_graph=True)
+    for p, first, second in zip(block.parameters(), *alone, strict=True):
+        assert torch.equal(p.grad, second + first)
+    one.sum().backward()
+    for p, first, second in zip(block.parameters(), *alone, strict=True):
+        assert torch.equal(p.grad, second + first + first)
+
+
+def test_memory_is_used_again() -> None:
+    block = spread(InvertedResidual(16, 16, 1, 6))
+    x = torch.randn(4, 16, 28, 28)
+    kept = []
+    for _ in range(4):
+        fast(block, x).sum().backward()
+        kept.append(cpu.extension().TrainBuffer.kept())
+    assert kept[1] == kept[2] == kept[3] > 0
+    y = fast(block, x)
+    assert cpu.extension().TrainBuffer.kept() < kept[-1]
+    del y
+    assert cpu.extension().TrainBuffer.kept() == kept[-1]
+
+
+def test_one_value_a_channel_is_torchs_error() -> None:
+    block, x = spread(InvertedResidual(8, 8, 1, 2)), torch.randn(1, 8, 1, 1)
+    with pytest.raises(ValueError, match="more than 1 value per channel") as ours:
+        fast(block, x)
+    with pytest.raises(ValueError, match="more than 1 value per channel") as torchs:
+        plain(block, x)
+    assert str(ours.value) == str(torchs.value)
+
+
+def test_double_backward_is_declined() -> None:
+    block = spread(InvertedResidual(8, 8, 1, 2))
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no double backward"):
+        torch.autograd.grad(fast(block, x).sum(), x, create_graph=True)
+
+
+def test_weights_changed_before_backward_are_noticed() -> None:
+    block = spread(InvertedResidual(8, 8, 1, 2))
+    y = fast(block, torch.randn(2, 8, 5, 5))
+    with torch.no_grad():
+        block.conv[0][0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
