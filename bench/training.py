@@ -10,18 +10,18 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import timing
-from mnv2_fast import arch, training
-from mnv2_fast.nn import ConvBNReLU6, InvertedResidual
+from mnv2_fast import arch
+from mnv2_fast.nn import ConvBNReLU6, InvertedResidual, Trained, eager_only
 
 Step = Callable[[], object]
 
 
-def modules() -> list[tuple[nn.Module, int, int]]:
+def modules() -> list[tuple[Trained, int, int]]:
     """Every distinct element of `features` with the size of its input and how often the network has it."""
-    found: list[tuple[nn.Module, int, int]] = [
+    found: list[tuple[Trained, int, int]] = [
         (ConvBNReLU6(3, arch.STEM_CHANNELS, stride=2), 224, 1),
     ]
     channels, size = arch.STEM_CHANNELS, 112
@@ -34,12 +34,11 @@ def modules() -> list[tuple[nn.Module, int, int]]:
     return found
 
 
-def steps(module: nn.Module, size: int, batch: int) -> tuple[Step, Step]:
+def steps(module: Trained, size: int, batch: int) -> tuple[Step, Step]:
     """A training step by the kernels and by torch."""
-    layers = training.layers_of(module.train())
-    residual = getattr(module, "use_res_connect", False)
-    stem = layers[0].spec.kind == "stem"
-    x = torch.randn(batch, layers[0].spec.cin, size, size).contiguous(memory_format=torch.channels_last)
+    first = module.train().train_chain().layers[0].spec
+    stem = first.kind == "stem"
+    x = torch.randn(batch, first.cin, size, size).contiguous(memory_format=torch.channels_last)
     x.requires_grad_(not stem)
     theirs = copy.deepcopy(module)
     theirs.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -48,12 +47,14 @@ def steps(module: nn.Module, size: int, batch: int) -> tuple[Step, Step]:
         x.grad = None
         forward(x).backward(grad)
 
-    def ours(x: Tensor) -> Tensor:
-        return training.run(x, layers, residual)
-
     with torch.no_grad():
         grad = torch.randn_like(theirs(x))
-    return lambda: step(ours, grad), lambda: step(theirs, grad)
+
+    def torchs() -> None:
+        with eager_only():
+            step(theirs, grad)
+
+    return lambda: step(module, grad), torchs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{'':>22} {'ours ms':>9} {'torch ms':>9} {'ratio':>6} {'GMAC/s':>7}")
     sums = [0.0, 0.0]
     for module, size, count in modules():
-        specs = [layer.spec for layer in training.layers_of(module)]
+        specs = [layer.spec for layer in module.train_chain().layers]
         # Forward once, and once more for each gradient; an image has none.
         macs = sum(
             layer.macs * (2 if layer.spec.kind == "stem" else 3)

@@ -23,14 +23,22 @@ struct TrainShape {
     std::ptrdiff_t out_pixels() const { return static_cast<std::ptrdiff_t>(n) * out_h() * out_w(); }
 };
 
+// A 1x1 layer without memory of its raw output, which whoever reads it makes again: conv(x) for x [N, H, W, cin].
+struct TrainExpand {
+    const float *x;
+    const float *weight; // torch's
+    int cin;
+};
+
 // z = conv(act(x)). The weight is torch's.
 struct TrainForward {
     TrainShape shape;
     const float *x;
     Norm in;
     const float *weight;
-    float *z;
-    double *sums; // [2][cout]: of z and of its square over all pixels; or null
+    float *z;                            // null: only the sums are wanted; of a 1x1 layer
+    double *sums;                        // [2][cout]: of z and of its square over all pixels; or null
+    const TrainExpand *expand = nullptr; // makes x; of a depthwise layer
 };
 
 // Gradients from g, that of what follows z: dz is as GradientArgs makes it of g and z.
@@ -49,6 +57,7 @@ struct TrainBackward {
     float *dx;             // the gradient of x's normalized value, before its ReLU6; or null; not of a stem
     double *sums;          // [2][cin]: of dx, and of dx * (x - in.mean), where x is normalized; or null
     float *dw;             // or null
+    const TrainExpand *expand = nullptr; // makes x; of a depthwise layer
 };
 
 // y = act(z) + residual
@@ -99,6 +108,8 @@ void train_norm_gradient(const TrainNormGradient &n);
 
 void train_forward(const KernelTable &kernels, const TrainForward &f, int threads);
 void train_backward(const KernelTable &kernels, const TrainBackward &b, int threads);
+// `b` is the expansion of the depthwise layer `after`, which makes its g and z: those of b are null.
+void train_expand_backward(const KernelTable &kernels, const TrainBackward &b, const TrainBackward &after, int threads);
 void train_activate(const KernelTable &kernels, const TrainActivate &a, int threads);
 void train_sums(const KernelTable &kernels, const TrainSums &s, int threads);
 

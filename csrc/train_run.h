@@ -73,15 +73,40 @@ class ChannelSums {
 
 // out[i] = parts[0][i] + parts[1][i] + ..., by all members of the team, after they have all arrived.
 template <class T, class Y, class Part> void add_parts(Team &team, const Part &part, std::ptrdiff_t count, Y *out) {
+    constexpr long kBlock = 64;
     team.sync();
     long begin, end;
-    team.share(static_cast<long>(count), 16, begin, end);
-    for (long i = begin; i < end; ++i) {
-        T sum = part(0)[i];
-        for (int t = 1; t < team.size(); ++t)
-            sum += part(t)[i];
-        out[i] = static_cast<Y>(sum);
+    team.share(static_cast<long>(count), kBlock, begin, end);
+    for (long at = begin; at < end; at += kBlock) {
+        const long n = std::min(kBlock, end - at);
+        T sum[kBlock];
+        std::copy_n(part(0) + at, n, sum);
+        for (int t = 1; t < team.size(); ++t) {
+            const T *const more = part(t) + at;
+            for (long i = 0; i < n; ++i)
+                sum[i] += more[i];
+        }
+        for (long i = 0; i < n; ++i)
+            out[at + i] = static_cast<Y>(sum[i]);
     }
+}
+
+// Panels of so many channels, and the floats of a packed matrix.
+inline int panels(const KernelTable &kernels, int channels) { return (channels + kernels.panel - 1) / kernels.panel; }
+
+inline std::size_t packed_floats(const KernelTable &kernels, int channels, int depth) {
+    return static_cast<std::size_t>(packed_columns(kernels, channels)) * depth;
+}
+
+// Packs all panels of a matrix, by all members of the team, which may read them when this returns.
+inline void pack_shared(Team &team, const KernelTable &kernels, const Matrix &matrix, int channels, int depth,
+                        float *out) {
+    long begin, end;
+    team.share(panels(kernels, channels), 1, begin, end);
+    const int from = static_cast<int>(begin) * kernels.panel;
+    pack_panels(kernels, matrix, channels, 0, depth, from, std::min(static_cast<int>(end) * kernels.panel, channels),
+                out + static_cast<std::ptrdiff_t>(from) * depth);
+    team.sync();
 }
 
 void train_gemm_forward(const KernelTable &kernels, const TrainForward &f, int threads);

@@ -1,4 +1,4 @@
-"""MobileNetV2, as torchvision defines it, fast by itself in eval mode."""
+"""MobileNetV2, as torchvision defines it, fast by itself."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import env
+from . import env, training
 from .arch import LAST_CHANNELS, SETTING, STEM_CHANNELS, make_divisible
 from .backends.cpu import DTYPES
 from .errors import UserError
-from .nn import Automatic, ConvBNReLU6, InvertedResidual, log
+from .nn import Automatic, ConvBNReLU6, InvertedResidual, Trained, log
 from .packs import HOOKS
-from .reading import Declined, Part, Reading, check_module, read_linear
+from .reading import Declined, Part, Reading, check_module, decline_call, read_linear
 from .weights import (
     ENGINE_FORMAT,
     HEAD,
@@ -52,7 +52,10 @@ class InputError(UserError, RuntimeError):
 
 
 class MobileNetV2(Automatic):
-    """MobileNetV2: [N, 3, H, W] -> [N, num_classes], in train mode plain torch, in eval mode on the kernels.
+    """MobileNetV2: [N, 3, H, W] -> [N, num_classes], on the kernels.
+
+    In eval mode the whole network is one call of them; in train mode each element of `features` is one node
+    of autograd, and pool and classifier are torch's.
 
     Source: Sandler et al., arXiv:1801.04381; structure, names and initialization are torchvision's.
 
@@ -167,6 +170,30 @@ class MobileNetV2(Automatic):
         y = torch.ops.mnv2.network(x, tensors, spec)
         return y if keys[-1].startswith(HEAD) else self.classifier(y)
 
+    def why_not(self, x: Any) -> str | None:
+        why = super().why_not(x)
+        if why is not None or not self.training:
+            return why
+        try:
+            decline_call(x)
+            for name, child in self.features.named_children():
+                if not isinstance(child, Trained):
+                    raise Declined(
+                        f"features.{name} is a {type(child).__name__}, which trains in plain torch"
+                    )
+                chain = child.train_chain()
+                if name == "0":
+                    training.decline_input(x, chain.layers)
+        except Declined as reason:
+            return str(reason)
+        return None
+
+    def _server(self, x: Any) -> Callable[[Tensor], Tensor]:
+        if not self.training:
+            return super()._server(x)
+        self.decline_backend()  # what else may be amiss its children find themselves
+        return self._run_eager
+
     def decline_changes(self) -> None:
         super().decline_changes()
         if "_forward_impl" in self.__dict__:
@@ -202,17 +229,17 @@ class MobileNetV2(Automatic):
     def _check(self, x: Any) -> None:
         check_input(x, next(self.parameters(), None))
 
-    def read(self, prefix: str = "") -> Reading:
-        check_module(self.features, "features", nn.Sequential)
+    def read(self, prefix: str = "", any_mode: bool = False) -> Reading:
+        check_module(self.features, "features", nn.Sequential, any_mode)
         parts: list[Part] = []
         modules: list[nn.Module] = [self.features]
         for i, child in enumerate(self.features):
             if type(child) not in (ConvBNReLU6, InvertedResidual):
                 kind = type(child).__name__
                 raise Declined(f"features.{i} is a {kind}, not a ConvBNReLU6 or InvertedResidual")
-            check_module(child, f"features.{i}", type(child))
+            check_module(child, f"features.{i}", type(child), any_mode)
             assert isinstance(child, Automatic)
-            inner = child.read(f"{prefix}features.{i}.")
+            inner = child.read(f"{prefix}features.{i}.", any_mode)
             if parts and parts[-1][0].spec.cout != inner.parts[0][0].spec.cin:
                 raise Declined(f"features.{i} does not take what features.{i - 1} gives")
             parts += inner.parts
@@ -220,17 +247,17 @@ class MobileNetV2(Automatic):
         if parts[0][0].spec.kind != "stem" or parts[-1][0].spec.kind != "pointwise":
             raise Declined("features do not begin with a stem and end with a pointwise layer")
         try:
-            linear = self._read_classifier(parts[-1][0].spec.cout)
+            linear = self._read_classifier(parts[-1][0].spec.cout, any_mode)
         except Declined:
             return Reading(parts, modules, True, self.classifier)
         return Reading([*parts, linear], [*modules, self.classifier, *self.classifier])
 
-    def _read_classifier(self, features: int) -> Part:
-        check_module(self.classifier, "classifier", nn.Sequential)
+    def _read_classifier(self, features: int, any_mode: bool) -> Part:
+        check_module(self.classifier, "classifier", nn.Sequential, any_mode)
         if len(self.classifier) != 2:
             raise Declined("classifier is not (Dropout, Linear)")
         dropout, linear = self.classifier
-        check_module(dropout, "classifier.0", nn.Dropout)
+        check_module(dropout, "classifier.0", nn.Dropout, any_mode)
         return read_linear(linear, features, "classifier.1")
 
 

@@ -1,4 +1,4 @@
-"""Modules that are torch's in structure, training and `state_dict`, and run on the kernels in eval mode.
+"""Modules that are torch's in structure, meaning and `state_dict`, and run on the kernels.
 
 Each looks at every call whether the kernels can serve it exactly; where they cannot, its children run as they
 are.
@@ -6,11 +6,12 @@ are.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from threading import local
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import env
+from . import env, training
 from .autograd import ChainFunction
 from .backends import cpu
 from .errors import UserError
@@ -82,7 +83,7 @@ class Plan:
 
 
 class Automatic(nn.Module):
-    """A module that is fast by itself in eval mode. Subclasses say what chain they are."""
+    """A module that is fast by itself. Subclasses say what chain they are."""
 
     backend = "auto"
     watched: tuple[str, ...] = ()  # attributes, besides children, that its answer depends on
@@ -91,8 +92,10 @@ class Automatic(nn.Module):
         super().__init__(*children)
         self._holder = Holder()
 
-    def read(self, prefix: str = "") -> Reading:
-        """The chain that this module is. Its layers are named as in the `state_dict`, after `prefix`.
+    def read(self, prefix: str = "", any_mode: bool = False) -> Reading:
+        """The chain that this module is, in eval mode or in `any_mode`.
+
+        Its layers are named as in the `state_dict`, after `prefix`.
 
         Raises:
             Declined: it is none that the kernels know.
@@ -111,7 +114,7 @@ class Automatic(nn.Module):
     def why_not(self, x: Any) -> str | None:
         """Why the kernels would not serve a call with `x`, or None where they would."""
         try:
-            self._plan(x)
+            self._server(x)
         except Declined as reason:
             return str(reason)
         return None
@@ -142,13 +145,11 @@ class Automatic(nn.Module):
         return "eager" if _thread.eager else env.backend() if own == "auto" else own
 
     def _plan(self, x: Any) -> Plan:
-        """The plan for a call, as it holds now.
+        """The plan for a call in eval mode, as it holds now.
 
         Raises:
             Declined: the kernels cannot serve the call.
         """
-        if self.training:
-            raise Declined("the module is in train mode, where plain torch serves")
         self.decline_backend()
         decline_call(x)
         self.decline_changes()
@@ -170,18 +171,23 @@ class Automatic(nn.Module):
         pack = Pack(reading.chain, reading.tensors, dtype, autocast=autocast)
         return Plan(modules, watch, tuple(reading.tensors), pack, reading.rest)
 
+    def _server(self, x: Any) -> Callable[[Tensor], Tensor]:
+        """What serves a call.
+
+        Raises:
+            Declined: the kernels cannot.
+        """
+        return functools.partial(_run_plan, self._plan(x))
+
     @torch.jit.unused
     def _automatic(self, x: Tensor) -> Tensor:
-        if self.training or tracing(x):
+        if tracing(x):
             return self._run_eager(x)
         try:
-            plan = self._plan(x)
+            serve = self._server(x)
         except Declined as reason:
             return self._declined(x, str(reason))
-        y = _run(plan, x)
-        if y.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
-            y = y.contiguous()
-        return y if plan.rest is None else plan.rest(y)
+        return serve(x)
 
     def _check(self, x: Any) -> None:
         """Refuse an input in one line where torch would in several."""
@@ -200,6 +206,18 @@ class Automatic(nn.Module):
 _requires_grad = operator.attrgetter("requires_grad")
 
 
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """y, which is in channels_last, in the memory format of the input."""
+    return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+
+def _run_plan(plan: Plan, x: Tensor) -> Tensor:
+    y = _run(plan, x)
+    if y.dim() == 4:
+        y = _in_format_of(x, y)
+    return y if plan.rest is None else plan.rest(y)
+
+
 def _run(plan: Plan, x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         asked = list(map(_requires_grad, plan.tensors))
@@ -214,12 +232,54 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
 
 
-class ConvBNReLU6(Automatic, nn.Sequential):
+class Trained(Automatic):
+    """Convolutions in a row with their norms: fast where gradients are to come, too.
+
+    In train mode, and in eval mode where a gradient is wanted, the raw outputs of its convolutions are kept
+    for backward. In train mode the answer is in channels_last whatever the input is in: the next module
+    wants it so.
+    """
+
+    def _server(self, x: Any) -> Callable[[Tensor], Tensor]:
+        if self.training:
+            return self._trainer(x)
+        if torch.is_grad_enabled() and self._wants_gradients(x):
+            with suppress(Declined):
+                train = self._trainer(x)
+                return lambda x: _in_format_of(x, train(x))
+        return super()._server(x)
+
+    def _wants_gradients(self, x: Any) -> bool:
+        return (isinstance(x, Tensor) and x.requires_grad) or any(map(_requires_grad, self.parameters()))
+
+    def _trainer(self, x: Any) -> Callable[[Tensor], Tensor]:
+        """What serves a call whose gradients may be asked for.
+
+        Raises:
+            Declined: the training kernels cannot.
+        """
+        self.decline_backend()
+        decline_call(x)
+        self.decline_changes()
+        chain = self.train_chain()
+        training.decline_input(x, chain.layers)
+        return lambda x: training.run(x, chain.layers, chain.tensors, chain.residual)
+
+    def train_chain(self) -> training.TrainChain:
+        """Its layers for the training kernels.
+
+        Raises:
+            Declined: they have none for it.
+        """
+        return training.read_chain(self, self.read(any_mode=self.training))
+
+
+class ConvBNReLU6(Trained, nn.Sequential):
     """Convolution, batch norm, ReLU6: `torchvision.ops.Conv2dNormActivation` with ReLU6 for the activation.
 
-    [N, in_channels, H, W] -> [N, out_channels, Ho, Wo], in the memory format of the input. In eval mode the
-    kernels serve 1x1 convolutions, depthwise 3x3 of stride 1 or 2 (groups = in_channels = out_channels) and
-    3x3 of stride 2 from 3 channels; everything else runs as its children do.
+    [N, in_channels, H, W] -> [N, out_channels, Ho, Wo], in the memory format of the input, in train mode in
+    channels_last. The kernels serve 1x1 convolutions, depthwise 3x3 of stride 1 or 2 (groups = in_channels =
+    out_channels) and 3x3 of stride 2 from 3 channels; everything else runs as its children do.
 
     Args:
         in_channels, out_channels, kernel_size, stride, groups, dilation, bias: of the `Conv2d`; a bias by
@@ -266,7 +326,7 @@ class ConvBNReLU6(Automatic, nn.Sequential):
         super().__init__(*layers)
         self.out_channels = out_channels
 
-    def read(self, prefix: str = "") -> Reading:
+    def read(self, prefix: str = "", any_mode: bool = False) -> Reading:
         children = list(self)
         if not children:
             raise Declined(f"{prefix}0 is missing")
@@ -275,13 +335,14 @@ class ConvBNReLU6(Automatic, nn.Sequential):
         if relu6:
             at = f"{prefix}{len(children) - 1}"
             act = children.pop()
-            check_module(act, at, nn.ReLU6)
+            check_module(act, at, nn.ReLU6, any_mode)
             if (act.min_val, act.max_val) != (0.0, 6.0):
                 raise Declined(f"{at} clamps to {act.min_val}..{act.max_val}, not 0..6")
         if len(children) > 2:
             raise Declined(f"{prefix}2 follows a convolution and its norm, where only ReLU6 may")
         norm = children[1] if len(children) == 2 else None
-        return Reading([read_conv(children[0], norm, relu6, f"{prefix}0", f"{prefix}1")], modules)
+        part = read_conv(children[0], norm, relu6, f"{prefix}0", f"{prefix}1", any_mode=any_mode)
+        return Reading([part], modules)
 
     def forward(self, input: Tensor) -> Tensor:
         """Shapes as the class says. Errors as torch's."""
@@ -298,12 +359,12 @@ class ConvBNReLU6(Automatic, nn.Sequential):
         return x
 
 
-class InvertedResidual(Automatic):
+class InvertedResidual(Trained):
     """MobileNetV2's block, as `torchvision.models.mobilenetv2.InvertedResidual`.
 
     A 1x1 expansion (left out where expand_ratio is 1), a depthwise 3x3, a linear 1x1 projection, and the
     input added where its shape is the output's. [N, inp, H, W] -> [N, oup, Ho, Wo], in the memory format of
-    the input.
+    the input, or in channels_last in train mode.
 
     Raises:
         ValueError: stride is neither 1 nor 2.
@@ -338,22 +399,23 @@ class InvertedResidual(Automatic):
         self.out_channels = oup
         self._is_cn = stride > 1
 
-    def read(self, prefix: str = "") -> Reading:
+    def read(self, prefix: str = "", any_mode: bool = False) -> Reading:
         prefix = f"{prefix}conv"
-        check_module(self.conv, prefix, nn.Sequential)
+        check_module(self.conv, prefix, nn.Sequential, any_mode)
         children = list(self.conv)
         if len(children) not in (3, 4):
             raise Declined(f"{prefix} has {len(children)} children, not 3 or 4")
         modules: list[nn.Module] = [self.conv, *children]
         parts: list[Part] = []
         for i, child in enumerate(children[:-2]):
-            check_module(child, f"{prefix}.{i}", ConvBNReLU6)
+            check_module(child, f"{prefix}.{i}", ConvBNReLU6, any_mode)
             assert isinstance(child, ConvBNReLU6)
-            inner = child.read(f"{prefix}.{i}.")
+            inner = child.read(f"{prefix}.{i}.", any_mode)
             modules += inner.modules
             parts += inner.parts
         at = len(children) - 2
-        parts.append(read_conv(children[at], children[at + 1], False, f"{prefix}.{at}", f"{prefix}.{at + 1}"))
+        names = f"{prefix}.{at}", f"{prefix}.{at + 1}"
+        parts.append(read_conv(children[at], children[at + 1], False, *names, any_mode=any_mode))
         for (before, _), (after, _) in itertools.pairwise(parts):
             if before.spec.cout != after.spec.cin:
                 raise Declined(f"{prefix}: {before.spec.cout} channels meet {after.spec.cin}")

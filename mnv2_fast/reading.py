@@ -129,13 +129,23 @@ def conv_kind(conv: nn.Conv2d) -> str | None:
 Part = tuple[Link, list[Tensor]]
 
 
-def read_conv(conv: nn.Module, norm: nn.Module | None, relu6: bool, where: str, norm_at: str) -> Part:
+def read_conv(
+    conv: nn.Module,
+    norm: nn.Module | None,
+    relu6: bool,
+    where: str,
+    norm_at: str,
+    *,
+    any_mode: bool = False,
+) -> Part:
     """One link of a chain and its tensors; `where` and `norm_at` are the two modules' names.
+
+    In `any_mode` the norm may be in train mode, and without running statistics.
 
     Raises:
         Declined: the kernels have no such layer, or not exactly this one.
     """
-    check_module(conv, where, nn.Conv2d)
+    check_module(conv, where, nn.Conv2d, any_mode)
     assert isinstance(conv, nn.Conv2d)
     kind = conv_kind(conv)
     if kind is None:
@@ -148,10 +158,10 @@ def read_conv(conv: nn.Module, norm: nn.Module | None, relu6: bool, where: str, 
     tensors = [weight, bias]
     affine, eps = False, 0.0
     if norm is not None:
-        check_module(norm, norm_at, nn.BatchNorm2d)
+        check_module(norm, norm_at, nn.BatchNorm2d, any_mode)
         assert isinstance(norm, nn.BatchNorm2d)
         stats = [_slot(norm, name, norm_at, "_buffers") for name in ("running_mean", "running_var")]
-        if None in stats:
+        if None in stats and not any_mode:
             raise Declined(f"{norm_at} has no running statistics")
         scale = [_slot(norm, name, norm_at) for name in ("weight", "bias")]
         if (scale[0] is None) != (scale[1] is None):

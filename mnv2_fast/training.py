@@ -6,9 +6,10 @@ applied again where these are read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +17,35 @@ from torch import Tensor, nn
 from .arch import LayerSpec
 from .autograd import TWICE
 from .backends import cpu_train
-from .backends.cpu_train import Conv, Gradient, Norm
+from .backends.cpu_train import Conv, Expansion, Gradient, Norm, Step
+from .reading import Declined, Reading
+
+# An expansion's raw output is made again, not kept, where it has at most so many inputs and at least so
+# many values. At batch 32 and 224 x 224, on two cores of 10 GB/s each, a training step takes 510 ms so and
+# 620 ms with none, in 0.9 GB and 1.35 GB; with up to 64 inputs it takes 550 ms.
+REMADE_INPUTS = 32
+REMADE_VALUES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FrozenNorm:
+    """What a batch norm in eval mode is to a layer: `nn.BatchNorm2d`'s attributes."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+    training: bool = False
 
 
 @dataclass(frozen=True)
 class TrainLayer:
-    """A convolution without bias, the batch norm after it and whether ReLU6 follows."""
+    """A convolution without bias, the batch norm after it and whether ReLU6 follows.
+
+    The norm is asked at every call for its mode, running statistics, momentum and eps.
+    """
 
     spec: LayerSpec
-    conv: nn.Conv2d
-    norm: nn.BatchNorm2d
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The weight and the norm's scale and shift."""
-        return self.conv.weight, self.norm.weight, self.norm.bias
+    norm: nn.BatchNorm2d | FrozenNorm
 
     @property
     def batch_moments(self) -> bool:
@@ -38,25 +53,64 @@ class TrainLayer:
         return self.norm.training or self.norm.running_mean is None
 
 
-def layers_of(module: nn.Module) -> list[TrainLayer]:
-    """The convolutions of a `ConvBNReLU6` or an `InvertedResidual`, each with the norm after it."""
-    flat = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.ReLU6)]
-    layers = []
-    for conv, norm, after in zip(flat, flat[1:], [*flat[2:], None], strict=False):
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            kind = "pointwise" if conv.kernel_size == (1, 1) else "depthwise" if conv.groups > 1 else "stem"
-            relu6 = isinstance(after, nn.ReLU6)
-            spec = LayerSpec(kind, "", "", conv.in_channels, conv.out_channels, conv.stride[0], relu6)
-            layers.append(TrainLayer(spec, conv, norm))
-    return layers
+@dataclass(frozen=True)
+class TrainChain:
+    """Layers in a row as a module has them. `residual`: the first one's input is added to the last one's
+    output."""
+
+    layers: tuple[TrainLayer, ...]
+    modules: tuple[tuple[nn.Conv2d, nn.BatchNorm2d], ...]
+    residual: bool
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """Weight, scale and shift of every layer, as the modules hold them now."""
+        return [t for conv, norm in self.modules for t in (conv.weight, norm.weight, norm.bias)]
 
 
-def run(x: Tensor, layers: Sequence[TrainLayer], residual: bool = False) -> Tensor:
+def read_chain(module: nn.Module, reading: Reading) -> TrainChain:
+    """The layers of a module that was read in any mode, without a prefix.
+
+    Raises:
+        Declined: one of them has a bias or no norm, or a tensor that is not float32.
+    """
+    modules: list[tuple[Any, Any]] = []
+    for link, tensors in reading.parts:
+        if link.bias or not link.norm:
+            raise Declined(f"{link.spec.conv} has a bias or no norm, which no training kernel takes")
+        if any(t.dtype is not torch.float32 for t in tensors):
+            raise Declined(f"{link.spec.conv} is of {tensors[0].dtype}, the training kernels take float32")
+        modules.append((module.get_submodule(link.spec.conv), module.get_submodule(link.spec.bn)))
+    specs = [link.spec for link, _ in reading.parts]
+    layers = tuple(TrainLayer(spec, norm) for spec, (_, norm) in zip(specs, modules, strict=True))
+    return TrainChain(layers, tuple(modules), specs[-1].residual > 0)
+
+
+def decline_input(x: Tensor, layers: Sequence[TrainLayer]) -> None:
+    """Look whether the training kernels take an input that `reading.decline_call` has let pass.
+
+    Raises:
+        Declined: they do not.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        raise Declined("autocast is on, the training kernels take float32")
+    if x.dtype is not torch.float32 or x.is_conj() or x.shape[0] == 0:
+        raise Declined(
+            f"the input is {x.dtype} {tuple(x.shape)}, the training kernels take images of float32"
+        )
+    if x.shape[1] != layers[0].spec.cin:
+        raise Declined(f"the input has {x.shape[1]} channels, not {layers[0].spec.cin}")
+
+
+def run(
+    x: Tensor, layers: Sequence[TrainLayer], tensors: Sequence[Tensor | None], residual: bool = False
+) -> Tensor:
     """The layers on x, within autograd; running statistics are updated as torch does.
 
     Args:
         x: float32 [N, C, H, W] on the CPU.
         layers: first to last; a stem only as the first.
+        tensors: weight, scale and shift of each, float32; None for a scale of ones or a shift of zeros.
         residual: x is added to the result.
 
     Returns:
@@ -66,7 +120,6 @@ def run(x: Tensor, layers: Sequence[TrainLayer], residual: bool = False) -> Tens
         ValueError: a norm that takes the batch's moments sees one value a channel (as torch's), or none.
         RuntimeError: from backward, where a graph of the gradients is asked for.
     """
-    tensors = [t for layer in layers for t in layer.tensors]
     y: Tensor = ChainTraining.apply(layers, residual, x, *tensors)
     return y
 
@@ -78,39 +131,39 @@ class ChainTraining(torch.autograd.Function):
     def forward(
         ctx: Any, layers: Sequence[TrainLayer], residual: bool, x: Tensor, *tensors: Tensor | None
     ) -> Tensor:
-        """The result; arguments as `run` has them, then weight, scale and shift of every layer."""
-        stem = layers[0].spec.kind == "stem"
-        read = x.detach() if stem else _nhwc(x.detach())
-        first, norm = read, None
+        """The result; arguments as `run` has them."""
+        specs = [layer.spec for layer in layers]
+        first = x.detach() if specs[0].kind == "stem" else _nhwc(x.detach())
+        read: Tensor | Expansion = first
+        norm: Norm | None = None
         saved: list[Tensor | None] = []
         norms = []
         for i, layer in enumerate(layers):
             weight, gamma, beta = (_dense(t) for t in tensors[3 * i : 3 * i + 3])
             assert weight is not None
             batch = layer.batch_moments
-            conv = Conv(layer.spec.kind, weight, layer.spec.stride)
-            z, total = cpu_train.forward(conv, read, norm, sums=batch)
-            pixels = z.numel() // z.shape[-1]
-            if batch:
-                _check_pixels(z, pixels)
+            z: Tensor | Expansion
+            if i == 0 and _is_remade(specs, first):
+                z = Expansion(first, weight)
+                total = cpu_train.expansion_sums(z) if batch else None
             else:
+                conv = Conv(layer.spec.kind, weight, layer.spec.stride)
+                z, total = cpu_train.forward(conv, read, norm, sums=batch)
+            pixels = math.prod(z.shape[:3]) if batch else 0
+            if total is None or not batch:
                 total = _running_moments(layer.norm)
-            norm = cpu_train.normalize(
-                total,
-                pixels if batch else 0,
-                gamma,
-                beta,
-                eps=layer.norm.eps,
-                relu6=layer.spec.relu6,
-            )
+            else:
+                _check_pixels(z.shape)
+            norm = cpu_train.normalize(total, pixels, gamma, beta, eps=layer.norm.eps, relu6=layer.spec.relu6)
             if batch:
                 _update(layer.norm, norm.moments, pixels)
-            saved += [weight, gamma, z, norm.moments, norm.values]
-            norms.append((norm.eps, norm.relu6, pixels if batch else 0))
+            saved += [weight, gamma, z if isinstance(z, Tensor) else None, norm.moments, norm.values]
+            norms.append((norm.eps, norm.relu6, pixels))
             read = z
         assert norm is not None
+        assert isinstance(read, Tensor)
         y = cpu_train.activate(read, norm, first if residual else None)
-        ctx.layers, ctx.residual, ctx.norms = [layer.spec for layer in layers], residual, norms
+        ctx.layers, ctx.residual, ctx.norms = specs, residual, norms
         ctx.save_for_backward(first, *saved)
         return y.permute(0, 3, 1, 2)
 
@@ -119,70 +172,117 @@ class ChainTraining(torch.autograd.Function):
         """Gradients of what asked for one; layers before the first that did are not visited."""
         if torch.is_grad_enabled():
             raise RuntimeError(TWICE)
-        specs, needed = ctx.layers, ctx.needs_input_grad[2:]
         x, *saved = ctx.saved_tensors
-        found: list[Tensor | None] = [None] * len(needed)
-        grad = _nhwc(grad)
-        g: Tensor | None = grad
-        mask: Norm | None = None
-        for i in reversed(range(len(specs))):
-            if not any(needed[: 3 * i + 4]):
-                break
-            weight, gamma, z, moments, values = saved[5 * i : 5 * i + 5]
-            eps, relu6, pixels = ctx.norms[i]
-            norm = Norm(moments, values, eps, relu6)
-            assert g is not None
-            if i == len(specs) - 1:
-                mask = norm if relu6 else None
-                total = cpu_train.sums(g, z, norm)
-            coefficients, *affine = cpu_train.norm_gradient(total, norm, gamma, pixels)
-            read, before = (x, None) if i == 0 else _before(saved, ctx.norms, i)
-            stem = specs[i].kind == "stem"
-            for_x, for_weight = any(needed[: 3 * i + 1]), needed[3 * i + 1]
-            in_place = ctx.residual and i == 0 and specs[i].kind == "pointwise"
-            conv, gradient = Conv(specs[i].kind, weight, specs[i].stride), Gradient(g, mask, coefficients)
-            dx, total, dw = cpu_train.backward(
-                conv,
-                read,
-                before,
-                z,
-                gradient,
-                residual=grad if in_place else None,
-                for_x=for_x and not stem,
-                for_weight=for_weight,
-            )
-            if stem and for_x:
-                dx = _stem_input(x, weight, z, gradient)
-            found[3 * i + 1 : 3 * i + 4] = [
-                t if need else None
-                for t, need in zip((dw, *affine), needed[3 * i + 1 : 3 * i + 4], strict=True)
-            ]
-            g, mask = dx, None
-        if needed[0] and g is not None:
-            if ctx.residual and specs[0].kind != "pointwise":
-                g.add_(grad)
-            found[0] = g if specs[0].kind == "stem" else g.permute(0, 3, 1, 2)
+        layers = [
+            _Kept(spec, *saved[5 * i : 5 * i + 5], *norm)
+            for i, (spec, norm) in enumerate(zip(ctx.layers, ctx.norms, strict=True))
+        ]
+        found = _gradients(layers, x, _nhwc(grad), ctx.residual, ctx.needs_input_grad[2:])
         return None, None, *found
 
 
-def _before(saved: Sequence[Tensor], norms: Sequence[tuple[float, bool, int]], i: int) -> tuple[Tensor, Norm]:
-    """What layer i reads: the raw output of the one before, and its norm."""
-    _, _, z, moments, values = saved[5 * i - 5 : 5 * i]
-    eps, relu6, _ = norms[i - 1]
-    return z, Norm(moments, values, eps, relu6)
+class _Kept(NamedTuple):
+    """What a node keeps of a layer for backward. `z` is None where it is made again."""
+
+    spec: LayerSpec
+    weight: Tensor
+    gamma: Tensor | None
+    z: Tensor | None
+    moments: Tensor
+    values: Tensor
+    eps: float
+    relu6: bool
+    pixels: int
+
+    @property
+    def norm(self) -> Norm:
+        return Norm(self.moments, self.values, self.eps, self.relu6)
+
+    @property
+    def conv(self) -> Conv:
+        return Conv(self.spec.kind, self.weight, self.spec.stride)
+
+    def raw(self, x: Tensor) -> Tensor | Expansion:
+        """Its raw output; x is the first layer's input."""
+        return Expansion(x, self.weight) if self.z is None else self.z
 
 
-def _stem_input(x: Tensor, weight: Tensor, z: Tensor, gradient: Gradient) -> Tensor:
+def _gradients(
+    layers: Sequence[_Kept], x: Tensor, grad: Tensor, residual: bool, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of x and of each layer's three tensors, those that are needed.
+
+    Args:
+        layers: what was kept of them.
+        x: the first one's input, [N, H, W, C] or a stem's image.
+        grad: of the result, [N, H, W, C].
+        residual: x was added to the result.
+        needed: for x, then for weight, scale and shift of every layer.
+    """
+    found: list[Tensor | None] = [None] * len(needed)
+    last = layers[-1]
+    assert last.z is not None
+    # Of the layer at hand: the gradient of what follows its norm, the norm whose ReLU6 has yet to mask it,
+    # and the norm's sums.
+    g: Tensor | None = grad
+    mask = last.norm if last.relu6 else None
+    total = cpu_train.sums(grad, last.z, last.norm)
+    step: Step | None = None
+    for i in reversed(range(len(layers))):
+        if not any(needed[: 3 * i + 4]):
+            break
+        layer, after = layers[i], step
+        coefficients, *affine = cpu_train.norm_gradient(total, layer.norm, layer.gamma, layer.pixels)
+        for_x, for_weight = any(needed[: 3 * i + 1]), needed[3 * i + 1]
+        added = grad if residual and i == 0 and layer.spec.kind == "pointwise" else None
+        if layer.z is None:
+            assert after is not None
+            g, dw = cpu_train.expansion_backward(
+                after, coefficients, residual=added, for_x=for_x, for_weight=for_weight
+            )
+        else:
+            read, norm = (x, None) if i == 0 else (layers[i - 1].raw(x), layers[i - 1].norm)
+            step = Step(layer.conv, read, norm, layer.z, Gradient(g, mask, coefficients))
+            stem = layer.spec.kind == "stem"
+            g, total, dw = cpu_train.backward(
+                step, residual=added, for_x=for_x and not stem, for_weight=for_weight
+            )
+            if stem and for_x:
+                g = _stem_input(step)
+        of_layer = slice(3 * i + 1, 3 * i + 4)
+        found[of_layer] = [
+            t if need else None for t, need in zip((dw, *affine), needed[of_layer], strict=True)
+        ]
+        mask = None
+    if needed[0] and g is not None:
+        if residual and layers[0].spec.kind != "pointwise":
+            g.add_(grad)
+        found[0] = g if layers[0].spec.kind == "stem" else g.permute(0, 3, 1, 2)
+    return found
+
+
+def _is_remade(specs: Sequence[LayerSpec], x: Tensor) -> bool:
+    """Whether the first layer's raw output is not kept: a depthwise layer reads it, and to make it again from
+    x takes less time than to write it to memory and read it back.
+    """
+    if [spec.kind for spec in specs[:2]] != ["pointwise", "depthwise"]:
+        return False
+    return specs[0].cin <= REMADE_INPUTS and math.prod(x.shape[:3]) * specs[0].cout >= REMADE_VALUES
+
+
+def _stem_input(step: Step) -> Tensor:
     """The gradient of a stem's image, which training does not ask for: by torch."""
-    g = gradient.g
-    if gradient.mask is not None:
-        _, scale, shift = gradient.mask.values
+    g, z = step.gradient.g, step.z
+    assert g is not None
+    assert z is not None
+    if step.gradient.mask is not None:
+        _, scale, shift = step.gradient.mask.values
         at = torch.addcmul(shift, z, scale)
         g = g.masked_fill((at <= 0) | (at >= 6), 0)
-    of_g, of_z, constant = gradient.coefficients
+    of_g, of_z, constant = step.gradient.coefficients
     dz = (of_g * g + of_z * z + constant).permute(0, 3, 1, 2)
     dx: Tensor = torch.ops.aten.convolution_backward(
-        dz, x, weight, None, (2, 2), (1, 1), (1, 1), False, (0, 0), 1, (True, False, False)
+        dz, step.x, step.conv.weight, None, (2, 2), (1, 1), (1, 1), False, (0, 0), 1, (True, False, False)
     )[0]
     return dx
 
@@ -196,24 +296,29 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _check_pixels(z: Tensor, pixels: int) -> None:
-    if pixels <= 1:
-        n, h, w, c = z.shape
+def _check_pixels(shape: torch.Size) -> None:
+    n, h, w, c = shape
+    if n * h * w <= 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {torch.Size((n, c, h, w))}"
         )
 
 
-def _running_moments(norm: nn.BatchNorm2d) -> Tensor:
+def _running_moments(norm: nn.BatchNorm2d | FrozenNorm) -> Tensor:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     return torch.stack((norm.running_mean, norm.running_var)).double()
 
 
 @torch.no_grad()
-def _update(norm: nn.BatchNorm2d, moments: Tensor, pixels: int) -> None:
+def _update(norm: nn.BatchNorm2d | FrozenNorm, moments: Tensor, pixels: int) -> None:
     """Running statistics after a batch, as `torch.nn.BatchNorm2d` keeps them."""
-    if not norm.training or norm.running_mean is None or norm.running_var is None:
+    if (
+        isinstance(norm, FrozenNorm)
+        or not norm.training
+        or norm.running_mean is None
+        or norm.running_var is None
+    ):
         return
     share = norm.momentum
     if norm.num_batches_tracked is not None:

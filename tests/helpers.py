@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mnv2_fast import MobileNetV2
+from mnv2_fast.nn import eager_only
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -29,7 +30,8 @@ def calibrate(model: Net, size: tuple[int, int] = (64, 64)) -> Net:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias, 0, 0.3)
         norm.momentum = 1.0
-    model.train()(torch.randn(4, 3, *size))
+    with eager_only():
+        model.train()(torch.randn(4, 3, *size))
     for norm in norms:
         norm.momentum = 0.1
         norm.running_var.clamp_(min=1e-3)

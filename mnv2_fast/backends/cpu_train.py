@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,13 +45,40 @@ class Conv:
 class Gradient:
     """The gradient of a raw output, unmade.
 
-    `g`: of what follows its norm. `mask`: the norm, where its ReLU6 is yet to be applied to g.
-    `coefficients`: from `norm_gradient`.
+    `g`: of what follows its norm; None of an expansion's, which is never all there.
+    `mask`: the norm, where its ReLU6 is yet to be applied to g. `coefficients`: from `norm_gradient`.
     """
 
-    g: Tensor
+    g: Tensor | None
     mask: Norm | None
     coefficients: Tensor
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The raw output of a 1x1 convolution that nobody keeps: the depthwise layer after it makes it again.
+
+    `x`: [N, H, W, Cin], as it is. `weight`: [C, Cin, 1, 1], contiguous.
+    """
+
+    x: Tensor
+    weight: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, H, W, C]."""
+        return torch.Size((*self.x.shape[:3], self.weight.shape[0]))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A convolution on the way back: what `forward` had, `z` that it gave, and the gradient of that."""
+
+    conv: Conv
+    x: Tensor | Expansion
+    norm: Norm | None
+    z: Tensor | None
+    gradient: Gradient
 
 
 def empty(*shape: int) -> Tensor:
@@ -66,47 +94,74 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _size(conv: Conv, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _size(conv: Conv, x: Tensor | Expansion) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(n, h, w, cin, cout, stride), and the strides of a stem's image [N, C, H, W]."""
     cout = conv.weight.shape[0]
     if conv.kind == "stem":
+        assert isinstance(x, Tensor)
         n, cin, h, w = x.shape
         return (n, h, w, cin, cout, conv.stride), x.stride()
     n, h, w, cin = x.shape
     return (n, h, w, cin, cout, conv.stride), (0, 0, 0, 0)
 
 
-def forward(conv: Conv, x: Tensor, norm: Norm | None, *, sums: bool) -> tuple[Tensor, Tensor]:
+def _source(x: Tensor | Expansion) -> tuple[int, tuple[int, int, int] | None]:
+    """The address of x, or what makes it."""
+    if isinstance(x, Tensor):
+        return x.data_ptr(), None
+    return 0, (x.x.data_ptr(), x.weight.data_ptr(), x.x.shape[-1])
+
+
+def _forward(
+    conv: Conv, x: Tensor | Expansion, norm: Norm | None, z: Tensor | None, total: Tensor | None
+) -> None:
+    c = cpu.extension()
+    address, expansion = _source(x)
+    size, strides = _size(conv, x)
+    c.train_forward(
+        getattr(c.TrainKind, conv.kind),
+        size,
+        strides,
+        address,
+        _address(None if norm is None else norm.values),
+        norm is not None and norm.relu6,
+        conv.weight.data_ptr(),
+        _address(z),
+        _address(total),
+        expansion,
+        torch.get_num_threads(),
+    )
+
+
+def _sums(channels: int) -> Tensor:
+    return torch.empty((2, channels), dtype=torch.float64, device="cpu")
+
+
+def forward(conv: Conv, x: Tensor | Expansion, norm: Norm | None, *, sums: bool) -> tuple[Tensor, Tensor]:
     """A convolution of `norm` applied to x.
 
     Args:
         conv: the convolution.
         x: the raw output of the layer before with its norm, or anything with None. [N, H, W, Cin]; of a stem
-            [N, Cin, H, W] of any strides, without norm.
+            [N, Cin, H, W] of any strides, without norm; an `Expansion` of a depthwise layer only.
         norm: of x.
         sums: whether they are wanted.
 
     Returns:
         The raw output [N, Ho, Wo, Cout], and [2, Cout] float64, its sum and sum of squares over all pixels.
     """
-    c = cpu.extension()
-    size, strides = _size(conv, x)
-    n, h, w, _, cout, stride = size
+    (n, h, w, _, cout, stride), _ = _size(conv, x)
     z = empty(n, (h - 1) // stride + 1, (w - 1) // stride + 1, cout)
-    total = torch.empty((2, cout), dtype=torch.float64, device="cpu")
-    c.train_forward(
-        getattr(c.TrainKind, conv.kind),
-        size,
-        strides,
-        x.data_ptr(),
-        0 if norm is None else norm.values.data_ptr(),
-        norm is not None and norm.relu6,
-        conv.weight.data_ptr(),
-        z.data_ptr(),
-        total.data_ptr() if sums else 0,
-        torch.get_num_threads(),
-    )
+    total = _sums(cout)
+    _forward(conv, x, norm, z, total if sums else None)
     return z, total
+
+
+def expansion_sums(x: Expansion) -> Tensor:
+    """The sums that `forward` would give of an expansion."""
+    total = _sums(x.weight.shape[0])
+    _forward(Conv("pointwise", x.weight, 1), x.x, None, None, total)
+    return total
 
 
 def normalize(
@@ -202,54 +257,88 @@ def norm_gradient(
     return coefficients, dgamma, dbeta
 
 
-def backward(
-    conv: Conv,
-    x: Tensor,
-    norm: Norm | None,
-    z: Tensor,
-    gradient: Gradient,
+def _backward(
+    step: Step,
     *,
     residual: Tensor | None = None,
-    for_x: bool = True,
-    for_weight: bool = True,
+    dx: Tensor | None = None,
+    total: Tensor | None = None,
+    dw: Tensor | None = None,
+) -> Any:
+    """The arguments of a backward pass as `_C` takes them."""
+    c = cpu.extension()
+    address, expansion = _source(step.x)
+    size, strides = _size(step.conv, step.x)
+    norm, mask = step.norm, step.gradient.mask
+    return c.TrainBackward(
+        getattr(c.TrainKind, step.conv.kind),
+        size,
+        strides,
+        address,
+        _address(None if norm is None else norm.values),
+        norm is not None and norm.relu6,
+        step.conv.weight.data_ptr(),
+        _address(step.z),
+        _address(step.gradient.g),
+        _address(None if mask is None else mask.values),
+        mask is not None and mask.relu6,
+        step.gradient.coefficients.data_ptr(),
+        _address(residual),
+        _address(dx),
+        _address(total),
+        _address(dw),
+        expansion,
+    )
+
+
+def backward(
+    step: Step, *, residual: Tensor | None = None, for_x: bool = True, for_weight: bool = True
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Gradients of `forward`.
 
     Args:
-        conv, x, norm: as for `forward`.
-        z: what it gave.
-        gradient: of z.
+        step: the convolution.
         residual: is added to the gradient of x; of a pointwise layer without norm only.
         for_x: the gradient of x is wanted; not of a stem.
         for_weight: the gradient of the weight is.
 
     Returns:
         The gradient of x, or of its normalized value if it has a norm, then masked already; its `sums`, if
-        so; the gradient of the weight.
+        so; the gradient of the weight. Of an `Expansion` there are the sums only, and `expansion_backward`
+        goes on.
     """
-    c = cpu.extension()
-    size, strides = _size(conv, x)
-    g, mask = gradient.g, gradient.mask
-    dx = empty(*x.shape) if for_x else None
-    dw = torch.empty_like(conv.weight) if for_weight else None
-    total = torch.empty((2, size[3]), dtype=torch.float64, device="cpu")
-    c.train_backward(
-        getattr(c.TrainKind, conv.kind),
-        size,
-        strides,
-        x.data_ptr(),
-        0 if norm is None else norm.values.data_ptr(),
-        norm is not None and norm.relu6,
-        conv.weight.data_ptr(),
-        z.data_ptr(),
-        g.data_ptr(),
-        0 if mask is None else mask.values.data_ptr(),
-        mask is not None and mask.relu6,
-        gradient.coefficients.data_ptr(),
-        _address(residual),
-        _address(dx),
-        0 if norm is None else total.data_ptr(),
-        _address(dw),
-        torch.get_num_threads(),
-    )
+    x, weight = step.x, step.conv.weight
+    dx = empty(*x.shape) if for_x and isinstance(x, Tensor) else None
+    dw = torch.empty_like(weight) if for_weight else None
+    total = _sums(x.shape[1 if step.conv.kind == "stem" else -1])
+    wanted = total if for_x and step.norm is not None else None
+    call = _backward(step, residual=residual, dx=dx, total=wanted, dw=dw)
+    cpu.extension().train_backward(call, torch.get_num_threads())
     return dx, total, dw
+
+
+def expansion_backward(
+    after: Step,
+    coefficients: Tensor,
+    *,
+    residual: Tensor | None = None,
+    for_x: bool = True,
+    for_weight: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of an expansion's input and weight, once `backward` of the layer after it has given the sums.
+
+    Args:
+        after: the depthwise layer, whose x is the expansion.
+        coefficients: from `norm_gradient` of the sums.
+        residual: is added to the gradient of the expansion's input.
+        for_x: the gradient of the input is wanted.
+        for_weight: that of the expansion's weight is.
+    """
+    x = after.x
+    assert isinstance(x, Expansion)
+    dx = empty(*x.x.shape) if for_x else None
+    dw = torch.empty_like(x.weight) if for_weight else None
+    expand = Step(Conv("pointwise", x.weight, 1), x.x, None, None, Gradient(None, after.norm, coefficients))
+    call = _backward(expand, residual=residual, dx=dx, dw=dw)
+    cpu.extension().train_expand_backward(call, _backward(after), torch.get_num_threads())
+    return dx, dw

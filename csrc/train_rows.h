@@ -1,0 +1,215 @@
+// Rows of a depthwise layer in a training step: a thread goes down its rows of the batch's images, and what it reads of
+// a row more than once it makes once, in a ring of rows that stays in L2.
+#pragma once
+
+#include "train_run.h"
+
+namespace mnv2 {
+
+constexpr int kRing = 4;
+constexpr int kTaps = 9;
+
+// Output rows at a time. Their windows are at most kRing rows.
+inline int band_rows(int stride) { return stride == 1 ? 2 : 1; }
+
+// Rows of an image, made when they are first asked for. Rows are asked for from top to bottom.
+class Ring {
+  public:
+    Ring(float *memory, std::ptrdiff_t row, int height) : memory_(memory), row_(row), height_(height) {}
+
+    void restart() { made_ = -1; }
+
+    // Null outside of the image. make(row, out) makes one.
+    template <class Make> const float *at(int row, const Make &make) {
+        if (row < 0 || row >= height_)
+            return nullptr;
+        if (made_ < 0)
+            made_ = row - 1;
+        for (; made_ < row; ++made_)
+            make(made_ + 1, slot(made_ + 1));
+        return slot(row);
+    }
+
+  private:
+    float *slot(int row) const { return memory_ + row % kRing * row_; }
+
+    float *memory_;
+    std::ptrdiff_t row_;
+    int height_;
+    int made_ = -1; // the last one
+};
+
+// f(image, first row, rows) for a member's share of the output rows of all images, in bands of rows that do not cross
+// images; new_image(image) before each image's first.
+template <class NewImage, class Band>
+void each_band(const Team &team, const TrainShape &s, const NewImage &new_image, const Band &f) {
+    const int height = s.out_h();
+    long begin, end;
+    team.share(static_cast<long>(s.n) * height, 1, begin, end);
+    for (long at = begin; at < end;) {
+        const int row = static_cast<int>(at % height);
+        if (row == 0 || at == begin)
+            new_image(at / height);
+        const long left = std::min<long>(end - at, height - row);
+        const int rows = static_cast<int>(std::min<long>(left, band_rows(s.stride)));
+        f(at / height, row, rows);
+        at += rows;
+    }
+}
+
+inline std::size_t block_floats(const KernelTable &kernels, int channels) {
+    return static_cast<std::size_t>(round_up(channels, kernels.lanes)) * kTaps;
+}
+
+// Packed weights with a bias of zero, the taps as they are or turned round.
+struct PackedTaps {
+    PackedTaps(Carver &carver, const KernelTable &kernels, int channels)
+        : packed(carver.take<std::byte>(packed_depthwise_size(kernels, channels))), bias(carver.take<float>(channels)),
+          turned(carver.take<float>(static_cast<std::size_t>(channels) * kTaps)) {}
+
+    void pack(const KernelTable &kernels, const float *weight, int channels, bool turn) {
+        std::fill_n(bias, channels, 0.0f);
+        if (turn) {
+            for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(channels) * kTaps; ++i)
+                turned[i] = weight[i / kTaps * kTaps + kTaps - 1 - i % kTaps];
+            weight = turned;
+        }
+        pack_depthwise(kernels, weight, bias, channels, packed);
+    }
+    const float *blocks() const { return reinterpret_cast<const float *>(packed); }
+
+    std::byte *packed;
+    float *bias, *turned;
+};
+
+// The input's raw rows and the activated ones. Raw ones come from memory, or are made by the expansion before.
+class InputRows {
+  public:
+    InputRows(Carver &carver, const KernelTable &kernels, const TrainShape &s, const float *x, const Norm &norm,
+              const TrainExpand *expand)
+        : kernels_(kernels), s_(s), x_(x), norm_(norm), expand_(expand),
+          activated_(norm.scale ? carver.take<float>(kRing * row()) : nullptr, row(), s.h),
+          raw_(expand ? carver.take<float>(kRing * row()) : nullptr, row(), s.h) {}
+
+    // Rows are asked for from top to bottom. `packed`: the expansion's weights.
+    void new_image(long image, const float *packed) {
+        image_ = image;
+        packed_ = packed;
+        activated_.restart();
+        raw_.restart();
+    }
+
+    // Null outside of the image.
+    const float *raw(int h) {
+        if (!expand_)
+            return h < 0 || h >= s_.h ? nullptr : x_ + at(h);
+        return raw_.at(h, [this](int made, float *out) {
+            const int from = expand_->cin, to = s_.cin;
+            const float *const x = expand_->x + (image_ * s_.h + made) * s_.w * from;
+            kernels_.pointwise(
+                {x, from, packed_, nullptr, nullptr, 0, out, to, s_.w, from, to, 0, panels(kernels_, to), false});
+        });
+    }
+
+    const float *activated(int h) {
+        if (!norm_.scale)
+            return raw(h);
+        return activated_.at(h, [this](int made, float *out) {
+            kernels_.train_activate({raw(made), s_.cin, norm_, nullptr, 0, out, s_.cin, s_.w, s_.cin});
+        });
+    }
+
+    std::ptrdiff_t row() const { return static_cast<std::ptrdiff_t>(s_.w) * s_.cin; }
+    std::ptrdiff_t at(int h) const { return (image_ * s_.h + h) * row(); }
+
+  private:
+    const KernelTable &kernels_;
+    const TrainShape &s_;
+    const float *x_;
+    Norm norm_;
+    const TrainExpand *expand_;
+    Ring activated_, raw_;
+    const float *packed_ = nullptr;
+    long image_ = 0;
+};
+
+// Rows of the output's gradient, dz, and of the input's made of them.
+class GradientRows {
+  public:
+    GradientRows(Carver &carver, const KernelTable &kernels, const TrainBackward &b)
+        : kernels_(kernels), b_(b), s_(b.shape), dz_(carver.take<float>(kRing * row()), row(), s_.out_h()) {}
+
+    // `blocks`: the weights, turned round where the stride is 1.
+    void new_image(long image, const float *blocks) {
+        image_ = image;
+        blocks_ = blocks;
+        dz_.restart();
+    }
+
+    const float *dz(int o) {
+        return dz_.at(o, [this](int made, float *out) {
+            const int c = s_.cin;
+            const std::ptrdiff_t at = (image_ * s_.out_h() + made) * row();
+            kernels_.train_gradient(
+                {b_.g + at, c, b_.z + at, c, b_.out, b_.of_g, b_.of_z, b_.constant, out, c, s_.out_w(), c});
+        });
+    }
+
+    // The input's rows for a band of output rows are [first, first + count).
+    int first(int row) const { return row * s_.stride; }
+    int count(int row, int rows) const { return std::min(rows * s_.stride, s_.h - first(row)); }
+
+    // Their gradient, without gaps.
+    void input(int row, int rows, float *dx) {
+        const std::ptrdiff_t c = s_.cin;
+        if (s_.stride == 1) {
+            const float *windows[kRing];
+            for (int i = 0; i < rows + 2; ++i)
+                windows[i] = dz(row - 1 + i);
+            kernels_.depthwise({windows, c, blocks_, dx, c, s_.w * c, rows, s_.w, 1, s_.cin, false});
+            return;
+        }
+        const float *const upper = dz(row);
+        kernels_.train_depthwise_input({upper, nullptr, false, c, blocks_, dx, c, s_.w, s_.cin});
+        if (count(row, rows) == 2)
+            kernels_.train_depthwise_input({upper, dz(row + 1), true, c, blocks_, dx + s_.w * c, c, s_.w, s_.cin});
+    }
+
+  private:
+    std::ptrdiff_t row() const { return static_cast<std::ptrdiff_t>(s_.out_w()) * s_.cin; }
+
+    const KernelTable &kernels_;
+    const TrainBackward &b_;
+    const TrainShape &s_;
+    Ring dz_;
+    const float *blocks_ = nullptr;
+    long image_ = 0;
+};
+
+// Floats of the input's rows that a band makes.
+inline std::size_t band_floats(const TrainShape &s) { return static_cast<std::size_t>(2) * s.w * s.cin; }
+
+// What the members of a team share of a depthwise layer: its packed taps, and the expansion's weights where it has one.
+class PackedDepthwise {
+  public:
+    PackedDepthwise(Carver &carver, const KernelTable &kernels, int channels, const TrainExpand *expand)
+        : taps(carver, kernels, channels),
+          expand(carver.take<float>(expand ? packed_floats(kernels, channels, expand->cin) : 0)), kernels_(kernels),
+          channels_(channels), from_(expand) {}
+
+    // By all members of the team.
+    void pack_expansion(Team &team) {
+        if (from_)
+            pack_shared(team, kernels_, {from_->weight, from_->cin, 1}, channels_, from_->cin, expand);
+    }
+
+    PackedTaps taps; // packed by one, before the others read them
+    float *expand;
+
+  private:
+    const KernelTable &kernels_;
+    int channels_;
+    const TrainExpand *from_;
+};
+
+} // namespace mnv2
