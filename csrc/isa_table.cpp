@@ -27,6 +27,7 @@
 
 #include "kernels/train_depthwise.h"
 #include "kernels/train_weight.h"
+#include "kernels/train_weight_pairs.h"
 
 #include "kernels/peak.h"
 

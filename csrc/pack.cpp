@@ -79,26 +79,37 @@ Packed pack_inputs(const KernelTable &table, const float *weight, const float *b
     return {packed, packed_bias, std::min(piece, depth), false};
 }
 
-Packed pack_pairs(const KernelTable &table, const float *weight, const float *bias, int cout, int depth,
-                  std::byte *memory) {
-    float *const packed_bias = reinterpret_cast<float *>(memory);
-    bf16 *const packed = reinterpret_cast<bf16 *>(packed_bias + round_up(cout, table.panel));
-    pack_bias(table, bias, cout, packed_bias);
-    bf16 *out = packed;
-    for (int n = 0; n < cout; n += table.panel) {
+// at(channel, input) gives a weight.
+template <class At>
+bf16 *pack_pairs_of(const KernelTable &table, const At &at, int cout, int depth, int from, int to, bf16 *out) {
+    for (int n = from; n < to; n += table.panel) {
         const int width = cout - n > table.lanes ? table.panel : table.lanes;
         for (int k = 0; k < depth; k += 2)
             for (int i = 0; i < width; ++i)
                 for (int j = k; j < k + 2; ++j) {
                     const int c = channel(table, cout, n, i);
-                    *out++ =
-                        upper_half(c < cout && j < depth ? weight[static_cast<std::ptrdiff_t>(c) * depth + j] : 0.0f);
+                    *out++ = c < cout && j < depth ? at(c, j) : bf16{};
                 }
     }
+    return out;
+}
+
+Packed pack_pairs(const KernelTable &table, const float *weight, const float *bias, int cout, int depth,
+                  std::byte *memory) {
+    float *const packed_bias = reinterpret_cast<float *>(memory);
+    bf16 *const packed = reinterpret_cast<bf16 *>(packed_bias + round_up(cout, table.panel));
+    pack_bias(table, bias, cout, packed_bias);
+    const auto at = [=](int c, int k) { return upper_half(weight[static_cast<std::ptrdiff_t>(c) * depth + k]); };
+    pack_pairs_of(table, at, cout, depth, 0, cout, packed);
     return {packed, packed_bias, even(depth), true};
 }
 
 } // namespace
+
+bf16 *pack_pairs(const KernelTable &table, const MatrixOf<bf16> &m, int cout, int depth, int from, int to, bf16 *out) {
+    const auto at = [&](int c, int k) { return m.weight[c * m.channel + k * m.input]; };
+    return pack_pairs_of(table, at, cout, depth, from, to, out);
+}
 
 Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, bool pairs,
                  std::byte *memory) {

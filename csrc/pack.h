@@ -46,17 +46,21 @@ std::size_t packed_depthwise_size(const KernelTable &table, int channels);
 int packed_columns(const KernelTable &table, int cout);
 
 // A matrix of weights where it lies: that of output channel c and input k is weight[c * channel + k * input].
-struct Matrix {
-    const float *weight;
+template <class W> struct MatrixOf {
+    const W *weight;
     std::ptrdiff_t channel;
     std::ptrdiff_t input;
 };
+using Matrix = MatrixOf<float>;
 
 // Inputs [begin, end) of the panels of channels [from, to) of `cout`, as pack_gemm lays them out; returns the end of
 // what it wrote. `from` and `to` are whole panels or the end. Of one vector and a half, the half holds two inputs in
 // alternate lanes, in the rows of the even ones.
 float *pack_panels(const KernelTable &table, const Matrix &m, int cout, int begin, int end, int from, int to,
                    float *out);
+
+// All inputs of the panels of channels [from, to), in pairs as pack_gemm lays them out.
+bf16 *pack_pairs(const KernelTable &table, const MatrixOf<bf16> &m, int cout, int depth, int from, int to, bf16 *out);
 
 // weight [cout, depth] row-major -> panels [cout / panel][depth][panel]. The last panel is one vector wide where one is
 // enough; where one and a half are, its half holds two inputs at once, [depth / 2][lanes / 2][2], every second row of

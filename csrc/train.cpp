@@ -9,9 +9,9 @@ Workspaces &Scratch::pool() {
     return workspaces;
 }
 
-int chunk_pixels(std::ptrdiff_t floats) {
+int chunk_pixels(std::ptrdiff_t bytes) {
     constexpr std::ptrdiff_t kBytes = 64 * 1024, kUnit = 56; // a multiple of every tile's height but AVX2's
-    const std::ptrdiff_t fit = kBytes / static_cast<std::ptrdiff_t>(sizeof(float)) / floats / kUnit * kUnit;
+    const std::ptrdiff_t fit = kBytes / bytes / kUnit * kUnit;
     return static_cast<int>(std::clamp<std::ptrdiff_t>(fit, kUnit, 4 * kUnit));
 }
 
@@ -37,37 +37,33 @@ constexpr long kChunk = 256; // pixels of a chunk where nothing is kept between 
 
 } // namespace
 
-void train_activate(const KernelTable &kernels, const TrainActivate &a, int threads) {
+template <class T> void train_activate(const KernelTable &kernels, const TrainActivate<T> &a, int threads) {
     parallel(threads, [&](Team &team) {
         long begin, end;
         team.share(static_cast<long>(a.pixels), 1, begin, end);
         const std::ptrdiff_t at = begin * static_cast<std::ptrdiff_t>(a.channels);
-        kernels.train_activate({a.z + at, a.channels, a.norm, a.residual ? a.residual + at : nullptr, a.channels,
-                                a.y + at, a.channels, end - begin, a.channels});
+        run(kernels, Activate<T, T>{a.z + at, a.channels, a.norm, a.residual ? a.residual + at : nullptr, a.channels,
+                                    a.y + at, a.channels, end - begin, a.channels});
     });
 }
 
-void train_sums(const KernelTable &kernels, const TrainSums &s, int threads) {
+template <class T> void train_sums(const KernelTable &kernels, const TrainSums<T> &s, int threads) {
     threads = usable_threads(threads);
+    const auto none = [](Carver &) { return nullptr; };
     const auto make = [&](Carver &carver) { return ChannelSums(carver, s.channels); };
-    const std::size_t each = bytes_of(make);
-    const Scratch scratch(threads * each);
-    const auto of = [&](int rank) {
-        Carver carver(scratch.data() + rank * each);
-        return make(carver);
-    };
+    const TeamMemory memory(threads, none, make);
     parallel(threads, [&](Team &team) {
-        ChannelSums sums = of(team.rank());
+        ChannelSums sums = memory.own(team.rank());
         sums.clear();
         long begin, end;
         team.share(static_cast<long>(s.pixels), 1, begin, end);
         for (long at = begin; at < end; at += kChunk) {
             const std::ptrdiff_t from = at * static_cast<std::ptrdiff_t>(s.channels);
-            kernels.train_sums({s.g + from, s.channels, s.z + from, s.channels, s.norm, nullptr, 0, false, sums.first,
-                                sums.second, std::min(kChunk, end - at), s.channels});
+            run(kernels, Sums<T, T>{s.g + from, s.channels, s.z + from, s.channels, s.norm, nullptr, 0, false,
+                                    sums.first, sums.second, std::min(kChunk, end - at), s.channels});
             sums.add();
         }
-        add_parts<double>(team, [&](int t) { return of(t).total(); }, 2 * s.channels, s.sums);
+        add_parts<double>(team, [&](int t) { return memory.own(t).total(); }, 2 * s.channels, s.sums);
     });
 }
 
@@ -104,18 +100,33 @@ void train_norm_gradient(const TrainNormGradient &n) {
     }
 }
 
-void train_forward(const KernelTable &kernels, const TrainForward &f, int threads) {
+template <class T> void train_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads) {
+    threads = usable_threads(threads);
     if (f.shape.kind == TrainKind::depthwise)
-        train_depthwise_forward(kernels, f, usable_threads(threads));
+        train_depthwise_forward(kernels, f, threads);
+    else if (f.shape.kind == TrainKind::stem)
+        train_stem_forward(kernels, f, threads);
     else
-        train_gemm_forward(kernels, f, usable_threads(threads));
+        train_pointwise_forward(kernels, f, threads);
 }
 
-void train_backward(const KernelTable &kernels, const TrainBackward &b, int threads) {
+template <class T> void train_backward(const KernelTable &kernels, const TrainBackward<T> &b, int threads) {
+    threads = usable_threads(threads);
     if (b.shape.kind == TrainKind::depthwise)
-        train_depthwise_backward(kernels, b, usable_threads(threads));
+        train_depthwise_backward(kernels, b, threads);
+    else if (b.shape.kind == TrainKind::stem)
+        train_stem_backward(kernels, b, threads);
     else
-        train_gemm_backward(kernels, b, usable_threads(threads));
+        train_pointwise_backward(kernels, b, threads);
 }
+
+template void train_activate(const KernelTable &, const TrainActivate<float> &, int);
+template void train_activate(const KernelTable &, const TrainActivate<bf16> &, int);
+template void train_sums(const KernelTable &, const TrainSums<float> &, int);
+template void train_sums(const KernelTable &, const TrainSums<bf16> &, int);
+template void train_forward(const KernelTable &, const TrainForward<float> &, int);
+template void train_forward(const KernelTable &, const TrainForward<bf16> &, int);
+template void train_backward(const KernelTable &, const TrainBackward<float> &, int);
+template void train_backward(const KernelTable &, const TrainBackward<bf16> &, int);
 
 } // namespace mnv2

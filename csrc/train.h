@@ -1,4 +1,5 @@
-// The convolutions of a training step over a batch, forward and backward. Tensors are NHWC without gaps.
+// The convolutions of a training step over a batch, forward and backward. Tensors are NHWC without gaps, of T: float,
+// or bf16 with sums, norms and gradients of parameters in float32 and products of bf16 in 1x1 layers alone.
 //
 // Work is divided by the number of threads alone, and partial sums are added in order: the same bits every time at one
 // instruction set and number of threads. All of them throw std::bad_alloc.
@@ -24,56 +25,56 @@ struct TrainShape {
 };
 
 // A 1x1 layer without memory of its raw output, which whoever reads it makes again: conv(x) for x [N, H, W, cin].
-struct TrainExpand {
-    const float *x;
-    const float *weight; // torch's
+template <class T> struct TrainExpand {
+    const T *x;
+    const T *weight; // torch's
     int cin;
 };
 
-// z = conv(act(x)). The weight is torch's.
-struct TrainForward {
+// z = conv(act(x)). The weight is torch's, of T in 1x1 layers and of float in others. A stem's x is float.
+template <class T> struct TrainForward {
     TrainShape shape;
-    const float *x;
+    const void *x;
     Norm in;
-    const float *weight;
-    float *z;                            // null: only the sums are wanted; of a 1x1 layer
-    double *sums;                        // [2][cout]: of z and of its square over all pixels; or null
-    const TrainExpand *expand = nullptr; // makes x; of a depthwise layer
+    const void *weight;
+    T *z;                                   // null: only the sums are wanted; of a 1x1 layer
+    double *sums;                           // [2][cout]: of z and of its square over all pixels; or null
+    const TrainExpand<T> *expand = nullptr; // makes x; of a depthwise layer
 };
 
-// Gradients from g, that of what follows z: dz is as GradientArgs makes it of g and z.
-struct TrainBackward {
+// Gradients from g, that of what follows z: dz is as GradientOf makes it of g and z.
+template <class T> struct TrainBackward {
     TrainShape shape;
-    const float *x;
+    const void *x;
     Norm in;
-    const float *weight;
-    const float *z;
-    const float *g;
+    const void *weight;
+    const T *z;
+    const T *g;
     Norm out; // its relu6: g is yet to be masked
     const float *of_g;
     const float *of_z;
     const float *constant;
-    const float *residual; // is added to dx; or null; pointwise only
-    float *dx;             // the gradient of x's normalized value, before its ReLU6; or null; not of a stem
-    double *sums;          // [2][cin]: of dx, and of dx * (x - in.mean), where x is normalized; or null
-    float *dw;             // or null
-    const TrainExpand *expand = nullptr; // makes x; of a depthwise layer
+    const T *residual; // is added to dx; or null; pointwise only
+    T *dx;             // the gradient of x's normalized value, before its ReLU6; or null; not of a stem
+    double *sums;      // [2][cin]: of dx, and of dx * (x - in.mean), where x is normalized; or null
+    float *dw;         // or null
+    const TrainExpand<T> *expand = nullptr; // makes x; of a depthwise layer
 };
 
 // y = act(z) + residual
-struct TrainActivate {
-    const float *z;
+template <class T> struct TrainActivate {
+    const T *z;
     Norm norm;
-    const float *residual; // or null
-    float *y;
+    const T *residual; // or null
+    T *y;
     std::ptrdiff_t pixels;
     int channels;
 };
 
 // sums [2][channels]: of g', and of g' * (z - norm.mean); g' is g masked as norm.relu6 says.
-struct TrainSums {
-    const float *g;
-    const float *z;
+template <class T> struct TrainSums {
+    const T *g;
+    const T *z;
     Norm norm;
     double *sums;
     std::ptrdiff_t pixels;
@@ -106,11 +107,13 @@ struct TrainNormGradient {
 void train_norm(const TrainNorm &n, std::ptrdiff_t pixels);
 void train_norm_gradient(const TrainNormGradient &n);
 
-void train_forward(const KernelTable &kernels, const TrainForward &f, int threads);
-void train_backward(const KernelTable &kernels, const TrainBackward &b, int threads);
+template <class T> void train_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads);
+template <class T> void train_backward(const KernelTable &kernels, const TrainBackward<T> &b, int threads);
 // `b` is the expansion of the depthwise layer `after`, which makes its g and z: those of b are null.
-void train_expand_backward(const KernelTable &kernels, const TrainBackward &b, const TrainBackward &after, int threads);
-void train_activate(const KernelTable &kernels, const TrainActivate &a, int threads);
-void train_sums(const KernelTable &kernels, const TrainSums &s, int threads);
+template <class T>
+void train_expand_backward(const KernelTable &kernels, const TrainBackward<T> &b, const TrainBackward<T> &after,
+                           int threads);
+template <class T> void train_activate(const KernelTable &kernels, const TrainActivate<T> &a, int threads);
+template <class T> void train_sums(const KernelTable &kernels, const TrainSums<T> &s, int threads);
 
 } // namespace mnv2

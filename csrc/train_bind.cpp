@@ -35,75 +35,107 @@ TrainShape shape_of(TrainKind kind, const std::array<int, 6> &size, const std::a
 // (x, weight, inputs) of the expansion that makes a depthwise layer's input, or nothing.
 using Expansion = std::optional<std::tuple<Address, Address, int>>;
 
-std::optional<TrainExpand> expand_of(const Expansion &e) {
+template <class T> std::optional<TrainExpand<T>> expand_of(const Expansion &e) {
     if (!e)
         return std::nullopt;
-    return TrainExpand{at<float>(std::get<0>(*e)), at<float>(std::get<1>(*e)), std::get<2>(*e)};
+    return TrainExpand<T>{at<T>(std::get<0>(*e)), at<T>(std::get<1>(*e)), std::get<2>(*e)};
 }
 
+template <class T>
 void forward(TrainKind kind, const std::array<int, 6> &size, const std::array<std::ptrdiff_t, 4> &strides, Address x,
              Address norm, bool relu6, Address weight, Address z, Address sums, const Expansion &expansion,
              int threads) {
-    const std::optional<TrainExpand> expand = expand_of(expansion);
-    const TrainForward f{shape_of(kind, size, strides),
-                         at<float>(x),
-                         norm_of(norm, relu6, size[3]),
-                         at<float>(weight),
-                         at<float>(z),
-                         at<double>(sums),
-                         expand ? &*expand : nullptr};
+    const std::optional<TrainExpand<T>> expand = expand_of<T>(expansion);
+    const TrainForward<T> f{shape_of(kind, size, strides),
+                            at<void>(x),
+                            norm_of(norm, relu6, size[3]),
+                            at<void>(weight),
+                            at<T>(z),
+                            at<double>(sums),
+                            expand ? &*expand : nullptr};
     const py::gil_scoped_release release;
     train_forward(kernels(), f, threads);
 }
 
 // The arguments of a backward pass, with what they point to.
-struct Backward {
-    TrainBackward args;
-    std::optional<TrainExpand> expand;
+template <class T> struct Backward {
+    TrainBackward<T> args;
+    std::optional<TrainExpand<T>> expand;
 
-    TrainBackward get() const {
-        TrainBackward b = args;
+    TrainBackward<T> get() const {
+        TrainBackward<T> b = args;
         b.expand = expand ? &*expand : nullptr;
         return b;
     }
 };
 
-Backward make_backward(TrainKind kind, const std::array<int, 6> &size, const std::array<std::ptrdiff_t, 4> &strides,
-                       Address x, Address norm, bool relu6, Address weight, Address z, Address g, Address out_norm,
-                       bool mask, Address coefficients, Address residual, Address dx, Address sums, Address dw,
-                       const Expansion &expansion) {
+template <class T>
+Backward<T> make_backward(TrainKind kind, const std::array<int, 6> &size, const std::array<std::ptrdiff_t, 4> &strides,
+                          Address x, Address norm, bool relu6, Address weight, Address z, Address g, Address out_norm,
+                          bool mask, Address coefficients, Address residual, Address dx, Address sums, Address dw,
+                          const Expansion &expansion) {
     const int cout = size[4];
     const float *const rows = at<float>(coefficients);
-    const TrainBackward b{shape_of(kind, size, strides),
-                          at<float>(x),
-                          norm_of(norm, relu6, size[3]),
-                          at<float>(weight),
-                          at<float>(z),
-                          at<float>(g),
-                          norm_of(out_norm, mask, cout),
-                          rows,
-                          rows + cout,
-                          rows + 2 * static_cast<std::ptrdiff_t>(cout),
-                          at<float>(residual),
-                          at<float>(dx),
-                          at<double>(sums),
-                          at<float>(dw)};
-    return {b, expand_of(expansion)};
+    const TrainBackward<T> b{shape_of(kind, size, strides),
+                             at<void>(x),
+                             norm_of(norm, relu6, size[3]),
+                             at<void>(weight),
+                             at<T>(z),
+                             at<T>(g),
+                             norm_of(out_norm, mask, cout),
+                             rows,
+                             rows + cout,
+                             rows + 2 * static_cast<std::ptrdiff_t>(cout),
+                             at<T>(residual),
+                             at<T>(dx),
+                             at<double>(sums),
+                             at<float>(dw)};
+    return {b, expand_of<T>(expansion)};
 }
 
+template <class T>
 void activate(Address z, Address norm, bool relu6, Address residual, Address y, std::ptrdiff_t pixels, int channels,
               int threads) {
-    const TrainActivate a{at<float>(z), norm_of(norm, relu6, channels), at<float>(residual), at<float>(y), pixels,
-                          channels};
+    const TrainActivate<T> a{at<T>(z), norm_of(norm, relu6, channels), at<T>(residual), at<T>(y), pixels, channels};
     const py::gil_scoped_release release;
     train_activate(kernels(), a, threads);
 }
 
+template <class T>
 void sums(Address g, Address z, Address norm, bool relu6, Address out, std::ptrdiff_t pixels, int channels,
           int threads) {
-    const TrainSums s{at<float>(g), at<float>(z), norm_of(norm, relu6, channels), at<double>(out), pixels, channels};
+    const TrainSums<T> s{at<T>(g), at<T>(z), norm_of(norm, relu6, channels), at<double>(out), pixels, channels};
     const py::gil_scoped_release release;
     train_sums(kernels(), s, threads);
+}
+
+// What there is for tensors of T, in a submodule named after their type.
+template <class T> void bind_of(py::module_ m) {
+    m.def("forward", &forward<T>, py::arg("kind"), py::arg("size"), py::arg("strides"), py::arg("x"), py::arg("norm"),
+          py::arg("relu6"), py::arg("weight"), py::arg("z"), py::arg("sums"), py::arg("expansion"), py::arg("threads"));
+    py::class_<Backward<T>>(m, "Backward")
+        .def(py::init(&make_backward<T>), py::arg("kind"), py::arg("size"), py::arg("strides"), py::arg("x"),
+             py::arg("norm"), py::arg("relu6"), py::arg("weight"), py::arg("z"), py::arg("g"), py::arg("out_norm"),
+             py::arg("mask"), py::arg("coefficients"), py::arg("residual"), py::arg("dx"), py::arg("sums"),
+             py::arg("dw"), py::arg("expansion"));
+    m.def(
+        "backward",
+        [](const Backward<T> &b, int threads) {
+            const py::gil_scoped_release release;
+            train_backward(kernels(), b.get(), threads);
+        },
+        py::arg("backward"), py::arg("threads"));
+    m.def(
+        "expand_backward",
+        [](const Backward<T> &b, const Backward<T> &after, int threads) {
+            const py::gil_scoped_release release;
+            train_expand_backward(kernels(), b.get(), after.get(), threads);
+        },
+        py::arg("backward"), py::arg("after"), py::arg("threads"));
+    m.def("activate", &activate<T>, py::arg("z"), py::arg("norm"), py::arg("relu6"), py::arg("residual"), py::arg("y"),
+          py::arg("pixels"), py::arg("channels"), py::arg("threads"));
+    m.def("sums", &sums<T>, py::arg("g"), py::arg("z"), py::arg("norm"), py::arg("relu6"), py::arg("out"),
+          py::arg("pixels"), py::arg("channels"), py::arg("threads"));
 }
 
 } // namespace
@@ -113,32 +145,8 @@ void bind_train(py::module_ &m) {
         .value("pointwise", TrainKind::pointwise)
         .value("depthwise", TrainKind::depthwise)
         .value("stem", TrainKind::stem);
-    m.def("train_forward", &forward, py::arg("kind"), py::arg("size"), py::arg("strides"), py::arg("x"),
-          py::arg("norm"), py::arg("relu6"), py::arg("weight"), py::arg("z"), py::arg("sums"), py::arg("expansion"),
-          py::arg("threads"));
-    py::class_<Backward>(m, "TrainBackward")
-        .def(py::init(&make_backward), py::arg("kind"), py::arg("size"), py::arg("strides"), py::arg("x"),
-             py::arg("norm"), py::arg("relu6"), py::arg("weight"), py::arg("z"), py::arg("g"), py::arg("out_norm"),
-             py::arg("mask"), py::arg("coefficients"), py::arg("residual"), py::arg("dx"), py::arg("sums"),
-             py::arg("dw"), py::arg("expansion"));
-    m.def(
-        "train_backward",
-        [](const Backward &b, int threads) {
-            const py::gil_scoped_release release;
-            train_backward(kernels(), b.get(), threads);
-        },
-        py::arg("backward"), py::arg("threads"));
-    m.def(
-        "train_expand_backward",
-        [](const Backward &b, const Backward &after, int threads) {
-            const py::gil_scoped_release release;
-            train_expand_backward(kernels(), b.get(), after.get(), threads);
-        },
-        py::arg("backward"), py::arg("after"), py::arg("threads"));
-    m.def("train_activate", &activate, py::arg("z"), py::arg("norm"), py::arg("relu6"), py::arg("residual"),
-          py::arg("y"), py::arg("pixels"), py::arg("channels"), py::arg("threads"));
-    m.def("train_sums", &sums, py::arg("g"), py::arg("z"), py::arg("norm"), py::arg("relu6"), py::arg("out"),
-          py::arg("pixels"), py::arg("channels"), py::arg("threads"));
+    bind_of<float>(m.def_submodule("train_float32"));
+    bind_of<bf16>(m.def_submodule("train_bfloat16"));
     m.def(
         "train_norm",
         [](Address moments, std::ptrdiff_t pixels, Address gamma, Address beta, double eps, Address norm,

@@ -1,117 +1,83 @@
-// The backward pass of a 1x1 convolution, or of the stem, which is one over unfolded windows: a chunk of pixels at a
-// time goes through all that is to be done with it while it lies in L2.
+// The backward pass of a 1x1 convolution: a chunk of pixels at a time goes through all that is to be done with it while
+// it lies in L2.
 #pragma once
 
-#include "train_run.h"
+#include "train_weight.h"
 
 namespace mnv2 {
 
-// Inputs of an output's sum.
-inline int inputs(const TrainShape &s) { return s.kind == TrainKind::stem ? 9 * s.cin : s.cin; }
-
-// The windows of output pixels [from, from + count), [count][cin][3][3] as torch lays the weights out.
-inline void unfold(const TrainShape &s, const float *x, std::ptrdiff_t from, std::ptrdiff_t count, float *rows) {
-    const int ho = s.out_h(), wo = s.out_w();
-    const std::ptrdiff_t step = s.strides[3];
-    for (std::ptrdiff_t p = from; p < from + count; ++p) {
-        const int w = static_cast<int>(p % wo) * s.stride - 1, h = static_cast<int>(p / wo % ho) * s.stride - 1;
-        const float *line = x + p / wo / ho * s.strides[0] + h * s.strides[2] + w * step;
-        const bool inside = w >= 0 && w + 3 <= s.w;
-        for (int c = 0; c < s.cin; ++c, line += s.strides[1])
-            for (int kh = 0; kh < 3; ++kh, rows += 3) {
-                const float *const tap = line + kh * s.strides[2];
-                const bool there = h + kh >= 0 && h + kh < s.h;
-                if (there && inside) {
-                    rows[0] = tap[0];
-                    rows[1] = tap[step];
-                    rows[2] = tap[2 * step];
-                    continue;
-                }
-                for (int kw = 0; kw < 3; ++kw)
-                    rows[kw] = there && w + kw >= 0 && w + kw < s.w ? tap[kw * step] : 0.0f;
-            }
-    }
-}
-
-// One member's memory of the backward pass, and what it does with a chunk of pixels.
-class BackwardChunks {
+// One member's memory, and what it does with a chunk.
+template <class T> class BackwardChunks {
   public:
-    BackwardChunks(Carver &carver, const KernelTable &kernels, const TrainBackward &b, int chunk)
-        : kernels_(kernels), b_(b), s_(b.shape), depth_(inputs(s_)), chunk_(chunk),
-          dz_(carver.take<float>(static_cast<std::size_t>(chunk) * s_.cout)),
-          rows_(carver.take<float>(s_.kind == TrainKind::stem ? static_cast<std::size_t>(chunk) * depth_ : 0)),
-          input_(carver.take<float>(b.dw ? packed_floats(kernels, depth_, chunk) : 0)),
-          dw_(carver.take<float>(b.dw ? static_cast<std::size_t>(s_.cout) * depth_ : 0)), sums_(carver, s_.cin) {}
+    BackwardChunks(Carver &carver, const KernelTable &kernels, const TrainBackward<T> &b, int chunk)
+        : kernels_(kernels), b_(b), s_(b.shape), dz_(carver.take<T>(static_cast<std::size_t>(chunk) * s_.cout)),
+          sums_(carver, s_.cin), gradient_(carver, kernels, b.dw ? s_.cin : 0, b.dw ? s_.cout : 0, chunk) {
+        const bool rounds = std::is_same_v<T, bf16> && b.dx && b.in.scale;
+        dx_ = carver.take<float>(rounds ? static_cast<std::size_t>(chunk) * s_.cin : 0);
+    }
 
     void clear() {
         sums_.clear();
         first_ = true;
     }
 
-    // `count` output pixels from `at` on, of which g and z are at hand. `packed`: the weights turned.
-    void run(std::ptrdiff_t at, std::ptrdiff_t count, const float *g, const float *z, const float *packed) {
-        kernels_.train_gradient(
-            {g, s_.cout, z, s_.cout, b_.out, b_.of_g, b_.of_z, b_.constant, dz_, s_.cout, count, s_.cout});
+    // `count` pixels from `at` on, of which g and z are at hand. `weights`: turned.
+    template <class G>
+    void run(std::ptrdiff_t at, std::ptrdiff_t count, const G *g, const G *z, const Product<T> &weights) {
+        const std::ptrdiff_t of_x = at * s_.cin;
+        const T *const x = static_cast<const T *>(b_.x) + of_x;
+        mnv2::run(kernels_, GradientOf<G, G, T>{g, s_.cout, z, s_.cout, b_.out, b_.of_g, b_.of_z, b_.constant, dz_,
+                                                s_.cout, count, s_.cout});
         if (b_.dw)
-            weight(at, count);
+            gradient_.add(dz_, x, b_.in, count, first_);
         if (b_.dx)
-            input(at, count, packed);
+            input(x, b_.dx + of_x, b_.residual ? b_.residual + of_x : nullptr, count, weights);
         first_ = false;
     }
 
     // After the last chunk: a member without any has gradients too.
     void close() {
-        if (first_ && b_.dw)
-            std::fill_n(dw_, weights(), 0.0f);
+        if (first_)
+            gradient_.clear();
     }
 
     // To be added to those of the other members.
-    const float *dw() const { return dw_; }
+    const WeightGradient<T> &gradient() const { return gradient_; }
     const double *sums() const { return sums_.total(); }
-    std::ptrdiff_t weights() const { return static_cast<std::ptrdiff_t>(s_.cout) * depth_; }
 
   private:
-    void weight(std::ptrdiff_t at, std::ptrdiff_t count) {
-        const float *x = b_.x + at * s_.cin;
-        if (s_.kind == TrainKind::stem) {
-            unfold(s_, b_.x, at, count, rows_);
-            x = rows_;
+    void input(const T *x, T *dx, const T *residual, std::ptrdiff_t count, const Product<T> &weights) {
+        if (!b_.in.scale) {
+            weights.run(dz_, count, residual, dx);
+            return;
         }
-        kernels_.train_panels({x, depth_, b_.in, input_, chunk_, count, depth_});
-        kernels_.train_weight_gradient({dz_, s_.cout, input_, chunk_, dw_, depth_, count, depth_, s_.cout, !first_});
-    }
-
-    void input(std::ptrdiff_t at, std::ptrdiff_t count, const float *packed) {
-        const std::ptrdiff_t of_x = at * s_.cin;
-        float *const dx = b_.dx + of_x;
-        kernels_.pointwise({dz_, s_.cout, packed, nullptr, b_.residual ? b_.residual + of_x : nullptr, s_.cin, dx,
-                            s_.cin, count, s_.cout, s_.cin, 0, panels(kernels_, s_.cin), false});
-        if (b_.in.scale) {
-            kernels_.train_sums({dx, s_.cin, b_.x + of_x, s_.cin, b_.in, b_.in.relu6 ? dx : nullptr, s_.cin, false,
-                                 sums_.first, sums_.second, count, s_.cin});
-            sums_.add();
-        }
+        float *const made = in_float(dx, dx_);
+        weights.sums(dz_, count, made);
+        T *const masked = b_.in.relu6 || std::is_same_v<T, bf16> ? dx : nullptr;
+        mnv2::run(kernels_, Sums<float, T>{made, s_.cin, x, s_.cin, b_.in, masked, s_.cin, false, sums_.first,
+                                           sums_.second, count, s_.cin});
+        sums_.add();
     }
 
     const KernelTable &kernels_;
-    const TrainBackward &b_;
+    const TrainBackward<T> &b_;
     const TrainShape &s_;
-    int depth_, chunk_;
-    float *dz_;
-    float *rows_;  // unfolded
-    float *input_; // activated, in panels
-    float *dw_;
+    T *dz_;
+    float *dx_; // before it is rounded
     ChannelSums sums_;
+    WeightGradient<T> gradient_;
     bool first_ = true;
 };
 
 // Gradients of the weights and sums of the input's, of all members, once each has closed its own. of(rank): a member's.
-template <class Of> void add_gradients(Team &team, const TrainBackward &b, BackwardChunks &own, const Of &of) {
+template <class T, class Of>
+void add_gradients(Team &team, const TrainBackward<T> &b, BackwardChunks<T> &own, const Of &of) {
+    const TrainShape &s = b.shape;
     own.close();
     if (b.dw)
-        add_parts<float>(team, [&](int t) { return of(t).dw(); }, own.weights(), b.dw);
+        add_weights(team, [&](int t) { return of(t).gradient(); }, s.cin, s.cout, b.dw);
     if (b.dx && b.sums)
-        add_parts<double>(team, [&](int t) { return of(t).sums(); }, 2 * b.shape.cin, b.sums);
+        add_parts<double>(team, [&](int t) { return of(t).sums(); }, 2 * s.cin, b.sums);
 }
 
 } // namespace mnv2

@@ -7,38 +7,43 @@ namespace {
 // Whether to stream the gradient of the input: it is no longer in a cache when it is read, and its rows are whole
 // vectors. The layer takes half the time so at 112 x 112 x 32 and 56 x 56 x 144, and 3/4 at 112 x 112 x 96 with
 // stride 2. Streaming what 1x1 layers write, or a forward pass, gained nothing.
-bool streams(const KernelTable &kernels, const TrainBackward &b) {
+bool streams(const KernelTable &kernels, const TrainBackward<float> &b) {
     constexpr std::ptrdiff_t kLarge = 1 << 20; // floats
     const int c = b.shape.cin;
     return b.dx && b.in.relu6 && c % kernels.lanes == 0 && b.shape.in_pixels() * c >= kLarge &&
            reinterpret_cast<std::uintptr_t>(b.dx) % kCacheLine == 0;
 }
+bool streams(const KernelTable &, const TrainBackward<bf16> &) { return false; } // half vectors
 
-struct ForwardMemory {
-    ForwardMemory(Carver &carver, const KernelTable &kernels, const TrainForward &f)
-        : input(carver, kernels, f.shape, f.x, f.in, f.expand), sums(carver, f.shape.cin) {}
-    InputRows input;
+template <class T> struct ForwardMemory {
+    ForwardMemory(Carver &carver, const KernelTable &kernels, const TrainForward<T> &f)
+        : input(carver, kernels, f.shape, f.x, f.in, f.expand),
+          z(carver.take<float>(std::is_same_v<T, float> ? 0
+                                                        : 2 * static_cast<std::size_t>(f.shape.out_w()) * f.shape.cin)),
+          sums(carver, f.shape.cin) {}
+    InputRows<T> input;
+    float *z; // a band, before it is rounded
     ChannelSums sums;
 };
 
-struct BackwardMemory {
-    BackwardMemory(Carver &carver, const KernelTable &kernels, const TrainBackward &b)
+template <class T> struct BackwardMemory {
+    BackwardMemory(Carver &carver, const KernelTable &kernels, const TrainBackward<T> &b)
         : input(carver, kernels, b.shape, b.x, b.in, b.expand), gradient(carver, kernels, b),
           dx(carver.take<float>(band_floats(b.shape))), image(carver.take<float>(block_floats(kernels, b.shape.cin))),
           dw(carver.take<double>(block_floats(kernels, b.shape.cin))), sums(carver, b.shape.cin) {}
-    InputRows input;
-    GradientRows gradient;
-    float *dx;    // rows of the input's gradient before they are masked and streamed, or that nobody keeps
+    InputRows<T> input;
+    GradientRows<T> gradient;
+    float *dx;    // rows of the input's gradient before they are masked, rounded and streamed, or that nobody keeps
     float *image; // the weights' gradient of the image at hand
     double *dw;   // of those before
     ChannelSums sums;
 };
 
 // One member's rows of the backward pass.
-class BackwardRows {
+template <class T> class BackwardRows {
   public:
-    BackwardRows(const KernelTable &kernels, const TrainBackward &b, const PackedDepthwise &shared,
-                 BackwardMemory &memory)
+    BackwardRows(const KernelTable &kernels, const TrainBackward<T> &b, const PackedDepthwise<T> &shared,
+                 BackwardMemory<T> &memory)
         : kernels_(kernels), b_(b), s_(b.shape), shared_(shared), memory_(memory), taps_(block_floats(kernels, s_.cin)),
           stream_(streams(kernels, b)) {}
 
@@ -63,7 +68,7 @@ class BackwardRows {
 
   private:
     void new_image(long image) {
-        memory_.input.new_image(image, shared_.expand);
+        memory_.input.new_image(image, &shared_.expansion);
         memory_.gradient.new_image(image, shared_.taps.blocks());
         for (std::size_t i = 0; i < taps_; ++i) {
             memory_.dw[i] += memory_.image[i];
@@ -81,88 +86,91 @@ class BackwardRows {
 
     void input_rows(int row, int rows) {
         const int first = memory_.gradient.first(row), count = memory_.gradient.count(row, rows);
-        float *const to = b_.dx ? b_.dx + memory_.input.at(first) : nullptr;
-        float *const dx = to && !stream_ ? to : memory_.dx;
+        T *const to = b_.dx ? b_.dx + memory_.input.at(first) : nullptr;
+        float *const dx = to && !stream_ ? in_float(to, memory_.dx) : memory_.dx;
         memory_.gradient.input(row, rows, dx);
-        if (!b_.in.scale)
+        if (!b_.in.scale) {
+            round(dx, static_cast<std::ptrdiff_t>(count) * s_.w, to);
             return;
+        }
         // Masked and added to the sums, a row at a time: those of a ring are not next to each other.
         for (int i = 0; i < count; ++i) {
             const std::ptrdiff_t at = i * memory_.input.row();
-            kernels_.train_sums({dx + at, s_.cin, memory_.input.raw(first + i), s_.cin, b_.in,
-                                 to && b_.in.relu6 ? to + at : nullptr, s_.cin, stream_, memory_.sums.first,
-                                 memory_.sums.second, s_.w, s_.cin});
-            memory_.sums.add();
+            const bool writes = to && (b_.in.relu6 || std::is_same_v<T, bf16>);
+            if (b_.expand)
+                sums<float>(dx + at, memory_.input.expanded.at(first + i), nullptr);
+            else
+                sums<T>(dx + at, memory_.input.raw(first + i), writes ? to + at : nullptr);
         }
     }
 
+    template <class Z> void sums(const float *dx, const Z *x, Z *masked) {
+        mnv2::run(kernels_, Sums<float, Z>{dx, s_.cin, x, s_.cin, b_.in, masked, s_.cin, stream_, memory_.sums.first,
+                                           memory_.sums.second, s_.w, s_.cin});
+        memory_.sums.add();
+    }
+
+    void round(const float *, std::ptrdiff_t, float *) {}
+    void round(const float *dx, std::ptrdiff_t pixels, bf16 *to) {
+        kernels_.narrow({dx, s_.cin, to, s_.cin, pixels, s_.cin});
+    }
+
     const KernelTable &kernels_;
-    const TrainBackward &b_;
+    const TrainBackward<T> &b_;
     const TrainShape &s_;
-    const PackedDepthwise &shared_;
-    BackwardMemory &memory_;
+    const PackedDepthwise<T> &shared_;
+    BackwardMemory<T> &memory_;
     std::size_t taps_;
     bool stream_;
 };
 
 } // namespace
 
-void train_depthwise_forward(const KernelTable &kernels, const TrainForward &f, int threads) {
+template <class T> void train_depthwise_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads) {
     const TrainShape &s = f.shape;
     const int c = s.cin, wo = s.out_w();
-    const auto shared = [&](Carver &carver) { return PackedDepthwise(carver, kernels, c, f.expand); };
-    const auto own = [&](Carver &carver) { return ForwardMemory(carver, kernels, f); };
-    const std::size_t before = bytes_of(shared), each = bytes_of(own);
-    const Scratch scratch(before + threads * each);
-    const auto of = [&](int rank) {
-        Carver carver(scratch.data() + before + rank * each);
-        return own(carver);
-    };
-    Carver carver(scratch.data());
-    PackedDepthwise common = shared(carver);
-    common.taps.pack(kernels, f.weight, c, false);
+    const auto make_shared = [&](Carver &carver) { return PackedDepthwise<T>(carver, kernels, c, f.expand); };
+    const auto make_own = [&](Carver &carver) { return ForwardMemory<T>(carver, kernels, f); };
+    const TeamMemory of(threads, make_shared, make_own);
+    PackedDepthwise<T> shared = of.shared();
+    shared.taps.pack(kernels, static_cast<const float *>(f.weight), c, false);
     parallel(threads, [&](Team &team) {
-        common.pack_expansion(team);
-        ForwardMemory memory = of(team.rank());
+        shared.pack_expansion(team);
+        ForwardMemory<T> memory = of.own(team.rank());
         memory.sums.clear();
         const auto band = [&](long image, int row, int rows) {
             const float *windows[kRing];
             for (int i = 0; i < (rows - 1) * s.stride + 3; ++i)
                 windows[i] = memory.input.activated(row * s.stride - 1 + i);
-            const std::ptrdiff_t line = static_cast<std::ptrdiff_t>(wo) * c;
-            float *const z = f.z + (image * s.out_h() + row) * line;
-            kernels.depthwise({windows, c, common.taps.blocks(), z, c, line, rows, s.w, s.stride, c, false});
-            if (f.sums) {
-                const std::ptrdiff_t pixels = static_cast<std::ptrdiff_t>(rows) * wo;
-                kernels.train_moments({z, c, memory.sums.first, memory.sums.second, pixels, c});
-                memory.sums.add_moments(z, pixels);
+            const std::ptrdiff_t line = static_cast<std::ptrdiff_t>(wo) * c,
+                                 pixels = static_cast<std::ptrdiff_t>(rows) * wo;
+            T *const z = f.z + (image * s.out_h() + row) * line;
+            float *const made = in_float(z, memory.z);
+            kernels.depthwise({windows, c, shared.taps.blocks(), made, c, line, rows, s.w, s.stride, c, false});
+            if (f.sums || made == memory.z) {
+                moments_and_round(kernels, {made, c, memory.sums.first, memory.sums.second, pixels, c}, z);
+                memory.sums.add_moments(made, pixels);
             }
         };
-        each_band(team, s, [&](long image) { memory.input.new_image(image, common.expand); }, band);
+        each_band(team, s, [&](long image) { memory.input.new_image(image, &shared.expansion); }, band);
         if (f.sums)
-            add_parts<double>(team, [&](int t) { return of(t).sums.total(); }, 2 * c, f.sums);
+            add_parts<double>(team, [&](int t) { return of.own(t).sums.total(); }, 2 * c, f.sums);
     });
 }
 
-void train_depthwise_backward(const KernelTable &kernels, const TrainBackward &b, int threads) {
+template <class T> void train_depthwise_backward(const KernelTable &kernels, const TrainBackward<T> &b, int threads) {
     const TrainShape &s = b.shape;
-    const auto shared = [&](Carver &carver) { return PackedDepthwise(carver, kernels, s.cin, b.expand); };
-    const auto own = [&](Carver &carver) { return BackwardMemory(carver, kernels, b); };
-    const std::size_t before = bytes_of(shared), each = bytes_of(own);
-    const Scratch scratch(before + threads * each);
-    const auto of = [&](int rank) {
-        Carver carver(scratch.data() + before + rank * each);
-        return own(carver);
-    };
-    Carver carver(scratch.data());
-    PackedDepthwise common = shared(carver);
-    common.taps.pack(kernels, b.weight, s.cin, s.stride == 1);
+    const auto make_shared = [&](Carver &carver) { return PackedDepthwise<T>(carver, kernels, s.cin, b.expand); };
+    const auto make_own = [&](Carver &carver) { return BackwardMemory<T>(carver, kernels, b); };
+    const TeamMemory of(threads, make_shared, make_own);
+    PackedDepthwise<T> shared = of.shared();
+    shared.taps.pack(kernels, static_cast<const float *>(b.weight), s.cin, s.stride == 1);
     parallel(threads, [&](Team &team) {
-        common.pack_expansion(team);
-        BackwardMemory memory = of(team.rank());
-        BackwardRows(kernels, b, common, memory).run(team);
+        shared.pack_expansion(team);
+        BackwardMemory<T> memory = of.own(team.rank());
+        BackwardRows<T>(kernels, b, shared, memory).run(team);
         if (b.sums)
-            add_parts<double>(team, [&](int t) { return of(t).sums.total(); }, 2 * s.cin, b.sums);
+            add_parts<double>(team, [&](int t) { return of.own(t).sums.total(); }, 2 * s.cin, b.sums);
         if (!b.dw)
             return;
         team.sync();
@@ -173,10 +181,15 @@ void train_depthwise_backward(const KernelTable &kernels, const TrainBackward &b
                 const std::ptrdiff_t at = (c / kernels.lanes * kTaps + tap) * kernels.lanes + c % kernels.lanes;
                 double sum = 0;
                 for (int t = 0; t < team.size(); ++t)
-                    sum += of(t).dw[at];
+                    sum += of.own(t).dw[at];
                 b.dw[c * kTaps + tap] = static_cast<float>(sum);
             }
     });
 }
+
+template void train_depthwise_forward(const KernelTable &, const TrainForward<float> &, int);
+template void train_depthwise_forward(const KernelTable &, const TrainForward<bf16> &, int);
+template void train_depthwise_backward(const KernelTable &, const TrainBackward<float> &, int);
+template void train_depthwise_backward(const KernelTable &, const TrainBackward<bf16> &, int);
 
 } // namespace mnv2

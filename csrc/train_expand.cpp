@@ -1,67 +1,65 @@
 // The gradients of an expansion whose output nobody keeps: the depthwise layer after it makes rows of it, and of its
 // gradient, again.
-#include <utility>
-
 #include "train_chunks.h"
 #include "train_rows.h"
 
 namespace mnv2 {
 namespace {
 
-// Makes g and z of an expansion's output, a band of rows at a time, from the depthwise layer after it.
-struct AfterMemory {
-    AfterMemory(Carver &carver, const KernelTable &kernels, const TrainBackward &after)
-        : input(carver, kernels, after.shape, nullptr, {}, after.expand), gradient(carver, kernels, after),
-          dx(carver.take<float>(band_floats(after.shape))) {}
-    InputRows input;
-    GradientRows gradient;
-    float *dx;
+template <class T> struct SharedMemory {
+    SharedMemory(Carver &carver, const KernelTable &kernels, const TrainBackward<T> &b, const TrainBackward<T> &after)
+        : turned(carver, kernels, b.shape.cout, b.dx ? b.shape.cin : 0),
+          depthwise(carver, kernels, b.shape.cout, after.expand) {}
+    Product<T> turned; // the expansion's weights
+    PackedDepthwise<T> depthwise;
+};
+
+template <class T> struct OwnMemory {
+    OwnMemory(Carver &carver, const KernelTable &kernels, const TrainBackward<T> &b, const TrainBackward<T> &after)
+        : chunks(carver, kernels, b, b.shape.w), expanded(carver, after.shape, after.expand),
+          gradient(carver, kernels, after), dx(carver.take<float>(band_floats(after.shape))) {}
+    BackwardChunks<T> chunks;
+    ExpandedRows<T> expanded;
+    GradientRows<T> gradient;
+    float *dx; // a band of the depthwise layer's input gradient
 };
 
 } // namespace
 
-void train_expand_backward(const KernelTable &kernels, const TrainBackward &b, const TrainBackward &after,
+template <class T>
+void train_expand_backward(const KernelTable &kernels, const TrainBackward<T> &b, const TrainBackward<T> &after,
                            int threads) {
     threads = usable_threads(threads);
     const TrainShape &s = b.shape;
-    const int width = s.w, chunk = 2 * width; // pixels of a band
-    const auto shared = [&](Carver &carver) {
-        float *const packed = carver.take<float>(b.dx ? packed_floats(kernels, s.cin, s.cout) : 0);
-        return std::make_pair(packed, PackedDepthwise(carver, kernels, s.cout, after.expand));
-    };
-    const auto own = [&](Carver &carver) {
-        BackwardChunks chunks(carver, kernels, b, chunk);
-        return std::make_pair(chunks, AfterMemory(carver, kernels, after));
-    };
-    const std::size_t before = bytes_of(shared), each = bytes_of(own);
-    const Scratch scratch(before + threads * each);
-    const auto of = [&](int rank) {
-        Carver carver(scratch.data() + before + rank * each);
-        return own(carver);
-    };
-    Carver carver(scratch.data());
-    auto [packed, common] = shared(carver);
-    common.taps.pack(kernels, after.weight, s.cout, after.shape.stride == 1);
-    parallel(threads, [&, packed = packed, &common = common](Team &team) {
+    const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(s.w) * s.cout;
+    const auto make_shared = [&](Carver &carver) { return SharedMemory<T>(carver, kernels, b, after); };
+    const auto make_own = [&](Carver &carver) { return OwnMemory<T>(carver, kernels, b, after); };
+    const TeamMemory of(threads, make_shared, make_own);
+    SharedMemory<T> shared = of.shared();
+    shared.depthwise.taps.pack(kernels, static_cast<const float *>(after.weight), s.cout, after.shape.stride == 1);
+    parallel(threads, [&](Team &team) {
         if (b.dx)
-            pack_shared(team, kernels, {b.weight, 1, s.cin}, s.cin, s.cout, packed);
-        common.pack_expansion(team);
-        auto [chunks, memory] = of(team.rank());
-        chunks.clear();
-        const auto new_image = [&, &memory = memory](long image) {
-            memory.input.new_image(image, common.expand);
-            memory.gradient.new_image(image, common.taps.blocks());
+            shared.turned.pack(team, {static_cast<const T *>(b.weight), 1, s.cin});
+        shared.depthwise.pack_expansion(team);
+        OwnMemory<T> memory = of.own(team.rank());
+        memory.chunks.clear();
+        const auto new_image = [&](long image) {
+            memory.expanded.new_image(image, &shared.depthwise.expansion);
+            memory.gradient.new_image(image, shared.depthwise.taps.blocks());
         };
-        each_band(team, after.shape, new_image, [&, &memory = memory, &chunks = chunks](long image, int row, int rows) {
-            const int first = memory.gradient.first(row), count = memory.gradient.count(row, rows);
-            memory.gradient.input(row, rows, memory.dx);
-            for (int i = 0; i < count; ++i) {
-                const std::ptrdiff_t at = (image * s.h + first + i) * width;
-                chunks.run(at, width, memory.dx + i * memory.input.row(), memory.input.raw(first + i), packed);
-            }
+        each_band(team, after.shape, new_image, [&](long image, int at, int rows) {
+            const int first = memory.gradient.first(at), count = memory.gradient.count(at, rows);
+            memory.gradient.input(at, rows, memory.dx);
+            for (int i = 0; i < count; ++i)
+                memory.chunks.run((image * s.h + first + i) * s.w, s.w, memory.dx + i * row,
+                                  memory.expanded.at(first + i), shared.turned);
         });
-        add_gradients(team, b, chunks, [&](int t) { return of(t).first; });
+        add_gradients(team, b, memory.chunks, [&](int t) { return of.own(t).chunks; });
     });
 }
+
+template void train_expand_backward(const KernelTable &, const TrainBackward<float> &, const TrainBackward<float> &,
+                                    int);
+template void train_expand_backward(const KernelTable &, const TrainBackward<bf16> &, const TrainBackward<bf16> &, int);
 
 } // namespace mnv2

@@ -82,61 +82,87 @@ struct PackedTaps {
     float *bias, *turned;
 };
 
-// The input's raw rows and the activated ones. Raw ones come from memory, or are made by the expansion before.
-class InputRows {
+// The expansion before a depthwise layer, in rows of raw float outputs.
+template <class T> class ExpandedRows {
   public:
-    InputRows(Carver &carver, const KernelTable &kernels, const TrainShape &s, const float *x, const Norm &norm,
-              const TrainExpand *expand)
-        : kernels_(kernels), s_(s), x_(x), norm_(norm), expand_(expand),
-          activated_(norm.scale ? carver.take<float>(kRing * row()) : nullptr, row(), s.h),
-          raw_(expand ? carver.take<float>(kRing * row()) : nullptr, row(), s.h) {}
+    ExpandedRows(Carver &carver, const TrainShape &s, const TrainExpand<T> *expand)
+        : s_(s), expand_(expand), ring_(carver.take<float>(expand ? static_cast<std::size_t>(kRing) * s.w * s.cin : 0),
+                                        static_cast<std::ptrdiff_t>(s.w) * s.cin, s.h) {}
 
-    // Rows are asked for from top to bottom. `packed`: the expansion's weights.
-    void new_image(long image, const float *packed) {
+    void new_image(long image, const Product<T> *weights) {
         image_ = image;
-        packed_ = packed;
-        activated_.restart();
-        raw_.restart();
+        weights_ = weights;
+        ring_.restart();
+    }
+
+    const float *at(int h) {
+        return ring_.at(h, [this](int made, float *out) {
+            weights_->sums(expand_->x + (image_ * s_.h + made) * s_.w * expand_->cin, s_.w, out);
+        });
+    }
+
+  private:
+    const TrainShape &s_;
+    const TrainExpand<T> *expand_;
+    Ring ring_;
+    const Product<T> *weights_ = nullptr;
+    long image_ = 0;
+};
+
+// The input's rows, activated; raw ones come from memory, or from the expansion.
+template <class T> class InputRows {
+  public:
+    InputRows(Carver &carver, const KernelTable &kernels, const TrainShape &s, const void *x, const Norm &norm,
+              const TrainExpand<T> *expand)
+        : expanded(carver, s, expand), kernels_(kernels), s_(s), x_(static_cast<const T *>(x)), norm_(norm),
+          expands_(expand != nullptr), as_it_is_(!norm.scale && std::is_same_v<T, float>),
+          ring_(as_it_is_ ? nullptr : carver.take<float>(kRing * row()), row(), s.h) {}
+
+    // Rows are asked for from top to bottom. `weights`: the expansion's.
+    void new_image(long image, const Product<T> *weights) {
+        image_ = image;
+        expanded.new_image(image, weights);
+        ring_.restart();
     }
 
     // Null outside of the image.
-    const float *raw(int h) {
-        if (!expand_)
-            return h < 0 || h >= s_.h ? nullptr : x_ + at(h);
-        return raw_.at(h, [this](int made, float *out) {
-            const int from = expand_->cin, to = s_.cin;
-            const float *const x = expand_->x + (image_ * s_.h + made) * s_.w * from;
-            kernels_.pointwise(
-                {x, from, packed_, nullptr, nullptr, 0, out, to, s_.w, from, to, 0, panels(kernels_, to), false});
+    const float *activated(int h) {
+        if constexpr (std::is_same_v<T, float>)
+            if (as_it_is_)
+                return h < 0 || h >= s_.h ? nullptr : raw(h);
+        return ring_.at(h, [this](int made, float *out) {
+            if (expands_)
+                run(kernels_, activate(expanded.at(made), out));
+            else
+                run(kernels_, activate(raw(made), out));
         });
     }
 
-    const float *activated(int h) {
-        if (!norm_.scale)
-            return raw(h);
-        return activated_.at(h, [this](int made, float *out) {
-            kernels_.train_activate({raw(made), s_.cin, norm_, nullptr, 0, out, s_.cin, s_.w, s_.cin});
-        });
-    }
+    const T *raw(int h) const { return x_ + at(h); } // where there is no expansion
 
     std::ptrdiff_t row() const { return static_cast<std::ptrdiff_t>(s_.w) * s_.cin; }
     std::ptrdiff_t at(int h) const { return (image_ * s_.h + h) * row(); }
 
+    ExpandedRows<T> expanded;
+
   private:
+    template <class X> Activate<X, float> activate(const X *x, float *out) const {
+        return {x, s_.cin, norm_, nullptr, 0, out, s_.cin, s_.w, s_.cin};
+    }
+
     const KernelTable &kernels_;
     const TrainShape &s_;
-    const float *x_;
+    const T *x_;
     Norm norm_;
-    const TrainExpand *expand_;
-    Ring activated_, raw_;
-    const float *packed_ = nullptr;
+    bool expands_, as_it_is_;
+    Ring ring_;
     long image_ = 0;
 };
 
 // Rows of the output's gradient, dz, and of the input's made of them.
-class GradientRows {
+template <class T> class GradientRows {
   public:
-    GradientRows(Carver &carver, const KernelTable &kernels, const TrainBackward &b)
+    GradientRows(Carver &carver, const KernelTable &kernels, const TrainBackward<T> &b)
         : kernels_(kernels), b_(b), s_(b.shape), dz_(carver.take<float>(kRing * row()), row(), s_.out_h()) {}
 
     // `blocks`: the weights, turned round where the stride is 1.
@@ -150,8 +176,8 @@ class GradientRows {
         return dz_.at(o, [this](int made, float *out) {
             const int c = s_.cin;
             const std::ptrdiff_t at = (image_ * s_.out_h() + made) * row();
-            kernels_.train_gradient(
-                {b_.g + at, c, b_.z + at, c, b_.out, b_.of_g, b_.of_z, b_.constant, out, c, s_.out_w(), c});
+            run(kernels_, GradientOf<T, T, float>{b_.g + at, c, b_.z + at, c, b_.out, b_.of_g, b_.of_z, b_.constant,
+                                                  out, c, s_.out_w(), c});
         });
     }
 
@@ -179,7 +205,7 @@ class GradientRows {
     std::ptrdiff_t row() const { return static_cast<std::ptrdiff_t>(s_.out_w()) * s_.cin; }
 
     const KernelTable &kernels_;
-    const TrainBackward &b_;
+    const TrainBackward<T> &b_;
     const TrainShape &s_;
     Ring dz_;
     const float *blocks_ = nullptr;
@@ -190,26 +216,23 @@ class GradientRows {
 inline std::size_t band_floats(const TrainShape &s) { return static_cast<std::size_t>(2) * s.w * s.cin; }
 
 // What the members of a team share of a depthwise layer: its packed taps, and the expansion's weights where it has one.
-class PackedDepthwise {
+template <class T> class PackedDepthwise {
   public:
-    PackedDepthwise(Carver &carver, const KernelTable &kernels, int channels, const TrainExpand *expand)
-        : taps(carver, kernels, channels),
-          expand(carver.take<float>(expand ? packed_floats(kernels, channels, expand->cin) : 0)), kernels_(kernels),
-          channels_(channels), from_(expand) {}
+    PackedDepthwise(Carver &carver, const KernelTable &kernels, int channels, const TrainExpand<T> *expand)
+        : taps(carver, kernels, channels), expansion(carver, kernels, expand ? expand->cin : 0, expand ? channels : 0),
+          from_(expand) {}
 
     // By all members of the team.
     void pack_expansion(Team &team) {
         if (from_)
-            pack_shared(team, kernels_, {from_->weight, from_->cin, 1}, channels_, from_->cin, expand);
+            expansion.pack(team, {from_->weight, from_->cin, 1});
     }
 
     PackedTaps taps; // packed by one, before the others read them
-    float *expand;
+    Product<T> expansion;
 
   private:
-    const KernelTable &kernels_;
-    int channels_;
-    const TrainExpand *from_;
+    const TrainExpand<T> *from_;
 };
 
 } // namespace mnv2

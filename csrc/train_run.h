@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "pack.h"
 #include "parallel.h"
@@ -48,8 +49,31 @@ template <class Make> std::size_t bytes_of(const Make &make) {
     return counts.used();
 }
 
-// Pixels that are worked on at a time, `floats` a pixel in all buffers, so that they stay in L1 and L2.
-int chunk_pixels(std::ptrdiff_t floats);
+// Memory of one call: what a team shares, and each member's own. make_shared(carver), make_own(carver) carve them.
+template <class MakeShared, class MakeOwn> class TeamMemory {
+  public:
+    TeamMemory(int threads, const MakeShared &make_shared, const MakeOwn &make_own)
+        : make_shared_(make_shared), make_own_(make_own), before_(bytes_of(make_shared)), each_(bytes_of(make_own)),
+          scratch_(before_ + threads * each_) {}
+
+    auto shared() const {
+        Carver carver(scratch_.data());
+        return make_shared_(carver);
+    }
+    auto own(int rank) const {
+        Carver carver(scratch_.data() + before_ + rank * each_);
+        return make_own_(carver);
+    }
+
+  private:
+    const MakeShared &make_shared_;
+    const MakeOwn &make_own_;
+    std::size_t before_, each_;
+    Scratch scratch_;
+};
+
+// Pixels that are worked on at a time, so many bytes a pixel in all buffers, so that they stay in L1 and L2.
+int chunk_pixels(std::ptrdiff_t bytes);
 
 // One thread's sums over pixels, of two numbers a channel: float32 within a chunk, float64 over chunks.
 class ChannelSums {
@@ -71,17 +95,14 @@ class ChannelSums {
     int channels_;
 };
 
-// out[i] = parts[0][i] + parts[1][i] + ..., by all members of the team, after they have all arrived.
-template <class T, class Y, class Part> void add_parts(Team &team, const Part &part, std::ptrdiff_t count, Y *out) {
+// out[i] = part(0)[i] + part(1)[i] + ... for i in [begin, end), over so many parts.
+template <class T, class Y, class Part> void add(const Part &part, int parts, long begin, long end, Y *out) {
     constexpr long kBlock = 64;
-    team.sync();
-    long begin, end;
-    team.share(static_cast<long>(count), kBlock, begin, end);
     for (long at = begin; at < end; at += kBlock) {
         const long n = std::min(kBlock, end - at);
         T sum[kBlock];
         std::copy_n(part(0) + at, n, sum);
-        for (int t = 1; t < team.size(); ++t) {
+        for (int t = 1; t < parts; ++t) {
             const T *const more = part(t) + at;
             for (long i = 0; i < n; ++i)
                 sum[i] += more[i];
@@ -91,27 +112,100 @@ template <class T, class Y, class Part> void add_parts(Team &team, const Part &p
     }
 }
 
-// Panels of so many channels, and the floats of a packed matrix.
+// The same by all members of the team, after they have all arrived.
+template <class T, class Y, class Part> void add_parts(Team &team, const Part &part, std::ptrdiff_t count, Y *out) {
+    team.sync();
+    long begin, end;
+    team.share(static_cast<long>(count), 64, begin, end);
+    add<T>(part, team.size(), begin, end, out);
+}
+
+// Panels of so many channels.
 inline int panels(const KernelTable &kernels, int channels) { return (channels + kernels.panel - 1) / kernels.panel; }
 
-inline std::size_t packed_floats(const KernelTable &kernels, int channels, int depth) {
-    return static_cast<std::size_t>(packed_columns(kernels, channels)) * depth;
+// The kernel for the elements of its arguments.
+inline void run(const KernelTable &k, const ActivateArgs &a) { k.train_activate(a); }
+inline void run(const KernelTable &k, const ActivateWideArgs &a) { k.train_activate_wide(a); }
+inline void run(const KernelTable &k, const ActivateBf16Args &a) { k.train_activate_bf16(a); }
+inline void run(const KernelTable &k, const GradientArgs &a) { k.train_gradient(a); }
+inline void run(const KernelTable &k, const GradientWideArgs &a) { k.train_gradient_wide(a); }
+inline void run(const KernelTable &k, const GradientBf16Args &a) { k.train_gradient_bf16(a); }
+inline void run(const KernelTable &k, const GradientNarrowArgs &a) { k.train_gradient_narrow(a); }
+inline void run(const KernelTable &k, const SumsArgs &a) { k.train_sums(a); }
+inline void run(const KernelTable &k, const SumsNarrowArgs &a) { k.train_sums_narrow(a); }
+inline void run(const KernelTable &k, const SumsBf16Args &a) { k.train_sums_bf16(a); }
+
+// Where a layer writes what its kernels give in float before it is rounded: the tensor itself, or a buffer.
+inline float *in_float(float *tensor, float *) { return tensor; }
+inline float *in_float(bf16 *, float *buffer) { return buffer; }
+
+// The moments of a chunk of z, which is rounded to `tensor` where that is of bf16; null: nowhere.
+inline void moments_and_round(const KernelTable &k, const MomentsArgs &a, float *) { k.train_moments(a); }
+inline void moments_and_round(const KernelTable &k, const MomentsArgs &a, bf16 *tensor) {
+    if (tensor)
+        k.train_moments_narrow({a, tensor, a.channels});
+    else
+        k.train_moments(a);
 }
 
-// Packs all panels of a matrix, by all members of the team, which may read them when this returns.
-inline void pack_shared(Team &team, const KernelTable &kernels, const Matrix &matrix, int channels, int depth,
-                        float *out) {
-    long begin, end;
-    team.share(panels(kernels, channels), 1, begin, end);
-    const int from = static_cast<int>(begin) * kernels.panel;
-    pack_panels(kernels, matrix, channels, 0, depth, from, std::min(static_cast<int>(end) * kernels.panel, channels),
-                out + static_cast<std::ptrdiff_t>(from) * depth);
-    team.sync();
-}
+// A 1x1 layer's packed weights, of T.
+template <class T> class Product {
+  public:
+    Product(Carver &carver, const KernelTable &kernels, int cin, int cout)
+        : kernels_(kernels), cin_(cin), cout_(cout), depth_(std::is_same_v<T, bf16> ? cin + cin % 2 : cin),
+          packed_(carver.take<T>(static_cast<std::size_t>(packed_columns(kernels, cout)) * depth_)),
+          bias_(carver.take<float>(round_up(cout, kernels.panel))) {}
 
-void train_gemm_forward(const KernelTable &kernels, const TrainForward &f, int threads);
-void train_gemm_backward(const KernelTable &kernels, const TrainBackward &b, int threads);
-void train_depthwise_forward(const KernelTable &kernels, const TrainForward &f, int threads);
-void train_depthwise_backward(const KernelTable &kernels, const TrainBackward &b, int threads);
+    // By all members of the team, which may multiply when this returns.
+    void pack(Team &team, const MatrixOf<T> &matrix) {
+        long begin, end;
+        team.share(panels(), 1, begin, end);
+        const int from = static_cast<int>(begin) * kernels_.panel,
+                  to = std::min(static_cast<int>(end) * kernels_.panel, cout_);
+        T *const out = packed_ + static_cast<std::ptrdiff_t>(from) * depth_;
+        if constexpr (std::is_same_v<T, bf16>) {
+            std::fill(bias_ + from, bias_ + round_up(to, kernels_.panel), 0.0f);
+            pack_pairs(kernels_, matrix, cout_, cin_, from, to, out);
+        } else {
+            pack_panels(kernels_, matrix, cout_, 0, cin_, from, to, out);
+        }
+        team.sync();
+    }
+
+    // y = x w + residual; both without gaps. `residual`: or null.
+    void run(const T *x, std::ptrdiff_t pixels, const T *residual, T *y) const {
+        if constexpr (std::is_same_v<T, bf16>)
+            kernels_.pointwise_bf16(args(x, pixels, residual, y));
+        else
+            kernels_.pointwise(args(x, pixels, residual, y));
+    }
+
+    // The sums as they are.
+    void sums(const T *x, std::ptrdiff_t pixels, float *y) const {
+        if constexpr (std::is_same_v<T, bf16>)
+            kernels_.pointwise_bf16_float(args(x, pixels, static_cast<const float *>(nullptr), y));
+        else
+            run(x, pixels, nullptr, y);
+    }
+
+  private:
+    int panels() const { return mnv2::panels(kernels_, cout_); }
+    template <class Y> Pointwise<T, T, Y> args(const T *x, std::ptrdiff_t pixels, const Y *residual, Y *y) const {
+        const float *const bias = std::is_same_v<T, bf16> ? bias_ : nullptr; // whose kernels want one
+        return {x, cin_, packed_, bias, residual, cout_, y, cout_, pixels, cin_, cout_, 0, panels(), false};
+    }
+
+    const KernelTable &kernels_;
+    int cin_, cout_, depth_;
+    T *packed_;
+    float *bias_; // zeros
+};
+
+template <class T> void train_stem_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads);
+template <class T> void train_stem_backward(const KernelTable &kernels, const TrainBackward<T> &b, int threads);
+template <class T> void train_pointwise_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads);
+template <class T> void train_pointwise_backward(const KernelTable &kernels, const TrainBackward<T> &b, int threads);
+template <class T> void train_depthwise_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads);
+template <class T> void train_depthwise_backward(const KernelTable &kernels, const TrainBackward<T> &b, int threads);
 
 } // namespace mnv2

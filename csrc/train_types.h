@@ -19,17 +19,21 @@ struct Norm {
 };
 
 // y[p, c] = act(x[p, c]) + residual[p, c]
-struct ActivateArgs {
-    const float *x;
+template <class X, class Y> struct Activate {
+    const X *x;
     std::ptrdiff_t x_ld;
     Norm norm;
-    const float *residual; // or null
+    const Y *residual; // or null
     std::ptrdiff_t residual_ld;
-    float *y;
+    Y *y;
     std::ptrdiff_t y_ld;
     std::ptrdiff_t pixels;
     int channels;
 };
+
+using ActivateArgs = Activate<float, float>;
+using ActivateWideArgs = Activate<bf16, float>;
+using ActivateBf16Args = Activate<bf16, bf16>;
 
 // The same in panels [channels / panel][capacity pixels][panel], the last one vector wide where one is enough; what is
 // beyond the last channel is undefined.
@@ -45,20 +49,24 @@ struct PanelsArgs {
 
 // The gradient of a raw output z: dz = of_g * g' + of_z * z + constant, a number of each for each channel; g' is g, or
 // 0 where norm.relu6 and z's activation is flat.
-struct GradientArgs {
-    const float *g;
+template <class G, class Z, class Y> struct GradientOf {
+    const G *g;
     std::ptrdiff_t g_ld;
-    const float *z;
+    const Z *z;
     std::ptrdiff_t z_ld;
     Norm norm;
     const float *of_g;
     const float *of_z;
     const float *constant;
-    float *dz;
+    Y *dz;
     std::ptrdiff_t dz_ld;
     std::ptrdiff_t pixels;
     int channels;
 };
+using GradientArgs = GradientOf<float, float, float>;
+using GradientWideArgs = GradientOf<bf16, bf16, float>;
+using GradientBf16Args = GradientOf<bf16, bf16, bf16>;
+using GradientNarrowArgs = GradientOf<float, float, bf16>;
 
 // sum[c] = sum over pixels of x[p, c] - x[0, c], square[c] of its square.
 struct MomentsArgs {
@@ -70,15 +78,22 @@ struct MomentsArgs {
     int channels;
 };
 
+// The same, and y[p, c] = x[p, c].
+struct MomentsNarrowArgs {
+    MomentsArgs moments;
+    bf16 *y;
+    std::ptrdiff_t y_ld;
+};
+
 // sum[c] = sum over pixels of g', dot[c] of g' * (z - mean); g' as in GradientArgs, also written to `masked`, or
 // streamed.
-struct SumsArgs {
-    const float *g;
+template <class G, class Z> struct Sums {
+    const G *g;
     std::ptrdiff_t g_ld;
-    const float *z;
+    const Z *z;
     std::ptrdiff_t z_ld;
     Norm norm;
-    float *masked; // or null; may be g
+    Z *masked; // or null; may be g
     std::ptrdiff_t masked_ld;
     bool stream;
     float *sum;
@@ -86,6 +101,9 @@ struct SumsArgs {
     std::ptrdiff_t pixels;
     int channels;
 };
+using SumsArgs = Sums<float, float>;
+using SumsNarrowArgs = Sums<float, bf16>;
+using SumsBf16Args = Sums<bf16, bf16>;
 
 // dw[o, i] = sum over pixels of dz[p, o] * a[p, i], added to dw where `accumulate`.
 struct WeightGradientArgs {
@@ -98,6 +116,30 @@ struct WeightGradientArgs {
     std::ptrdiff_t pixels;
     int cin;
     int cout;
+    bool accumulate;
+};
+
+// act(x) in pairs of pixels [pixels / 2][y_ld][2], with a zero after an odd count's last.
+struct PairsArgs {
+    const bf16 *x;
+    std::ptrdiff_t x_ld;
+    Norm norm;
+    bf16 *y;
+    std::ptrdiff_t y_ld; // channels in whole vectors; what is beyond the last one is undefined
+    std::ptrdiff_t pixels;
+    int channels;
+};
+
+// dw[r, c] = sum over pixels of rows[p, r] * columns[p, c], added to dw where `accumulate`. Both are pairs of pixels as
+// PairsArgs has them; all sizes are whole vectors.
+struct WeightPairsArgs {
+    const bf16 *rows;
+    const bf16 *columns;
+    bf16 *turned; // room for `rows`
+    float *dw;    // [row_count][column_count]
+    int row_count;
+    int column_count;
+    int pairs; // a multiple of 16
     bool accumulate;
 };
 

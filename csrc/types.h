@@ -117,7 +117,7 @@ namespace mnv2 {
 constexpr std::size_t kRingBytes = 12 * 1024;
 
 // Kernels that a row of isa.def has together.
-enum KernelGroup : unsigned { kFp32 = 1, kBf16 = 2, kInt8 = 4, kTrain = 8 };
+enum KernelGroup : unsigned { kFp32 = 1, kBf16 = 2, kInt8 = 4, kTrain = 8, kTrainBf16 = 16 };
 
 struct KernelTable {
     const char *isa;

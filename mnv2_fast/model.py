@@ -183,7 +183,7 @@ class MobileNetV2(Automatic):
                     )
                 chain = child.train_chain()
                 if name == "0":
-                    training.decline_input(x, chain.layers)
+                    training.decline_input(x, chain)
         except Declined as reason:
             return str(reason)
         return None

@@ -262,7 +262,7 @@ class Trained(Automatic):
         decline_call(x)
         self.decline_changes()
         chain = self.train_chain()
-        training.decline_input(x, chain.layers)
+        training.decline_input(x, chain)
         return lambda x: training.run(x, chain.layers, chain.tensors, chain.residual)
 
     def train_chain(self) -> training.TrainChain:

@@ -86,18 +86,20 @@ def read_chain(module: nn.Module, reading: Reading) -> TrainChain:
     return TrainChain(layers, tuple(modules), specs[-1].residual > 0)
 
 
-def decline_input(x: Tensor, layers: Sequence[TrainLayer]) -> None:
+def decline_input(x: Tensor, chain: TrainChain) -> None:
     """Look whether the training kernels take an input that `reading.decline_call` has let pass.
 
     Raises:
         Declined: they do not.
     """
-    if torch.is_autocast_enabled("cpu"):
-        raise Declined("autocast is on, the training kernels take float32")
-    if x.dtype is not torch.float32 or x.is_conj() or x.shape[0] == 0:
-        raise Declined(
-            f"the input is {x.dtype} {tuple(x.shape)}, the training kernels take images of float32"
-        )
+    autocast = torch.is_autocast_enabled("cpu")
+    if x.dtype is not torch.float32 and not (autocast and x.dtype is torch.bfloat16):
+        raise Declined(f"the input is {x.dtype}, the training kernels take float32, or bf16 under autocast")
+    if autocast and chain.residual and x.dtype is torch.float32:
+        raise Declined("autocast adds a float32 input to a bfloat16 answer")
+    if x.shape[0] == 0:
+        raise Declined("there are no images")
+    layers = chain.layers
     if x.shape[1] != layers[0].spec.cin:
         raise Declined(f"the input has {x.shape[1]} channels, not {layers[0].spec.cin}")
 
@@ -133,7 +135,10 @@ class ChainTraining(torch.autograd.Function):
     ) -> Tensor:
         """The result; arguments as `run` has them."""
         specs = [layer.spec for layer in layers]
-        first = x.detach() if specs[0].kind == "stem" else _nhwc(x.detach())
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+        # A stem's image is float32, which its kernel multiplies in.
+        stem = specs[0].kind == "stem"
+        first = x.detach().float() if stem else _nhwc(x.detach().to(dtype))
         read: Tensor | Expansion = first
         norm: Norm | None = None
         saved: list[Tensor | None] = []
@@ -141,6 +146,8 @@ class ChainTraining(torch.autograd.Function):
         for i, layer in enumerate(layers):
             weight, gamma, beta = (_dense(t) for t in tensors[3 * i : 3 * i + 3])
             assert weight is not None
+            if layer.spec.kind == "pointwise":
+                weight = weight.to(dtype)
             batch = layer.batch_moments
             z: Tensor | Expansion
             if i == 0 and _is_remade(specs, first):
@@ -148,7 +155,7 @@ class ChainTraining(torch.autograd.Function):
                 total = cpu_train.expansion_sums(z) if batch else None
             else:
                 conv = Conv(layer.spec.kind, weight, layer.spec.stride)
-                z, total = cpu_train.forward(conv, read, norm, sums=batch)
+                z, total = cpu_train.forward(conv, read, norm, sums=batch, dtype=dtype)
             pixels = math.prod(z.shape[:3]) if batch else 0
             if total is None or not batch:
                 total = _running_moments(layer.norm)

@@ -151,7 +151,7 @@ def test_wheel_holds_what_it_should_and_nothing_else(wheel: Path) -> None:
         expected = {f"{package}/{path.relative_to(folder)}" for path in folder.rglob("*.py")}
         assert expected <= packaged, sorted(expected - packaged)
     (extension,) = (name for name in names if name.endswith(".so"))
-    assert sizes[extension] < 3_000_000  # three precisions, each for the instruction sets that change it
+    assert sizes[extension] < 3_300_000  # three precisions, each for the instruction sets that change it
 
 
 def test_extension_links_to_the_system_only(wheel: Path, tmp_path: Path) -> None:

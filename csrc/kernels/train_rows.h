@@ -13,13 +13,13 @@ constexpr int kGroup = 8;
 
 // A vector of channels, all of which exist or the first `count`.
 struct WholeVector {
-    Vec get(const float *p) const { return load(p); }
-    void put(float *p, Vec a) const { store(p, a); }
+    template <class T> Vec get(const T *p) const { return load(p); }
+    template <class T> void put(T *p, Vec a) const { store(p, a); }
 };
 struct PartVector {
     int count;
-    Vec get(const float *p) const { return load_first(p, count); }
-    void put(float *p, Vec a) const { store_first(p, a, count); }
+    template <class T> Vec get(const T *p) const { return load_first(p, count); }
+    template <class T> void put(T *p, Vec a) const { store_first(p, a, count); }
 };
 
 // f(c, vector) for every vector of channels, c its first.
@@ -35,7 +35,7 @@ template <class V> inline Vec normalized(const V &vector, const Norm &norm, Vec 
     return fma(z, vector.get(norm.scale + c), vector.get(norm.shift + c));
 }
 
-template <class V> inline Vec activated(const V &vector, const Norm &norm, const float *x, int c) {
+template <class V, class T> inline Vec activated(const V &vector, const Norm &norm, const T *x, int c) {
     Vec v = vector.get(x + c);
     if (norm.scale)
         v = normalized(vector, norm, v, c);
@@ -46,18 +46,22 @@ template <class V> inline Vec masked(const V &vector, const Norm &norm, Vec g, V
     return norm.relu6 ? relu6_gradient(normalized(vector, norm, z, c), g) : g;
 }
 
-void train_activate(const ActivateArgs &a) {
+template <class X, class Y> inline void activate(const Activate<X, Y> &a) {
     const Norm norm = a.norm;
     for (std::ptrdiff_t p = 0; p < a.pixels; ++p) {
-        const float *const x = a.x + p * a.x_ld;
-        const float *const residual = a.residual ? a.residual + p * a.residual_ld : nullptr;
-        float *const y = a.y + p * a.y_ld;
+        const X *const x = a.x + p * a.x_ld;
+        const Y *const residual = a.residual ? a.residual + p * a.residual_ld : nullptr;
+        Y *const y = a.y + p * a.y_ld;
         each_vector(a.channels, [&](int c, auto vector) __attribute__((always_inline)) {
             const Vec v = activated(vector, norm, x, c);
             vector.put(y + c, residual ? add(v, vector.get(residual + c)) : v);
         });
     }
 }
+
+void train_activate(const ActivateArgs &a) { activate(a); }
+void train_activate_wide(const ActivateWideArgs &a) { activate(a); }
+void train_activate_bf16(const ActivateBf16Args &a) { activate(a); }
 
 void train_panels(const PanelsArgs &a) {
     const Norm norm = a.norm;
@@ -70,11 +74,23 @@ void train_panels(const PanelsArgs &a) {
     }
 }
 
-void train_gradient(const GradientArgs &a) {
+void train_pairs(const PairsArgs &a) {
+    const Norm norm = a.norm;
+    for (std::ptrdiff_t p = 0; p < a.pixels; p += 2) {
+        const bf16 *const x = a.x + p * a.x_ld, *const next = p + 1 < a.pixels ? x + a.x_ld : nullptr;
+        bf16 *const y = a.y + p * a.y_ld;
+        each_vector(a.channels, [&](int c, auto vector) __attribute__((always_inline)) {
+            store_pairs(y + 2 * c, activated(vector, norm, x, c), next ? activated(vector, norm, next, c) : zero());
+        });
+    }
+}
+
+template <class G, class Z, class Y> inline void gradient(const GradientOf<G, Z, Y> &a) {
     const Norm norm = a.norm;
     for (std::ptrdiff_t p = 0; p < a.pixels; ++p) {
-        const float *const g = a.g + p * a.g_ld, *const z = a.z + p * a.z_ld;
-        float *const dz = a.dz + p * a.dz_ld;
+        const G *const g = a.g + p * a.g_ld;
+        const Z *const z = a.z + p * a.z_ld;
+        Y *const dz = a.dz + p * a.dz_ld;
         each_vector(a.channels, [&](int c, auto vector) __attribute__((always_inline)) {
             const Vec at = vector.get(z + c), through = masked(vector, norm, vector.get(g + c), at, c);
             const Vec rest = fma(at, vector.get(a.of_z + c), vector.get(a.constant + c));
@@ -83,12 +99,18 @@ void train_gradient(const GradientArgs &a) {
     }
 }
 
+void train_gradient(const GradientArgs &a) { gradient(a); }
+void train_gradient_wide(const GradientWideArgs &a) { gradient(a); }
+void train_gradient_bf16(const GradientBf16Args &a) { gradient(a); }
+void train_gradient_narrow(const GradientNarrowArgs &a) { gradient(a); }
+
 // Adds a group's sum to that of the groups before, or begins it.
 template <class V> inline void add_group(const V &vector, float *total, Vec sum, bool begin) {
     vector.put(total, begin ? sum : add(vector.get(total), sum));
 }
 
-void train_moments(const MomentsArgs &a) {
+// each(p, c, vector, values) for every vector that is read.
+template <class Each> inline void moments(const MomentsArgs &a, const Each &each) {
     for (std::ptrdiff_t p = 0; p < a.pixels; p += kGroup) {
         const int rows = min(a.pixels - p, kGroup);
         each_vector(a.channels, [&](int c, auto vector) __attribute__((always_inline)) {
@@ -96,7 +118,8 @@ void train_moments(const MomentsArgs &a) {
             Vec sum = zero(), square = zero();
             const float *x = a.x + p * a.x_ld + c;
             for (int r = 0; r < rows; ++r, x += a.x_ld) {
-                const Vec d = sub(vector.get(x), origin);
+                const Vec values = vector.get(x), d = sub(values, origin);
+                each(p + r, c, vector, values);
                 sum = add(sum, d);
                 square = fma(d, d, square);
             }
@@ -106,7 +129,16 @@ void train_moments(const MomentsArgs &a) {
     }
 }
 
-template <bool kRelu6> inline void sums(const SumsArgs &a) {
+void train_moments(const MomentsArgs &a) {
+    moments(a, [](std::ptrdiff_t, int, auto, Vec) __attribute__((always_inline)) {});
+}
+
+void train_moments_narrow(const MomentsNarrowArgs &a) {
+    moments(a.moments, [&](std::ptrdiff_t p, int c, auto vector, Vec values)
+                           __attribute__((always_inline)) { vector.put(a.y + p * a.y_ld + c, values); });
+}
+
+template <bool kRelu6, class G, class Z> inline void sums(const Sums<G, Z> &a) {
     for (std::ptrdiff_t p = 0; p < a.pixels; p += kGroup) {
         const int rows = min(a.pixels - p, kGroup);
         each_vector(a.channels, [&](int c, auto vector) __attribute__((always_inline)) {
@@ -115,18 +147,23 @@ template <bool kRelu6> inline void sums(const SumsArgs &a) {
             const Vec scale = kRelu6 ? vector.get(a.norm.scale + c) : zero();
             const Vec shift = kRelu6 ? vector.get(a.norm.shift + c) : zero();
             Vec sum = zero(), dot = zero();
-            const float *z = a.z + p * a.z_ld + c, *from = a.g + p * a.g_ld + c;
-            float *to = a.masked ? a.masked + p * a.masked_ld + c : nullptr;
+            const Z *z = a.z + p * a.z_ld + c;
+            const G *from = a.g + p * a.g_ld + c;
+            Z *to = a.masked ? a.masked + p * a.masked_ld + c : nullptr;
             for (int r = 0; r < rows; ++r, z += a.z_ld, from += a.g_ld) {
                 const Vec at = vector.get(z);
                 Vec g = vector.get(from);
                 if (kRelu6)
                     g = relu6_gradient(fma(at, scale, shift), g);
                 if (to) {
-                    if (a.stream)
-                        stream(to, g);
-                    else
+                    if constexpr (sizeof(Z) == sizeof(float)) {
+                        if (a.stream)
+                            stream(to, g);
+                        else
+                            vector.put(to, g);
+                    } else {
                         vector.put(to, g);
+                    }
                     to += a.masked_ld;
                 }
                 sum = add(sum, g);
@@ -140,12 +177,16 @@ template <bool kRelu6> inline void sums(const SumsArgs &a) {
         drain();
 }
 
-void train_sums(const SumsArgs &a) {
+template <class G, class Z> inline void masked_sums(const Sums<G, Z> &a) {
     if (a.norm.relu6)
         sums<true>(a);
     else
         sums<false>(a);
 }
+
+void train_sums(const SumsArgs &a) { masked_sums(a); }
+void train_sums_narrow(const SumsNarrowArgs &a) { masked_sums(a); }
+void train_sums_bf16(const SumsBf16Args &a) { masked_sums(a); }
 
 } // namespace
 } // namespace mnv2::MNV2_ISA

@@ -111,6 +111,11 @@ inline Vec firsts(Vec pairs) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm
 inline Vec seconds(Vec pairs) {
     return {_mm256_and_ps(pairs.v, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000))))};
 }
+// The pairs of a lane each of a and b.
+inline void store_pairs(bf16 *p, Vec a, Vec b) {
+    const __m256i low = _mm256_cvtepu16_epi32(rounded(a)), high = _mm256_cvtepu16_epi32(rounded(b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+}
 // acc + the dot product of a lane's pairs, its second product first as the instruction has it.
 inline Vec dot2(Vec acc, Vec a, Vec b) { return fma(firsts(a), firsts(b), fma(seconds(a), seconds(b), acc)); }
 

@@ -111,6 +111,12 @@ inline __m256i rounded(Vec a) {
 inline Vec dot2(Vec acc, Vec a, Vec b) { return fma(firsts(a), firsts(b), fma(seconds(a), seconds(b), acc)); }
 #endif
 
+// The pairs of a lane each of a and b.
+inline void store_pairs(bf16 *p, Vec a, Vec b) {
+    const __m512i low = _mm512_cvtepu16_epi32(rounded(a)), high = _mm512_cvtepu16_epi32(rounded(b));
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
 inline Vec load(const bf16 *p) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
 inline Vec load_first(const bf16 *p, int n) { return widened(_mm256_maskz_loadu_epi16(first(n), p)); }
 inline void store(bf16 *p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), rounded(a)); }

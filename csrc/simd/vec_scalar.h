@@ -140,6 +140,13 @@ inline Vec firsts(Vec pairs) {
 inline Vec seconds(Vec pairs) {
     return each([&](int i) { return float_of(bits_of(pairs.v[i]) & 0xffff0000u); });
 }
+// The pairs of a lane each of a and b.
+inline void store_pairs(bf16 *p, Vec a, Vec b) {
+    for (int i = 0; i < kLanes; ++i) {
+        p[2 * i] = rounded(a.v[i]);
+        p[2 * i + 1] = rounded(b.v[i]);
+    }
+}
 // acc + the dot product of a lane's pairs, its second product first as the instruction has it.
 inline Vec dot2(Vec acc, Vec a, Vec b) { return fma(firsts(a), firsts(b), fma(seconds(a), seconds(b), acc)); }
 

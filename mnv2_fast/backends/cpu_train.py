@@ -1,6 +1,8 @@
-"""The kernels of a training step on `_C`: float32 tensors on the CPU, [N, H, W, C] without gaps.
+"""The kernels of a training step on `_C`: tensors on the CPU, [N, H, W, C] without gaps.
 
-Between layers there are raw outputs of convolutions only. A `Norm` says how one is read.
+Between layers there are raw outputs of convolutions only. A `Norm` says how one is read. All tensors of a
+step, and the weights of its 1x1 convolutions, are float32, or all are bfloat16; the rest is float32: norms,
+sums, a stem's image, other weights, every weight's gradient.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Conv:
     """A convolution.
 
     `kind`: "pointwise", "depthwise" (3x3 with padding 1) or "stem" (3x3 of stride 2 with padding 1).
-    `weight`: float32, as torch has it, contiguous. `stride`: of a depthwise one 1 or 2.
+    `weight`: as torch has it, contiguous. `stride`: of a depthwise one 1 or 2.
     """
 
     kind: str
@@ -80,14 +82,27 @@ class Step:
     z: Tensor | None
     gradient: Gradient
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the step's tensors; a stem's image may be of another."""
+        if self.z is not None:
+            return self.z.dtype
+        return self.conv.weight.dtype
 
-def empty(*shape: int) -> Tensor:
-    """A float32 tensor, not initialised, in memory that goes to the next one of its size when it dies."""
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor, not initialised, in memory that goes to the next one of its size when it dies."""
     count = math.prod(shape)
     if count == 0:
-        return torch.empty(shape, dtype=torch.float32, device="cpu")
-    buffer = cpu.extension().TrainBuffer(4 * count)
-    return torch.frombuffer(buffer, dtype=torch.float32, count=count).view(shape)
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    buffer = cpu.extension().TrainBuffer(dtype.itemsize * count)
+    return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+
+
+def _kernels(dtype: torch.dtype) -> Any:
+    """`_C`'s functions for tensors of a type."""
+    c = cpu.extension()
+    return c.train_bfloat16 if dtype is torch.bfloat16 else c.train_float32
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -113,13 +128,18 @@ def _source(x: Tensor | Expansion) -> tuple[int, tuple[int, int, int] | None]:
 
 
 def _forward(
-    conv: Conv, x: Tensor | Expansion, norm: Norm | None, z: Tensor | None, total: Tensor | None
+    conv: Conv,
+    x: Tensor | Expansion,
+    norm: Norm | None,
+    *,
+    z: Tensor | None,
+    total: Tensor | None,
+    dtype: torch.dtype,
 ) -> None:
-    c = cpu.extension()
     address, expansion = _source(x)
     size, strides = _size(conv, x)
-    c.train_forward(
-        getattr(c.TrainKind, conv.kind),
+    _kernels(dtype).forward(
+        getattr(cpu.extension().TrainKind, conv.kind),
         size,
         strides,
         address,
@@ -137,7 +157,9 @@ def _sums(channels: int) -> Tensor:
     return torch.empty((2, channels), dtype=torch.float64, device="cpu")
 
 
-def forward(conv: Conv, x: Tensor | Expansion, norm: Norm | None, *, sums: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    conv: Conv, x: Tensor | Expansion, norm: Norm | None, *, sums: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """A convolution of `norm` applied to x.
 
     Args:
@@ -146,21 +168,22 @@ def forward(conv: Conv, x: Tensor | Expansion, norm: Norm | None, *, sums: bool)
             [N, Cin, H, W] of any strides, without norm; an `Expansion` of a depthwise layer only.
         norm: of x.
         sums: whether they are wanted.
+        dtype: of the step.
 
     Returns:
         The raw output [N, Ho, Wo, Cout], and [2, Cout] float64, its sum and sum of squares over all pixels.
     """
     (n, h, w, _, cout, stride), _ = _size(conv, x)
-    z = empty(n, (h - 1) // stride + 1, (w - 1) // stride + 1, cout)
+    z = empty(n, (h - 1) // stride + 1, (w - 1) // stride + 1, cout, dtype=dtype)
     total = _sums(cout)
-    _forward(conv, x, norm, z, total if sums else None)
+    _forward(conv, x, norm, z=z, total=total if sums else None, dtype=dtype)
     return z, total
 
 
 def expansion_sums(x: Expansion) -> Tensor:
     """The sums that `forward` would give of an expansion."""
     total = _sums(x.weight.shape[0])
-    _forward(Conv("pointwise", x.weight, 1), x.x, None, None, total)
+    _forward(Conv("pointwise", x.weight, 1), x.x, None, z=None, total=total, dtype=x.x.dtype)
     return total
 
 
@@ -187,9 +210,9 @@ def normalize(
 
 def activate(z: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
     """What follows a raw output: normalized, activated, the residual of its shape added."""
-    y = empty(*z.shape)
+    y = empty(*z.shape, dtype=z.dtype)
     channels = z.shape[-1]
-    cpu.extension().train_activate(
+    _kernels(z.dtype).activate(
         z.data_ptr(),
         norm.values.data_ptr(),
         norm.relu6,
@@ -210,7 +233,7 @@ def sums(g: Tensor, z: Tensor, norm: Norm) -> Tensor:
     """
     channels = z.shape[-1]
     total = torch.empty((2, channels), dtype=torch.float64, device="cpu")
-    cpu.extension().train_sums(
+    _kernels(z.dtype).sums(
         g.data_ptr(),
         z.data_ptr(),
         norm.values.data_ptr(),
@@ -266,12 +289,11 @@ def _backward(
     dw: Tensor | None = None,
 ) -> Any:
     """The arguments of a backward pass as `_C` takes them."""
-    c = cpu.extension()
     address, expansion = _source(step.x)
     size, strides = _size(step.conv, step.x)
     norm, mask = step.norm, step.gradient.mask
-    return c.TrainBackward(
-        getattr(c.TrainKind, step.conv.kind),
+    return _kernels(step.dtype).Backward(
+        getattr(cpu.extension().TrainKind, step.conv.kind),
         size,
         strides,
         address,
@@ -308,12 +330,12 @@ def backward(
         goes on.
     """
     x, weight = step.x, step.conv.weight
-    dx = empty(*x.shape) if for_x and isinstance(x, Tensor) else None
-    dw = torch.empty_like(weight) if for_weight else None
+    dx = empty(*x.shape, dtype=step.dtype) if for_x and isinstance(x, Tensor) else None
+    dw = torch.empty_like(weight, dtype=torch.float32) if for_weight else None
     total = _sums(x.shape[1 if step.conv.kind == "stem" else -1])
     wanted = total if for_x and step.norm is not None else None
     call = _backward(step, residual=residual, dx=dx, total=wanted, dw=dw)
-    cpu.extension().train_backward(call, torch.get_num_threads())
+    _kernels(step.dtype).backward(call, torch.get_num_threads())
     return dx, total, dw
 
 
@@ -336,9 +358,9 @@ def expansion_backward(
     """
     x = after.x
     assert isinstance(x, Expansion)
-    dx = empty(*x.x.shape) if for_x else None
-    dw = torch.empty_like(x.weight) if for_weight else None
+    dx = empty(*x.x.shape, dtype=x.x.dtype) if for_x else None
+    dw = torch.empty_like(x.weight, dtype=torch.float32) if for_weight else None
     expand = Step(Conv("pointwise", x.weight, 1), x.x, None, None, Gradient(None, after.norm, coefficients))
     call = _backward(expand, residual=residual, dx=dx, dw=dw)
-    cpu.extension().train_expand_backward(call, _backward(after), torch.get_num_threads())
+    _kernels(x.x.dtype).expand_backward(call, _backward(after), torch.get_num_threads())
     return dx, dw
