@@ -38,6 +38,7 @@ BESIDE = (
     "loading",
     "weights",
     "_torchvision",
+    "files",
     "metrics",
     "plots",
     "lenet",
@@ -75,6 +76,7 @@ def imports(name: str, path: Path) -> Iterator[tuple[str, bool]]:
         id(inner)
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         for inner in ast.walk(node)
     }
     here = ["mnv2_fast", *name.split(".")]
