@@ -15,6 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "serve"),
     ("blocks", "demo", "info"),
+    ("terminal",),
     ("train", "predict", "export", "quantize"),
     ("engine",),
     ("adopt",),

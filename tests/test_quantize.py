@@ -336,11 +336,11 @@ def test_a_bar_for_each_stage_at_a_terminal(
 def test_interruption_leaves_no_file(stage: str, weights: str, photos: Path, tmp_path: Path) -> None:
     code = (
         "import sys, time; from mnv2_fast import cli\n"
-        "whole = cli._Stages.advance\n"
+        "whole = cli.Stages.advance\n"
         "def slow(self, stage, done, of):\n"
         "    whole(self, stage, done, of)\n"
         "    if (stage, done) == (sys.argv[1], 3): print('here', flush=True); time.sleep(60)\n"
-        "cli._Stages.advance = slow\n"
+        "cli.Stages.advance = slow\n"
         "sys.exit(cli.main(['quantize', *sys.argv[2:]]))"
     )
     args = ["--data", str(photos), "--out", str(tmp_path / "m"), "--weights", weights]
