@@ -20,6 +20,8 @@ _EXPORTS = {
     "compile": "engine",
     "load": "engine",
     "Predictor": "predict",
+    "Evaluation": "metrics",
+    "evaluate": "evaluation",
     "UserError": "errors",
 }
 

@@ -34,6 +34,7 @@ from .terminal import (
 if TYPE_CHECKING:
     from .engine import Engine
     from .model import MobileNetV2
+    from .predict import Predictor
     from .quantize import Judgement
 
 DEFAULT_WEIGHTS = "IMAGENET1K_V1"
@@ -152,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--per-layer", action="store_true", help="print each layer's SQNR in dB")
     quantize.add_argument("--threads", type=count, metavar="N", help="torch's number by default")
 
+    _add_evaluation(verb("evaluate", _evaluate, "judge a model by labelled photos"))
+
     demo = verb("demo", _demo, "classify a photo, check the answer against torchvision's and time both")
     demo.add_argument("photo", nargs="?", metavar="PHOTO", help="a file; by default the cat of scikit-image")
     _add_model(demo)
@@ -173,6 +176,29 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", metavar="DTYPE", help="arithmetic of the network: fp32, bf16 or int8")
     parser.add_argument("--backend", choices=env.BACKENDS, help=f"instead of {env.BACKEND.name}")
+
+
+def _add_evaluation(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="a folder for each class, named after it; or val/ with them",
+    )
+    evaluate.add_argument("--out", metavar="DIR", help="folder to write a report with charts in")
+    _add_model(evaluate)
+    _add_engine(evaluate)
+    _add_calibration(evaluate)
+    evaluate.add_argument(
+        "--val-share",
+        type=share,
+        metavar="SHARE",
+        help="judge by this share of each class, the one that training with it and --seed left out; by all "
+        "photos by default",
+    )
+    evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice (0)")
+    evaluate.add_argument("--batch-size", type=count, default=32, metavar="N", help="photos per call (32)")
+    evaluate.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -199,16 +225,9 @@ def _settle_environment(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace) -> int:
     from .data import iterate_inputs
-    from .predict import Predictor, load_model
 
     files = iterate_inputs(args.inputs)
-    predictor = Predictor(
-        _calibrated(args, load_model(args.weights)) if args.calibration else args.weights,
-        top_k=args.top_k,
-        batch_size=args.batch_size,
-        threads=args.threads,
-        dtype=args.dtype,
-    )
+    predictor = _predictor(args, top_k=args.top_k)
     done = failed = 0
     try:
         with _progress(args.inputs) as (advance, say):
@@ -227,6 +246,19 @@ def _predict(args: argparse.Namespace) -> int:
     if failed:
         print(f"mnv2: {failed} of {done} files could not be used", file=sys.stderr)
     return BAD_FILES if failed else OK
+
+
+def _predictor(args: argparse.Namespace, **more: Any) -> Predictor:
+    """The model that the command line names, as it is to run."""
+    from .predict import Predictor, load_model
+
+    return Predictor(
+        _calibrated(args, load_model(args.weights)) if args.calibration else args.weights,
+        batch_size=args.batch_size,
+        threads=args.threads,
+        dtype=args.dtype,
+        **more,
+    )
 
 
 def _answer(path: object, result: Sequence[Mapping[str, Any]], as_json: bool) -> str:
@@ -398,6 +430,12 @@ def _judgement(found: Judgement, calibrated: int) -> str:
             f"float {exact:.1%}, drop {100 * (exact - quantized):.1f} points"
         )
     return "\n".join(lines)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from . import cli_evaluate
+
+    return cli_evaluate.run(args, _predictor(args))
 
 
 def _demo(args: argparse.Namespace) -> int:

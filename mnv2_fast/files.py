@@ -24,8 +24,11 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
 
 
-def output_folder(path: str | os.PathLike[str]) -> Path:
-    """A folder that files can be written in; made, with those around it, where it is not there.
+@contextlib.contextmanager
+def output_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a folder that files can be written in; made, with those around it, where it is not there.
+
+    One that was made here is taken away again where the block fails before anything is in it.
 
     Raises:
         UserError: it is a file, or may not be made or written.
@@ -33,6 +36,7 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path).expanduser()
     if not os.fspath(path) or (folder.exists() and not folder.is_dir()):
         raise UserError(f"{os.fspath(path)!r} is a file or empty: give the name of a folder to write in")
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -42,4 +46,20 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
             f"cannot write in {folder} ({error.strerror or error}): give another folder, or check its "
             "permissions"
         ) from error
-    return folder
+    try:
+        yield folder
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # there is something in it
+                folder.rmdir()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8; names of files that are none stay what they were.
+
+    Raises:
+        OSError: it cannot be written; the one before is left.
+    """
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8", errors="surrogateescape")

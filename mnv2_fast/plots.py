@@ -39,6 +39,7 @@ COLOURS = ("#009e73", "#d55e00", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#8
 
 _DPI = 130
 _COLUMNS = 5  # of photos in a row
+_BOX = (256, 200)  # pixels for each: most photos lie
 _LONGEST = 26  # characters of a name
 # For scripts that matplotlib's own font lacks; those that are installed are used.
 _MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans")
@@ -152,7 +153,7 @@ def confusion(path: Path, evaluation: Evaluation) -> None:
         shown = sorted(worst.tolist())
     cells = counts[np.ix_(shown, shown)]
     shares = cells / np.maximum(counts[shown].sum(1, keepdims=True), 1)
-    names = [_short(evaluation.classes[i]) for i in shown]
+    names = [shorten(evaluation.classes[i]) for i in shown]
     n = len(shown)
     title = f"top-1 {evaluation.top1:.1%} of {len(evaluation)} photos"
     if n < len(evaluation.classes):
@@ -204,14 +205,14 @@ def mistakes(path: Path, evaluation: Evaluation, most: int = MOST_MISTAKES) -> N
     if shown:
         title += "\nblack: the true class; red: the predicted one and its score"
     with _drawing() as new_figure:
-        figure = new_figure(2.3 * columns, 2.75 * rows + 0.7)
+        figure = new_figure(2.3 * columns, 2.25 * rows + 0.7)
         figure.suptitle(title, fontsize=11)
         for place, i in enumerate(shown):
             axes = figure.add_subplot(rows, columns, place + 1)
             axes.imshow(_thumbnail(evaluation.paths[i]))
             axes.set_axis_off()
             true, taken = (
-                _short(evaluation.classes[int(of[i])]) for of in (evaluation.targets, evaluation.predicted)
+                shorten(evaluation.classes[int(of[i])]) for of in (evaluation.targets, evaluation.predicted)
             )
             axes.set_title(f"{true}\n", fontsize=9, pad=3)
             score = _percent(evaluation.scores[i].item())
@@ -220,16 +221,16 @@ def mistakes(path: Path, evaluation: Evaluation, most: int = MOST_MISTAKES) -> N
         _save(figure, path)
 
 
-def _thumbnail(path: Path, size: int = 256) -> Image.Image:
-    """The whole photo at the top of a white square; a grey square where it cannot be read any more."""
+def _thumbnail(path: Path) -> Image.Image:
+    """The whole photo at the top of a white box; a grey box where it cannot be read any more."""
     try:
         photo = data.read_image(path).copy()
     except (UserError, OSError):
-        return Image.new("RGB", (size, size), GREY)
-    photo.thumbnail((size, size))
-    square = Image.new("RGB", (size, size), "white")
-    square.paste(photo, ((size - photo.width) // 2, 0))
-    return square
+        return Image.new("RGB", _BOX, GREY)
+    photo.thumbnail(_BOX)
+    box = Image.new("RGB", _BOX, "white")
+    box.paste(photo, ((_BOX[0] - photo.width) // 2, 0))
+    return box
 
 
 def reliability(path: Path, evaluation: Evaluation) -> None:
@@ -285,7 +286,7 @@ def bars(path: Path, panels: Mapping[str, Sequence[Bar]], form: str = "{:.1f}") 
         panels: heading -> its bars. A bar without values is said to be missing.
         form: of the numbers written beside the bars.
     """
-    labels = [_short(bar.label, 40) for bar in next(iter(panels.values()))]
+    labels = [shorten(bar.label, 40) for bar in next(iter(panels.values()))]
     with _drawing() as new_figure:
         wide = 0.08 * max(map(len, labels), default=0)
         figure = new_figure(wide + 3.6 * len(panels), 0.36 * len(labels) + 1.2)
@@ -309,7 +310,7 @@ def bars(path: Path, panels: Mapping[str, Sequence[Bar]], form: str = "{:.1f}") 
         _save(figure, path)
 
 
-def _short(name: str, longest: int = _LONGEST) -> str:
+def shorten(name: str, longest: int = _LONGEST) -> str:
     """A name in one line of at most so many characters."""
     text = " ".join(name.split())
     return text if len(text) <= longest else f"{text[: longest - 1].rstrip()}…"

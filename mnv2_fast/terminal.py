@@ -92,6 +92,10 @@ class Stages:
         else:
             self._bar.write(text, file=sys.stderr)
 
+    def warn(self, message: Warning | str, *where: object, **more: object) -> None:
+        """Print a warning; in the place of `warnings.showwarning`."""
+        self.say(f"mnv2: warning: {one_line(message)}")
+
     def skip(self, error: Exception) -> None:
         """Say of a photo that it cannot be used, and count it."""
         self.unusable += 1

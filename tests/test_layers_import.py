@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mnv2_fast"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "serve"),
-    ("blocks", "demo", "info"),
-    ("terminal",),
+    ("blocks", "cli_evaluate", "demo", "info"),
+    ("report", "terminal"),
     ("train", "predict", "export", "quantize"),
+    ("evaluation",),
     ("engine",),
     ("adopt",),
     ("model",),
