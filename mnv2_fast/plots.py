@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from . import data
 from .errors import UserError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 # One dictionary an epoch, as in results.csv: "epoch", and figures whose names end in "loss" or "top1".
 History = Sequence[Mapping[str, Any]]
+Values = Sequence[Sequence[float]]  # of each step, one for each seed
 
 MOST_CLASSES = 30  # in a confusion matrix; of more, the most confused ones
 MOST_MISTAKES = 20
@@ -74,7 +76,7 @@ def run_plots(folder: str | os.PathLike[str], history: History, evaluation: Eval
 
 def evaluation_plots(folder: Path, evaluation: Evaluation) -> None:
     """confusion.png and mistakes.png in a folder."""
-    confusion(folder / "confusion.png", evaluation)
+    confusion(folder / "confusion.png", evaluation.classes, evaluation.confusion)
     mistakes(folder / "mistakes.png", evaluation)
 
 
@@ -141,23 +143,28 @@ def _curve(axes: Axes, seeds: Sequence[History], column: str, factor: float, **l
         axes.fill_between(epochs, least, most, color=line["color"], alpha=0.15, lw=0)
 
 
-def confusion(path: Path, evaluation: Evaluation) -> None:
+def confusion(path: Path, classes: Sequence[str], confused: Tensor) -> None:
     """The confusion matrix: counts, coloured by the share of the true class.
 
     Of more than `MOST_CLASSES` classes those that are most often taken for each other are shown.
+
+    Args:
+        path: of the PNG file.
+        classes: C names.
+        confused: int64 [C, C], as `Evaluation.confusion`.
     """
-    shown, counts = list(range(len(evaluation.classes))), evaluation.confusion.numpy()
+    shown, counts = list(range(len(classes))), confused.numpy()
     if len(shown) > MOST_CLASSES:
         wrong = counts - np.diag(np.diag(counts))
         worst = np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[:MOST_CLASSES]
         shown = sorted(worst.tolist())
     cells = counts[np.ix_(shown, shown)]
     shares = cells / np.maximum(counts[shown].sum(1, keepdims=True), 1)
-    names = [shorten(evaluation.classes[i]) for i in shown]
+    names = [shorten(classes[i]) for i in shown]
     n = len(shown)
-    title = f"top-1 {evaluation.top1:.1%} of {len(evaluation)} photos"
-    if n < len(evaluation.classes):
-        title += f"\nthe {n} of {len(evaluation.classes)} classes most often confused"
+    title = f"top-1 {np.trace(counts) / counts.sum():.1%} of {counts.sum()} photos"
+    if n < len(classes):
+        title += f"\nthe {n} of {len(classes)} classes most often confused"
     with _drawing() as new_figure:
         margin = 0.7 + 0.075 * max(map(len, names))
         side = max(3.2, 0.42 * n)
@@ -267,6 +274,36 @@ def reliability(path: Path, evaluation: Evaluation) -> None:
             axes.spines[["top", "right"]].set_visible(False)
         error = evaluation.calibration_error()
         figure.suptitle(f"expected calibration error {100 * error:.1f} points, {len(bins)} bins", fontsize=11)
+        _save(figure, path)
+
+
+def lines(path: Path, panels: Mapping[str, Mapping[str, Values]], ticks: Sequence[str], heading: str) -> None:
+    """Lines over a few steps, such as strengths, one panel beside another with the same lines and scale.
+
+    Args:
+        path: of the PNG file.
+        panels: heading -> name -> values of each step. Of several the mean is drawn, in a band from the least
+            to the most.
+        ticks: names of the steps.
+        heading: of what is measured.
+    """
+    with _drawing() as new_figure:
+        figure = new_figure(2.7 * len(panels) + 2.6, 3.4)
+        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, rows) in zip(all_axes, panels.items(), strict=True):
+            for i, (name, values) in enumerate(rows.items()):
+                colour = COLOURS[i % len(COLOURS)]
+                means = [float(np.mean(found)) for found in values]
+                axes.plot(range(len(ticks)), means, color=colour, label=name, marker="o", markersize=4)
+                least, most = [min(found) for found in values], [max(found) for found in values]
+                axes.fill_between(range(len(ticks)), least, most, color=colour, alpha=0.15, lw=0)
+            axes.set_title(title, fontsize=10)
+            axes.set_xticks(range(len(ticks)), labels=ticks, fontsize=9)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        all_axes[0].set_ylabel(heading)
+        handles, names = all_axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
         _save(figure, path)
 
 

@@ -76,7 +76,7 @@ def test_files_of_a_run(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> Non
 @pytest.mark.parametrize("count", [2, 5, 13, 30])
 def test_confusion_has_every_count_inside_its_cell(tmp_path: Path, drawn: list[Any], count: int) -> None:
     found = answers(tuple(f"class number {i} of many" for i in range(count)), 5000)
-    plots.confusion(tmp_path / "c.png", found)
+    plots.confusion(tmp_path / "c.png", found.classes, found.confusion)
     axes = drawn[0].axes[0]
     cells = {text.get_position(): int(text.get_text()) for text in axes.texts}
     counts = found.confusion.tolist()
@@ -95,7 +95,7 @@ def test_confusion_of_many_classes_shows_the_most_confused(tmp_path: Path, drawn
     found = metrics.from_logits(
         [str(i) for i in range(50)], targets, 9.0 * nn.functional.one_hot(predicted, 50)
     )
-    plots.confusion(tmp_path / "c.png", found)
+    plots.confusion(tmp_path / "c.png", found.classes, found.confusion)
     axes = drawn[0].axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert len(names) == plots.MOST_CLASSES
@@ -177,11 +177,23 @@ def test_bars_have_the_mean_and_each_value(tmp_path: Path, drawn: list[Any]) -> 
     assert not right.collections
 
 
+def test_lines_have_means_and_bands(tmp_path: Path, drawn: list[Any]) -> None:
+    rows = {"a": [[1.0, 3.0], [4.0]], "b": [[5.0], [6.0]]}
+    plots.lines(tmp_path / "l.png", {"noise": rows, "blur": {"a": [[0.0], [0.0]]}}, ["0", "1"], "top-1, %")
+    left, right = drawn[0].axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[2, 4], [5, 6]]
+    assert left.collections[0].get_paths()[0].get_extents().extents.tolist() == [0, 1, 1, 4]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["a", "b"]
+    assert (left.get_title(), right.get_title(), left.get_ylabel()) == ("noise", "blur", "top-1, %")
+    assert left.get_ylim() == right.get_ylim()
+
+
 CHARTS: dict[str, Callable[[Path], None]] = {
-    "confusion": lambda path: plots.confusion(path, answers()),
+    "confusion": lambda path: plots.confusion(path, ODD, answers().confusion),
     "mistakes": lambda path: plots.mistakes(path, answers()),
     "reliability": lambda path: plots.reliability(path, answers()),
     "curves": lambda path: plots.curves(path, {"": [history()]}),
+    "lines": lambda path: plots.lines(path, {"noise": {"a": [[1.0]]}}, ["0"], ""),
     "bars": lambda path: plots.bars(path, {"": [Bar("a", [1.0])]}),
 }
 
@@ -210,5 +222,5 @@ def test_a_full_disk_leaves_the_old_chart(name: str, tmp_path: Path, monkeypatch
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mnv2-fast\[train\]'"):
-        plots.confusion(tmp_path / "c.png", answers())
+        plots.confusion(tmp_path / "c.png", ODD, answers().confusion)
     assert not list(tmp_path.iterdir())
