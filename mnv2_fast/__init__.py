@@ -20,6 +20,7 @@ _EXPORTS = {
     "compile": "engine",
     "load": "engine",
     "Predictor": "predict",
+    "fit": "train",
     "UserError": "errors",
 }
 

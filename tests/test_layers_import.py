@@ -14,8 +14,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mnv2_fast"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "serve"),
+    ("cli_train",),
     ("blocks", "demo", "info"),
     ("train", "predict", "export", "quantize"),
+    ("trainer",),
     ("engine",),
     ("adopt",),
     ("model",),
@@ -36,13 +38,19 @@ BESIDE = (
     "photos",
     "imagecache",
     "loading",
+    "flowers",
+    "distributed",
+    "optim",
+    "reporting",
+    "runs",
+    "stopping",
     "weights",
     "_torchvision",
     "metrics",
     "plots",
     "lenet",
 )
-LEAVES = ("arch", "env", "errors", "machine")
+LEAVES = ("arch", "env", "errors", "machine", "recipe")
 INSIDE_ONLY = (
     "torchvision",
     "matplotlib",
@@ -53,6 +61,7 @@ INSIDE_ONLY = (
     "onnxruntime",
     "tqdm",
     "triton",
+    "yaml",
 )
 
 # Known exceptions: what imports upwards, inside a function, and why.
