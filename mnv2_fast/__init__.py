@@ -22,6 +22,7 @@ _EXPORTS = {
     "Predictor": "predict",
     "Evaluation": "metrics",
     "evaluate": "evaluation",
+    "fit": "train",
     "UserError": "errors",
 }
 

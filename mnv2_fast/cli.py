@@ -16,8 +16,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__, env
-from .errors import UserError
+from . import __version__, cli_train, env
+from .errors import Interrupted, UserError
+from .recipe import DEFAULT_WEIGHTS
 from .terminal import (
     BAD_FILES,
     BROKEN_PIPE,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from .predict import Predictor
     from .quantize import Judgement
 
-DEFAULT_WEIGHTS = "IMAGENET1K_V1"
 
 # A bar for fewer files would be gone before it is read.
 _MANY = 8
@@ -80,10 +80,12 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as stop:
+        code = stop.exit_code if isinstance(stop, Interrupted) else INTERRUPTED
         with contextlib.suppress(KeyboardInterrupt), whole():
             sys.stdout.flush()
-            print(f"mnv2: interrupted{': ' if str(stop) else ''}{stop}", file=sys.stderr)
-        return INTERRUPTED
+            if str(stop) or not isinstance(stop, Interrupted):  # of several processes, one speaks
+                print(f"mnv2: interrupted{': ' if str(stop) else ''}{stop}", file=sys.stderr)
+        return code
 
 
 def _warn(message: Warning | str, *where: object, **more: object) -> None:
@@ -95,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mnv2",
         description="MobileNetV2 on fast kernels of its own.",
         epilog="Exit codes: 0 done; 1 photos that could not be used, or answers that differ (then quantize "
-        "writes no file); 2 a mistake.",
+        "writes no file); 2 a mistake; 130 and 143 ended by Ctrl-C and SIGTERM.",
     )
     parser.add_argument("--version", action="version", version=f"mnv2-fast {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
@@ -113,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--top-k", type=count, default=5, metavar="K", help="classes per photo (5)")
     predict.add_argument("--batch-size", type=count, default=8, metavar="N", help="photos per call (8)")
     predict.add_argument("--json", action="store_true", help="one JSON object per photo and line")
+
+    cli_train.add_options(verb("finetune", cli_train.finetune, "train a classifier on a folder of photos"))
 
     bench = verb("bench", _bench, "time our engine beside torchvision's model")
     _add_model(bench, "only their class count and width matter; seeded ones by default", default=None)

@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mnv2_fast"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "serve"),
-    ("cli_compare", "cli_evaluate"),
+    ("cli_compare", "cli_evaluate", "cli_train"),
     ("compare_report",),
     ("compare",),
     ("blocks", "demo", "info"),
     ("report", "terminal"),
     ("train", "predict", "export", "quantize"),
+    ("trainer",),
     ("evaluation",),
     ("engine",),
     ("adopt",),
@@ -41,6 +42,12 @@ BESIDE = (
     "photos",
     "imagecache",
     "loading",
+    "flowers",
+    "distributed",
+    "optim",
+    "reporting",
+    "runs",
+    "stopping",
     "weights",
     "_torchvision",
     "files",
@@ -49,7 +56,7 @@ BESIDE = (
     "plots",
     "lenet",
 )
-LEAVES = ("arch", "env", "errors", "machine")
+LEAVES = ("arch", "env", "errors", "machine", "recipe")
 INSIDE_ONLY = (
     "torchvision",
     "matplotlib",
@@ -60,6 +67,7 @@ INSIDE_ONLY = (
     "onnxruntime",
     "tqdm",
     "triton",
+    "yaml",
 )
 
 # Known exceptions: what imports upwards, inside a function, and why.
