@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__, cli_train, env
+from . import __version__, cli_compare, cli_train, env
 from .errors import Interrupted, UserError
 from .recipe import DEFAULT_WEIGHTS
 from .terminal import (
@@ -158,6 +158,14 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--threads", type=count, metavar="N", help="torch's number by default")
 
     _add_evaluation(verb("evaluate", _evaluate, "judge a model by labelled photos"))
+
+    cli_compare.add_options(
+        verb(
+            "compare",
+            cli_compare.run,
+            "train LeNet-5 and MobileNetV2 on a folder, and compare them",
+        )
+    )
 
     demo = verb("demo", _demo, "classify a photo, check the answer against torchvision's and time both")
     demo.add_argument("photo", nargs="?", metavar="PHOTO", help="a file; by default the cat of scikit-image")

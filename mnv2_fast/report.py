@@ -171,7 +171,7 @@ def percent(value: float) -> str:
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, columns of numbers to the right."""
     columns = list(zip(*rows, strict=True)) or [()] * len(heading)
-    numbers = [all(re.match(r"-|[-+]?\d", cell) for cell in column) for column in columns]
+    numbers = [any(column) and all(re.match(r"$|-|[-+]?\d", cell) for cell in column) for column in columns]
     rule = ["---:" if right else "---" for right in numbers]
     return "\n".join("| " + " | ".join(row) + " |" for row in (heading, rule, *rows))
 

@@ -111,7 +111,7 @@ def fit(
             else photos.find(data, recipe.val_share, recipe.split_seed)
         )
         _check(recipe, folder, run, group, torch.device(device), overwrite=overwrite or resume)
-        with _threads(recipe.threads):
+        with on_threads(recipe.threads):
             network = _network(model, weights, recipe, folder.classes, say).to(device)
             seen = _preprocessing(network, preprocessing, recipe.image_size)
             if isinstance(network, MobileNetV2):
@@ -362,7 +362,8 @@ def _check_state(state: Mapping[str, Any], folder: LabelledFolder, group: Group)
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def on_threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch's within; None: as it is."""
     before = torch.get_num_threads()
     if count is not None:
         machine.warn_of_threads(count)

@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli_compare", "cli_evaluate", "cli_train"),
     ("compare_report",),
     ("compare",),
+    ("costs",),
     ("blocks", "demo", "info"),
     ("report", "terminal"),
     ("train", "predict", "export", "quantize"),
@@ -55,6 +56,7 @@ BESIDE = (
     "metrics",
     "plots",
     "lenet",
+    "contenders",
 )
 LEAVES = ("arch", "env", "errors", "machine", "recipe")
 INSIDE_ONLY = (
