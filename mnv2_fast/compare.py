@@ -292,6 +292,7 @@ class _Run:
             image_size=size,
             augment=contender.augment,
             workers=self.workers,
+            charts=False,
             cache=str(self.caches.place),
             **{**options, **network.options, **keep},
         )

@@ -102,8 +102,8 @@ def evaluate(
     A photo that cannot be used is left out, warned of once and counted.
 
     Args:
-        model: an Engine, or any module from float32 [N, 3, H, W] to logits. A module answers in eval mode,
-            and is then as it was.
+        model: an Engine, or any module from float32 [N, 3, H, W] to logits, on any device. A module answers
+            in eval mode, and is then as it was.
         data: a folder, as `photos.find_labelled` takes it; a `LabelledFolder`, whose validation photos are
             taken; or a dataset, which has its own preprocessing.
         labels: names of the outputs, instead of the model's; see `match`.
@@ -120,13 +120,15 @@ def evaluate(
     if labels is None:
         labels = getattr(model, "labels", None)
     loader = Loader(dataset, EpochSampler(len(dataset), batch_size, training=False), workers)
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    device = next((parameter.device for parameter in parameters), None)
     matching: Matching | None = None
     probabilities: list[Tensor] = []
     targets: list[Tensor] = []
     numbers: list[int] = []
     with _eval_mode(model), torch.no_grad():
         for batch in loader.epoch():
-            logits = model(batch.images).double()
+            logits = model(batch.images.to(device)).double().cpu()
             if matching is None:
                 matching = match(labels, logits.shape[1], dataset.classes)
             wrong = (~logits.isfinite().all(1)).nonzero()

@@ -4,6 +4,9 @@ args.yaml           the data, the weights and every option
 results.csv         one row an epoch
 best.safetensors    the weights of the best epoch, with labels and preprocessing
 final.safetensors   those of the last one
+curves.png          loss and top-1 by epoch; with the next two once the training is done
+confusion.png       of the last epoch's weights, on the validation photos
+mistakes.png        the worst of them
 last.pt             all that training needs to go on, to the bit
 tensorboard/        where it is asked for
 """

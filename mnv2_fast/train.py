@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import arch, distributed, loading, machine, optim, photos
+from . import arch, distributed, loading, machine, optim, photos, plots
 from .distributed import Group
 from .errors import UserError
+from .evaluation import evaluate
 from .loading import Loader
 from .model import MobileNetV2, mobilenet_v2
 from .photos import LabelledFolder
@@ -70,6 +71,7 @@ def fit(
     device: str | torch.device = "cpu",
     on_epoch_end: Callable[[Row], object] | None = None,
     progress: bool = True,
+    charts: bool = True,
     **options: Any,
 ) -> FitResult:
     """Train a classifier on a folder of photos.
@@ -89,6 +91,7 @@ def fit(
         device: to train on.
         on_epoch_end: called with each new row of the history, in every process.
         progress: tell of it on stderr.
+        charts: draw curves, confusion matrix and mistakes into the run folder, where matplotlib is installed.
         **options: of `Recipe`.
 
     Returns:
@@ -137,20 +140,36 @@ def fit(
             if state is not None:
                 trainer.load_state(state)
             trainer.train()
-            return _finish(trainer, folder, seen, run, group)
+            if run is not None:
+                group.on_first(partial(_save_end, run, trainer, charts))
+            return _result(trainer, folder, run)
 
 
-def _finish(
-    trainer: Trainer, folder: LabelledFolder, preprocessing: Preprocessing, run: Run | None, group: Group
-) -> FitResult:
-    """Write what belongs to the end of a run."""
+def _save_end(run: Run, trainer: Trainer, charts: bool) -> None:
+    """Write what belongs to the end of a run. No chart that cannot be drawn spoils it."""
+    run.save_weights(FINAL, trainer.result, trainer.classes, trainer.preprocessing)
+    if not charts:
+        return
+    try:
+        plots.check()
+        found = evaluate(
+            trainer.result,
+            trainer.val_loader.dataset,
+            labels=trainer.classes,
+            batch_size=trainer.recipe.batch_size,
+            workers=trainer.recipe.workers,
+        )
+        plots.run_plots(run.folder, trainer.progress.history, found)
+    except (UserError, OSError) as error:
+        warnings.warn(f"not all charts of the run are drawn: {error}", stacklevel=2)
+
+
+def _result(trainer: Trainer, folder: LabelledFolder, run: Run | None) -> FitResult:
     done, model = trainer.progress, trainer.result
-    if run is not None:
-        group.on_first(lambda: run.save_weights(FINAL, model, folder.classes, preprocessing))
     return FitResult(
         model=model,
         classes=folder.classes,
-        preprocessing=preprocessing,
+        preprocessing=trainer.preprocessing,
         photos=folder,
         history=done.history,
         top1=top1_of(done.history[-1]),

@@ -13,7 +13,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 import mnv2_fast
-from mnv2_fast import MobileNetV2, Predictor, UserError, evaluate, evaluation, mobilenet_v2, photos
+from mnv2_fast import (
+    Evaluation,
+    MobileNetV2,
+    Predictor,
+    UserError,
+    evaluate,
+    evaluation,
+    fit,
+    mobilenet_v2,
+    photos,
+    plots,
+)
 from mnv2_fast.loading import PhotoDataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,6 +138,46 @@ def test_damaged_photos_are_named_once_and_counted(model: MobileNetV2, tmp_path:
         warnings.simplefilter("ignore")
         with pytest.raises(UserError, match="no photo of class 'black'"):
             evaluate(model, folder, workers=0)
+
+
+TRAINING = {"epochs": 1, "batch_size": 4, "workers": 0, "progress": False, "augment": ()}
+
+
+def test_a_training_draws_its_charts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the photos and the weights that its top-1 is of."""
+    seen: list[Evaluation] = []
+    draw = plots.run_plots
+
+    def watched(folder: Path, history: plots.History, found: Evaluation) -> None:
+        seen.append(found)
+        draw(folder, history, found)
+
+    monkeypatch.setattr(plots, "run_plots", watched)
+    folder = write(tmp_path / "photos", {"black": 9, "white": 9, "red": 9})
+    result = fit(folder, model=Colours(), preprocessing=PREPROCESSING, out=tmp_path / "run", **TRAINING)
+    (found,) = seen
+    assert found.top1 == pytest.approx(result.top1)
+    assert set(found.paths) == {photo.path for photo in result.photos.val}
+    assert {"curves.png", "confusion.png", "mistakes.png"} <= {p.name for p in (tmp_path / "run").iterdir()}
+
+    more = {**TRAINING, "out": tmp_path / "plain", "charts": False}
+    fit(folder, model=Colours(), preprocessing=PREPROCESSING, **more)
+    assert not list((tmp_path / "plain").glob("*.png"))
+
+
+def test_a_training_without_matplotlib_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "photos", {"black": 9, "white": 9, "red": 9})
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="not all charts of the run are drawn: charts need matplotlib"):
+        fit(folder, model=Colours(), preprocessing=PREPROCESSING, out=tmp_path / "run", **TRAINING)
+    assert (tmp_path / "run" / "final.safetensors").exists()
+
+
+class Colours(nn.Sequential):
+    """Three classes by the mean colour."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
 
 
 class Shades(nn.Module):

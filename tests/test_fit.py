@@ -33,6 +33,7 @@ QUICK: dict[str, Any] = {
     "image_size": 32,
     "workers": 0,
     "progress": False,
+    "charts": False,
     "lr": 2e-3,
 }
 
