@@ -46,11 +46,10 @@ def _macs(network: nn.Module, x: Tensor) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     if isinstance(network, MobileNetV2):
+        network = copy.deepcopy(network)
         network.backend = "eager"  # the counter knows torch's operators
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(x)
-    if isinstance(network, MobileNetV2):
-        network.backend = "auto"
     return int(counter.get_total_flops()) // 2
 
 

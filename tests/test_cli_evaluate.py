@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mnv2_fast
-from mnv2_fast import cli, mobilenet_v2, photos, report
+from mnv2_fast import cli, cli_evaluate, mobilenet_v2, photos, report
 from mnv2_fast.metrics import Evaluation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -207,6 +208,20 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr(Path, "write_text", full)
     code, _, err = run(capsys, "--model", weights, "--data", "photos", "--out", "report")
     assert (code, err) == (2, "mnv2: error: [Errno 28] No space left on device\n")
+    assert not (here / "report").exists()
+
+
+def test_ctrl_c_leaves_nothing_half_written(
+    weights: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(model: object, data: object, *, progress: Callable[[int, int], object], **more: Any) -> None:
+        progress(3, 10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_evaluate, "evaluate", stop)
+    code, out, err = run(capsys, "--model", weights, "--data", "photos", "--out", "report")
+    assert (code, out) == (130, "")
+    assert err == "mnv2: interrupted: 3 of 10 photos evaluated, no report is written\n"
     assert not (here / "report").exists()
 
 
