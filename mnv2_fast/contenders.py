@@ -55,16 +55,19 @@ PLAIN, AUGMENTED = "lenet", "lenet-augmented"
 
 CONTENDERS: tuple[Contender, ...] = (
     Contender(PLAIN, "LeNet-5", LENET, ()),
-    Contender(AUGMENTED, "LeNet-5, augmented", LENET, AUGMENT),
+    Contender(AUGMENTED, "LeNet-5 with augmentation", LENET, AUGMENT),
     Contender("mobilenetv2-scratch", "MobileNetV2 from scratch", MOBILENET, ("crop", "flip")),
     Contender(
         "mobilenetv2-finetuned", "MobileNetV2 fine-tuned", MOBILENET, ("crop", "flip"), pretrained=True
     ),
-    *(Contender(f"lenet-with-{name}", f"LeNet-5, {name}", LENET, (name,), ablation=True) for name in AUGMENT),
+    *(
+        Contender(f"lenet-with-{name}", f"LeNet-5 with {name}", LENET, (name,), ablation=True)
+        for name in AUGMENT
+    ),
     *(
         Contender(
             f"lenet-without-{name}",
-            f"LeNet-5, all but {name}",
+            f"LeNet-5 with all but {name}",
             LENET,
             tuple(other for other in AUGMENT if other != name),
             ablation=True,

@@ -294,8 +294,11 @@ def told(tmp_path: Path, top1: dict[str, list[float]], **more: Any) -> str:
 def test_sentences_follow_from_the_numbers(tmp_path: Path, undrawn: None) -> None:
     figures = {"lenet": [0.4, 0.5], "lenet-augmented": [0.5, 0.6], "mobilenetv2-finetuned": [0.9, 0.9]}
     text = told(tmp_path, figures)
-    assert "- MobileNetV2 fine-tuned is 35.0 points above LeNet-5, augmented; its worst seed is above" in text
-    assert "- LeNet-5, augmented is 10.0 points above LeNet-5; their seeds overlap" in text
+    assert (
+        "- MobileNetV2 fine-tuned is 35.0 points above LeNet-5 with augmentation; its worst seed is above"
+        in text
+    )
+    assert "- LeNet-5 with augmentation is 10.0 points above LeNet-5; their seeds overlap" in text
     assert "| MobileNetV2 fine-tuned | 90.0% ±0.0 (90.0 to 90.0) |" in text
     assert "| LeNet-5 | 45.0% ±7.1 (40.0 to 50.0) |" in text
     assert "MobileNetV2 has 40 times the parameters of LeNet-5 and does 500 times its" in text
@@ -306,7 +309,7 @@ def test_sentences_follow_from_the_numbers(tmp_path: Path, undrawn: None) -> Non
     text = told(tmp_path, {**figures, "mobilenetv2-finetuned": [0.2, 0.3]})
     assert "- LeNet-5 is 20.0 points above MobileNetV2 fine-tuned; its worst seed is above" in text
     text = told(tmp_path, {"lenet": [0.5], "lenet-augmented": [0.5], "mobilenetv2-finetuned": [0.6]})
-    assert "- LeNet-5 and LeNet-5, augmented are equal." in text
+    assert "- LeNet-5 and LeNet-5 with augmentation are equal." in text
     assert "- MobileNetV2 fine-tuned is 10.0 points above LeNet-5; with one seed" not in text
     assert (
         "- MobileNetV2 fine-tuned is 10.0 points above LeNet-5, with one seed, which says nothing of" in text
@@ -331,8 +334,8 @@ def test_the_ablation(tmp_path: Path, undrawn: None) -> None:
         "lenet-without-crop": [0.7],
     }
     text = told(tmp_path, figures)
-    assert "| LeNet-5, flip | 45.0% | -5.0 |" in text
-    assert "| LeNet-5, all but crop | 70.0% | +10.0 |" in text
+    assert "| LeNet-5 with flip | 45.0% | -5.0 |" in text
+    assert "| LeNet-5 with all but crop | 70.0% | +10.0 |" in text
     assert "+10.0 points without augmentation, +10.0 with all of it." in text
     assert "## Augmentation" not in told(tmp_path, {"lenet": [0.5], "mobilenetv2-finetuned": [0.9]})
     # Ablation alone has nothing to say of accuracy.
