@@ -20,6 +20,9 @@ _EXPORTS = {
     "compile": "engine",
     "load": "engine",
     "Predictor": "predict",
+    "Evaluation": "metrics",
+    "evaluate": "evaluation",
+    "fit": "train",
     "UserError": "errors",
 }
 

@@ -11,24 +11,33 @@ import contextlib
 import io
 import json
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__, env
-from .errors import UserError
+from . import __version__, cli_compare, cli_train, env
+from .errors import Interrupted, UserError
+from .recipe import DEFAULT_WEIGHTS
+from .terminal import (
+    BAD_FILES,
+    BROKEN_PIPE,
+    INTERRUPTED,
+    OK,
+    USER_ERROR,
+    Stages,
+    count,
+    one_line,
+    share,
+    whole,
+)
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .model import MobileNetV2
+    from .predict import Predictor
     from .quantize import Judgement
 
-OK, BAD_FILES, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
-
-DEFAULT_WEIGHTS = "IMAGENET1K_V1"
 
 # A bar for fewer files would be gone before it is read.
 _MANY = 8
@@ -59,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (UserError, OSError) as error:
-        print(f"mnv2: error: {_line(error)}", file=sys.stderr)
+        print(f"mnv2: error: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
 
 
@@ -71,37 +80,16 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as stop:
-        with contextlib.suppress(KeyboardInterrupt), _whole():
+        code = stop.exit_code if isinstance(stop, Interrupted) else INTERRUPTED
+        with contextlib.suppress(KeyboardInterrupt), whole():
             sys.stdout.flush()
-            print(f"mnv2: interrupted{': ' if str(stop) else ''}{stop}", file=sys.stderr)
-        return INTERRUPTED
-
-
-@contextlib.contextmanager
-def _whole() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block, so that no line is cut in the middle."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield
-        return
-    asked: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if asked:
-        raise KeyboardInterrupt
+            if str(stop) or not isinstance(stop, Interrupted):  # of several processes, one speaks
+                print(f"mnv2: interrupted{': ' if str(stop) else ''}{stop}", file=sys.stderr)
+        return code
 
 
 def _warn(message: Warning | str, *where: object, **more: object) -> None:
-    print(f"mnv2: warning: {_line(message)}", file=sys.stderr)
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    print(f"mnv2: warning: {one_line(message)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mnv2",
         description="MobileNetV2 on fast kernels of its own.",
         epilog="Exit codes: 0 done; 1 photos that could not be used, or answers that differ (then quantize "
-        "writes no file); 2 a mistake.",
+        "writes no file); 2 a mistake; 130 and 143 ended by Ctrl-C and SIGTERM.",
     )
     parser.add_argument("--version", action="version", version=f"mnv2-fast {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
@@ -124,30 +112,32 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(predict)
     _add_engine(predict)
     _add_calibration(predict)
-    predict.add_argument("--top-k", type=_count, default=5, metavar="K", help="classes per photo (5)")
-    predict.add_argument("--batch-size", type=_count, default=8, metavar="N", help="photos per call (8)")
+    predict.add_argument("--top-k", type=count, default=5, metavar="K", help="classes per photo (5)")
+    predict.add_argument("--batch-size", type=count, default=8, metavar="N", help="photos per call (8)")
     predict.add_argument("--json", action="store_true", help="one JSON object per photo and line")
+
+    cli_train.add_options(verb("finetune", cli_train.finetune, "train a classifier on a folder of photos"))
 
     bench = verb("bench", _bench, "time our engine beside torchvision's model")
     _add_model(bench, "only their class count and width matter; seeded ones by default", default=None)
     _add_engine(bench)
     _add_calibration(bench)
-    bench.add_argument("--batch-size", type=_count, default=1, metavar="N", help="images per call (1)")
-    bench.add_argument("--size", type=_count, default=224, metavar="PIXELS", help="height and width (224)")
+    bench.add_argument("--batch-size", type=count, default=1, metavar="N", help="images per call (1)")
+    bench.add_argument("--size", type=count, default=224, metavar="PIXELS", help="height and width (224)")
     bench.add_argument("--json", action="store_true", help="all times as JSON")
     bench.add_argument("--blocks", action="store_true", help="time every form of every block instead")
 
     info = verb("info", _info, "print versions, processor, kernels and environment, or what a model takes")
     _add_model(info, "layers, sizes and memory of this one, instead", default=None)
     _add_engine(info)
-    info.add_argument("--batch", "--batch-size", type=_count, metavar="N", help="images per call (1)")
-    info.add_argument("--size", type=_count, metavar="PIXELS", help="height and width (224)")
+    info.add_argument("--batch", "--batch-size", type=count, metavar="N", help="images per call (1)")
+    info.add_argument("--size", type=count, metavar="PIXELS", help="height and width (224)")
     info.add_argument("--json", action="store_true", help="as JSON")
 
     export = verb("export", _export, "write a model in another format")
     _add_model(export)
     export.add_argument("--format", choices=("onnx",), default="onnx", help="onnx, the default")
-    export.add_argument("--size", type=_count, default=224, metavar="PIXELS", help="height and width (224)")
+    export.add_argument("--size", type=count, default=224, metavar="PIXELS", help="height and width (224)")
     export.add_argument("output", metavar="FILE", help="file to write")
 
     quantize = verb("quantize", _quantize, "write a model as an int8 engine, calibrated on photos")
@@ -155,22 +145,32 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
     _add_model(quantize, f"a weights file, or published weights ({DEFAULT_WEIGHTS})")
     quantize.add_argument(
-        "--images", type=_count, default=200, metavar="N", help="of the photos at most (200)"
+        "--images", type=count, default=200, metavar="N", help="of the photos at most (200)"
     )
     quantize.add_argument(
         "--min-agreement",
-        type=_share,
+        type=share,
         default=0.9,
         metavar="SHARE",
         help="same first class as the float network, 0 to 1: under it no file is written (0.9)",
     )
     quantize.add_argument("--per-layer", action="store_true", help="print each layer's SQNR in dB")
-    quantize.add_argument("--threads", type=_count, metavar="N", help="torch's number by default")
+    quantize.add_argument("--threads", type=count, metavar="N", help="torch's number by default")
+
+    _add_evaluation(verb("evaluate", _evaluate, "judge a model by labelled photos"))
+
+    cli_compare.add_options(
+        verb(
+            "compare",
+            cli_compare.run,
+            "train LeNet-5 and MobileNetV2 on a folder, and compare them",
+        )
+    )
 
     demo = verb("demo", _demo, "classify a photo, check the answer against torchvision's and time both")
     demo.add_argument("photo", nargs="?", metavar="PHOTO", help="a file; by default the cat of scikit-image")
     _add_model(demo)
-    demo.add_argument("--threads", type=_count, metavar="N", help="of the network; torch's number by default")
+    demo.add_argument("--threads", type=count, metavar="N", help="of the network; torch's number by default")
     return parser
 
 
@@ -184,10 +184,33 @@ def _add_model(
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--threads", type=_count, metavar="N", help="of the network; torch's number by default"
+        "--threads", type=count, metavar="N", help="of the network; torch's number by default"
     )
     parser.add_argument("--dtype", metavar="DTYPE", help="arithmetic of the network: fp32, bf16 or int8")
     parser.add_argument("--backend", choices=env.BACKENDS, help=f"instead of {env.BACKEND.name}")
+
+
+def _add_evaluation(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="a folder for each class, named after it; or val/ with them",
+    )
+    evaluate.add_argument("--out", metavar="DIR", help="folder to write a report with charts in")
+    _add_model(evaluate)
+    _add_engine(evaluate)
+    _add_calibration(evaluate)
+    evaluate.add_argument(
+        "--val-share",
+        type=share,
+        metavar="SHARE",
+        help="judge by this share of each class, the one that training with it and --seed left out; by all "
+        "photos by default",
+    )
+    evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice (0)")
+    evaluate.add_argument("--batch-size", type=count, default=32, metavar="N", help="photos per call (32)")
+    evaluate.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -199,26 +222,6 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         help="what --dtype int8 is fitted to: a folder, a pattern or a file, about 100 photos in all; may be "
         "given again",
     )
-
-
-def _count(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
-    return number
-
-
-def _share(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number from 0 to 1")
-    return number
 
 
 def _settle_environment(args: argparse.Namespace) -> None:
@@ -234,24 +237,17 @@ def _settle_environment(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace) -> int:
     from .data import iterate_inputs
-    from .predict import Predictor, load_model
 
     files = iterate_inputs(args.inputs)
-    predictor = Predictor(
-        _calibrated(args, load_model(args.weights)) if args.calibration else args.weights,
-        top_k=args.top_k,
-        batch_size=args.batch_size,
-        threads=args.threads,
-        dtype=args.dtype,
-    )
+    predictor = _predictor(args, top_k=args.top_k)
     done = failed = 0
     try:
         with _progress(args.inputs) as (advance, say):
             for path, result in predictor.stream(files):
-                with _whole():
+                with whole():
                     if isinstance(result, Exception):
                         failed += 1
-                        say(f"mnv2: {_line(result)}", sys.stderr)
+                        say(f"mnv2: {one_line(result)}", sys.stderr)
                     else:
                         say(_answer(path, result, args.json), sys.stdout)
                     advance()
@@ -262,6 +258,19 @@ def _predict(args: argparse.Namespace) -> int:
     if failed:
         print(f"mnv2: {failed} of {done} files could not be used", file=sys.stderr)
     return BAD_FILES if failed else OK
+
+
+def _predictor(args: argparse.Namespace, **more: Any) -> Predictor:
+    """The model that the command line names, as it is to run."""
+    from .predict import Predictor, load_model
+
+    return Predictor(
+        _calibrated(args, load_model(args.weights)) if args.calibration else args.weights,
+        batch_size=args.batch_size,
+        threads=args.threads,
+        dtype=args.dtype,
+        **more,
+    )
 
 
 def _answer(path: object, result: Sequence[Mapping[str, Any]], as_json: bool) -> str:
@@ -364,56 +373,6 @@ def _export(args: argparse.Namespace) -> int:
     return OK
 
 
-class _Stages:
-    """Counts the steps of some stages one after another, with a bar for each at a terminal."""
-
-    def __init__(self) -> None:
-        self.done = "nothing done"
-        self.unusable = 0
-        self._stage = ""
-        self._bar: Any = None
-        self._tqdm: Any = None
-        if sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self._tqdm = tqdm
-
-    def advance(self, stage: str, done: int, of: int) -> None:
-        """`done` of `of` steps of a stage are done."""
-        self.done = f"{done} of {of} {stage}"
-        if self._tqdm is None:
-            return
-        if stage != self._stage:
-            self.close()
-            self._stage = stage
-            self._bar = self._tqdm(total=of, desc=stage, file=sys.stderr, dynamic_ncols=True, leave=False)
-        self._bar.update(done - self._bar.n)
-
-    def say(self, text: str) -> None:
-        """Print a line on stderr, above the bar."""
-        if self._bar is None:
-            print(text, file=sys.stderr)
-        else:
-            self._bar.write(text, file=sys.stderr)
-
-    def skip(self, error: Exception) -> None:
-        """Say of a photo that it cannot be used, and count it."""
-        self.unusable += 1
-        self.say(f"mnv2: {_line(error)}")
-
-    def count(self, of: int) -> None:
-        """Say how many of the photos could not be used, if any."""
-        if self.unusable:
-            self.say(f"mnv2: {self.unusable} of {of} photos could not be used")
-
-    def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
 def _calibrated(args: argparse.Namespace, model: MobileNetV2) -> Engine:
     """The int8 engine of a model, calibrated on the photos that the command line names."""
     from . import calibration, data, quantize
@@ -421,7 +380,7 @@ def _calibrated(args: argparse.Namespace, model: MobileNetV2) -> Engine:
 
     check_threads(args.threads)  # before the work
     photos = calibration.spread(data.expand_inputs(args.calibration))
-    with contextlib.closing(_Stages()) as stages:
+    with contextlib.closing(Stages()) as stages:
         engine = quantize.quantize(model, photos, stages.skip, stages.advance)
     stages.count(len(photos))
     return engine.with_threads(args.threads)
@@ -438,7 +397,7 @@ def _quantize(args: argparse.Namespace) -> int:
     output_file(args.out)  # before the work
     torch.set_num_threads(check_threads(args.threads) or torch.get_num_threads())
     calibrating, judging = quantize.split(args.data, args.images)
-    stages = _Stages()
+    stages = Stages()
     written = False
     try:
         with contextlib.closing(stages):
@@ -449,7 +408,7 @@ def _quantize(args: argparse.Namespace) -> int:
             )
         of = len(calibrating) + len(judging)
         stages.count(of)
-        with _whole():
+        with whole():
             print(_judgement(found, of - stages.unusable - found.photos))
             if found.agreement < args.min_agreement:
                 print(
@@ -483,6 +442,12 @@ def _judgement(found: Judgement, calibrated: int) -> str:
             f"float {exact:.1%}, drop {100 * (exact - quantized):.1f} points"
         )
     return "\n".join(lines)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from . import cli_evaluate
+
+    return cli_evaluate.run(args, _predictor(args))
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -28,8 +28,9 @@ FORCE_ISA = Variable("MNV2_FORCE_ISA", "instruction set of the CPU kernels, inst
 BACKEND = Variable("MNV2_BACKEND", f"backend of every model: {', '.join(BACKENDS)}", "auto")
 STRICT = Variable("MNV2_STRICT", "1: a call that no fast path can serve is an error", "0")
 WEIGHTS = Variable("MNV2_WEIGHTS", "folder searched for weights before torch hub's cache and any download")
+DATA = Variable("MNV2_DATA", "folder for photos that are fetched, instead of one in torch hub's cache")
 
-VARIABLES = (FORCE_ISA, BACKEND, STRICT, WEIGHTS)
+VARIABLES = (FORCE_ISA, BACKEND, STRICT, WEIGHTS, DATA)
 
 
 def force_isa() -> str | None:
@@ -75,12 +76,23 @@ def weights_folder() -> Path | None:
     Raises:
         UserError: it is set but is no folder.
     """
-    value = WEIGHTS.get()
+    return _folder(WEIGHTS, "that holds weights")
+
+
+def data_folder() -> Path | None:
+    """The folder for photos that are fetched, or None.
+
+    Raises:
+        UserError: it is set but is no folder.
+    """
+    return _folder(DATA, "for photos")
+
+
+def _folder(variable: Variable, what: str) -> Path | None:
+    value = variable.get()
     if not value:
         return None
     folder = Path(value).expanduser()
     if not folder.is_dir():
-        raise UserError(
-            f"{WEIGHTS.name}={value!r} is no folder: set it to one that holds weights, or unset it"
-        )
+        raise UserError(f"{variable.name}={value!r} is no folder: set it to one {what}, or unset it")
     return folder

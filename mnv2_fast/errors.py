@@ -6,3 +6,16 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with 2.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after what was done has been saved.
+
+    Args:
+        message: one line that says how to go on.
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal

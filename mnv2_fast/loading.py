@@ -25,9 +25,9 @@ from .data import ImageError
 from .errors import UserError
 from .imagecache import ImageCache
 from .photos import LabelledFolder, Photo
+from .recipe import AUGMENTATIONS
 from .weights import Preprocessing
 
-AUGMENTATIONS = ("crop", "flip", "rotation", "colour", "randaugment", "erasing")
 _CORES_PER_WORKER = 2  # one makes several times the photos that two cores train on
 
 Transform = Callable[[Tensor], Tensor]
@@ -135,7 +135,7 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
             return torch.from_numpy(seen.copy()).permute(2, 0, 1), label
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_random_seed(self.seed, epoch, i))
+            torch.default_generator.manual_seed(random_seed(self.seed, epoch, i))
             return self.transform(pixels), label
 
     def class_mates(self, i: int) -> Iterator[int]:
@@ -167,7 +167,7 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
         return None if self._cache is None else self._cache.get(self.photos[i].path)
 
 
-def _random_seed(*numbers: int) -> int:
+def random_seed(*numbers: int) -> int:
     """A seed from several numbers: equal for equal ones, unrelated for others."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -365,6 +365,7 @@ def make_loaders(
     cache_folder: str | os.PathLike[str] | None = None,
     cache_bytes: int = imagecache.MOST_BYTES,
     workers: int | None = None,
+    drop_last: bool = False,
     rank: int = 0,
     world: int = 1,
 ) -> tuple[Loader, Loader]:
@@ -379,6 +380,7 @@ def make_loaders(
         cache_folder: where to keep resized photos, at most `cache_bytes` of them; None: nowhere.
         cache_bytes: as there.
         workers: of each loader, as `Loader` takes them.
+        drop_last: leave out a last batch of training photos that is not full.
         rank: of this process.
         world: processes that train together.
 
@@ -393,6 +395,14 @@ def make_loaders(
     for training, photos in ((True, folder.train), (False, folder.val)):
         use = (transform or augmentation(preprocessing)) if training else None
         dataset = PhotoDataset(photos, folder.classes, preprocessing, use, seed=seed, cache=cache)
-        sampler = EpochSampler(len(dataset), batch_size, training=training, seed=seed, rank=rank, world=world)
+        sampler = EpochSampler(
+            len(dataset),
+            batch_size,
+            training=training,
+            drop_last=drop_last and training,
+            seed=seed,
+            rank=rank,
+            world=world,
+        )
         loaders.append(Loader(dataset, sampler, workers))
     return loaders[0], loaders[1]

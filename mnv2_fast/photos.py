@@ -51,10 +51,7 @@ def find(folder: str | os.PathLike[str], val_share: float = 0.2, seed: int = 0) 
         UserError: there is no such folder, there are fewer than two classes, a class has no photo or, where
             it is to be split, only one, or `train/` and `val/` differ in their classes.
     """
-    root = Path(folder).expanduser()
-    if not os.fspath(folder) or not root.is_dir():
-        what = "is a file" if root.is_file() else "does not exist"
-        raise UserError(f"folder of photos {os.fspath(folder)!r} {what}: give one with a subfolder per class")
+    root = _root(folder)
     if not 0 < val_share < 1:
         raise UserError(f"val_share={val_share!r}: give a number above 0 and below 1")
     if seed < 0:
@@ -71,6 +68,33 @@ def find(folder: str | os.PathLike[str], val_share: float = 0.2, seed: int = 0) 
     return _as_given(root)
 
 
+def find_labelled(folder: str | os.PathLike[str]) -> LabelledFolder:
+    """The photos of a folder to judge a network by, as those to validate on; none to train on.
+
+    They are those of `val/` where the folder has it, else all.
+
+    Args:
+        folder: with one subfolder a class, one class at least, or with a `val/` that has them.
+
+    Raises:
+        UserError: there is no such folder, it has `train/` and no `val/`, or a class has no photo.
+    """
+    root = _root(folder)
+    train, val = (bool(_subfolders(root / side)) if (root / side).is_dir() else False for side in SIDES)
+    if train and not val:
+        raise UserError(f"{root} has train/ and no val/: add it, or give {root / 'train'} to judge by that")
+    found = _by_class(root / "val" if val else root, least=1)
+    return LabelledFolder(root, tuple(found), (), _labelled(found))
+
+
+def _root(folder: str | os.PathLike[str]) -> Path:
+    root = Path(folder).expanduser()
+    if not os.fspath(folder) or not root.is_dir():
+        what = "is a file" if root.is_file() else "does not exist"
+        raise UserError(f"folder of photos {os.fspath(folder)!r} {what}: give one with a subfolder per class")
+    return root
+
+
 def _subfolders(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
@@ -79,14 +103,14 @@ def _subfolders(folder: Path) -> list[str]:
         raise UserError(f"cannot read {folder} ({error.strerror}): check its permissions") from error
 
 
-def _by_class(folder: Path) -> dict[str, list[Path]]:
+def _by_class(folder: Path, least: int = 2) -> dict[str, list[Path]]:
     """Class name -> its photos, both sorted."""
     names = _subfolders(folder)
     if not names:
         raise UserError(
             f"no photos in subfolders of {folder}: put those of each class into one that has its name"
         )
-    if len(names) == 1:
+    if len(names) < least:
         raise UserError(f"{folder} has one class only, {names[0]!r}: add a folder for each other class")
     return {name: data.expand_inputs([folder / name]) for name in names}
 

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from mnv2_fast import MobileNetV2
@@ -107,3 +109,15 @@ def share_between_threads(
         thread.join(timeout=120)
     assert not any(thread.is_alive() for thread in threads)
     assert not wrong
+
+
+def colour_photos(root: Path, count: int = 12, names: Sequence[str] = ("red", "grün", "sky blue")) -> Path:
+    """A folder of small noisy photos, each class with more of one colour, and without train/ and val/."""
+    rng = np.random.default_rng(0)
+    for channel, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 156, (40, 40, 3), dtype=np.uint8)
+            pixels[..., channel % 3] += 100
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root

@@ -14,8 +14,15 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mnv2_fast"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "serve"),
+    ("cli_compare", "cli_evaluate", "cli_train"),
+    ("compare_report",),
+    ("compare",),
+    ("costs",),
     ("blocks", "demo", "info"),
+    ("report", "terminal"),
     ("train", "predict", "export", "quantize"),
+    ("trainer",),
+    ("evaluation",),
     ("engine",),
     ("adopt",),
     ("model",),
@@ -36,13 +43,22 @@ BESIDE = (
     "photos",
     "imagecache",
     "loading",
+    "flowers",
+    "distributed",
+    "optim",
+    "reporting",
+    "runs",
+    "stopping",
     "weights",
     "_torchvision",
+    "files",
+    "corruptions",
     "metrics",
     "plots",
     "lenet",
+    "contenders",
 )
-LEAVES = ("arch", "env", "errors", "machine")
+LEAVES = ("arch", "env", "errors", "machine", "recipe")
 INSIDE_ONLY = (
     "torchvision",
     "matplotlib",
@@ -53,6 +69,7 @@ INSIDE_ONLY = (
     "onnxruntime",
     "tqdm",
     "triton",
+    "yaml",
 )
 
 # Known exceptions: what imports upwards, inside a function, and why.
@@ -75,6 +92,7 @@ def imports(name: str, path: Path) -> Iterator[tuple[str, bool]]:
         id(inner)
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         for inner in ast.walk(node)
     }
     here = ["mnv2_fast", *name.split(".")]

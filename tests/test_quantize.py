@@ -15,52 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from colours import LABELS, PREPROCESSING, picture, save_weights
 from helpers import one_thread  # noqa: F401
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import mnv2_fast
-from mnv2_fast import MobileNetV2, cli, compile, data, demo, quantize
-from mnv2_fast.weights import Preprocessing
+from mnv2_fast import cli, compile, data, demo, quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LABELS = ["red", "green", "blue", "white", "black"]
-COLOURS = ((210, 50, 50), (50, 210, 50), (50, 50, 210), (210, 210, 210), (50, 50, 50))
-PREPROCESSING = Preprocessing(32, 32)
 # Twenty photos near the border of a class: how many agree depends on the order in which torch's threads add.
 ANY = ("--min-agreement", 0)
-
-
-def save_weights(path: Path, spread: float) -> str:
-    """A weights file of a small network that tells the colours of `write_photos` apart.
-
-    The larger `spread`, the farther its classes lie from each other.
-    """
-    torch.manual_seed(0)
-    model = MobileNetV2(len(LABELS), width_mult=0.35)
-    x = data.normalize(torch.from_numpy(np.stack([picture(i) for i in range(10)])), PREPROCESSING)
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        torch.nn.init.constant_(norm.bias, 1.0)  # few values in ReLU6's bends: small errors stay small
-        norm.momentum = None
-    with torch.no_grad():
-        model.train()(x)
-        model.eval()
-        features = model.features(x).mean((2, 3))
-        of_colours = (features[:5] + features[5:]) / 2
-        apart = of_colours - of_colours.mean(0)
-        model.classifier[1].weight.copy_(of_colours.mean(0) + spread * apart)
-        model.classifier[1].bias.copy_(-spread * apart @ of_colours.mean(0))
-    metadata = {"preprocessing": json.dumps(PREPROCESSING.to_dict()), "labels": json.dumps(LABELS)}
-    save_file(model.state_dict(), path, metadata)
-    return str(path)
-
-
-def picture(i: int) -> np.ndarray:
-    """A photo of colour i % 5, with some noise: uint8 [32, 32, 3]."""
-    noise = np.random.default_rng(i).integers(-40, 41, (4, 4, 3)).repeat(8, 0).repeat(8, 1)
-    return (np.array(COLOURS[i % 5]) + noise).clip(0, 255).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -336,11 +302,11 @@ def test_a_bar_for_each_stage_at_a_terminal(
 def test_interruption_leaves_no_file(stage: str, weights: str, photos: Path, tmp_path: Path) -> None:
     code = (
         "import sys, time; from mnv2_fast import cli\n"
-        "whole = cli._Stages.advance\n"
+        "whole = cli.Stages.advance\n"
         "def slow(self, stage, done, of):\n"
         "    whole(self, stage, done, of)\n"
         "    if (stage, done) == (sys.argv[1], 3): print('here', flush=True); time.sleep(60)\n"
-        "cli._Stages.advance = slow\n"
+        "cli.Stages.advance = slow\n"
         "sys.exit(cli.main(['quantize', *sys.argv[2:]]))"
     )
     args = ["--data", str(photos), "--out", str(tmp_path / "m"), "--weights", weights]

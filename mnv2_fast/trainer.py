@@ -1,0 +1,349 @@
+"""The training loop: epochs of steps, validation, checkpoints, and stopping anywhere between two steps.
+
+Everything random follows from the seed and where it is needed: order and augmentation as `loading` has it,
+dropout and mixing from (seed, step, process). So no state of a generator is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from . import optim
+from .distributed import Group
+from .errors import Interrupted, UserError
+from .loading import Batch, Loader, random_seed
+from .recipe import Recipe
+from .reporting import Reporter
+from .runs import BEST, LAST, Row, Run, top1_of
+from .stopping import Stop
+from .weights import Preprocessing
+
+
+@dataclass
+class Sums:
+    """Of the photos of an epoch so far, in all processes; `seconds` is the time that training them took."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    photos: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Progress:
+    """How far a training is; all of it is in a checkpoint.
+
+    epoch: epochs done. batch: batches done of the next one. step: steps of the optimizer. lr: the last one's
+    learning rate. best_epoch: counted from 1.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    lr: float = 0.0
+    sums: Sums = field(default_factory=Sums)
+    best_top1: float = -1.0
+    best_epoch: int = 0
+    history: list[Row] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains a model; `result` are its averaged weights, or itself where none are kept.
+
+    Args:
+        model: on `device`.
+        loaders: of training and validation photos.
+        recipe: how to train.
+        preprocessing: of the photos, for checkpoints.
+        group: the processes that train together.
+        run: where to save; None: nowhere.
+        reporter: says how far it is.
+        on_epoch_end: called with each row of the history.
+        identity: kept with checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loaders: tuple[Loader, Loader],
+        recipe: Recipe,
+        *,
+        preprocessing: Preprocessing,
+        group: Group,
+        device: torch.device,
+        run: Run | None,
+        reporter: Callable[[int], Reporter],
+        on_epoch_end: Callable[[Row], object] | None,
+        identity: dict[str, Any],
+    ) -> None:
+        self.model, self.recipe, self.preprocessing = model, recipe, preprocessing
+        self.train_loader, self.val_loader = loaders
+        self.group, self.device, self.run = group, device, run
+        self.on_epoch_end, self.identity = on_epoch_end, identity
+        self.progress = Progress()
+        self.classes = self.train_loader.dataset.classes
+        self.batches = self.train_loader.sampler.batches
+        photos = recipe.batch_size * recipe.accumulate * group.world
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = optim.make_optimizer(model, recipe, photos)
+        self.schedule = optim.make_schedule(self.optimizer, recipe, -(-self.batches // recipe.accumulate))
+        self.average = optim.make_average(model, recipe.ema)
+        labels = torch.tensor([photo.label for photo in self.train_loader.dataset.photos])
+        counts = labels.bincount(minlength=len(self.classes)).tolist()
+        self.loss = optim.make_loss(recipe, counts).to(device)
+        self.mixing = optim.make_mixing(recipe, len(self.classes))
+        self._make_reporter = reporter
+        self._stop = Stop()
+
+    @property
+    def result(self) -> nn.Module:
+        """What training is for, in eval mode."""
+        return self.model.eval() if self.average is None else self.average.module
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or early stopping has ended it."""
+        done, patience = self.progress, self.recipe.patience
+        early = patience is not None and done.epoch - done.best_epoch >= patience
+        return done.epoch >= self.recipe.epochs or early
+
+    def state(self) -> dict[str, Any]:
+        """All that `load_state` needs to go on to the bit."""
+        return {
+            "identity": self.identity,
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up where `state` was saved."""
+        found = dict(state["progress"])
+        self.progress = Progress(**{**found, "sums": Sums(**found["sums"])})
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    def train(self) -> None:
+        """Train to the end.
+
+        Raises:
+            UserError: a loss is not finite, memory or disk is full, or a class has no usable photo.
+            Interrupted: by Ctrl-C or SIGTERM, after saving.
+        """
+        self.reporter = self._make_reporter(self.progress.epoch * self.batches + self.progress.batch)
+        with self._stop.listening(), contextlib.closing(self.reporter), self.reporter.warnings_above():
+            while not self.finished:
+                self._epoch()
+
+    def _epoch(self) -> None:
+        done = self.progress
+        self._train_epoch()
+        begin = time.perf_counter()
+        found = self._validate()
+        sums = done.sums
+        done.epoch, done.batch, done.sums = done.epoch + 1, 0, Sums()
+        row: Row = {
+            "epoch": done.epoch,
+            "step": done.step,
+            "lr": done.lr,
+            "train_loss": sums.loss / sums.photos,
+            "train_top1": sums.correct / sums.photos,
+            **found,
+            "skipped": self._skipped(),
+            "images_per_second": sums.photos / sums.seconds,
+            "seconds": sums.seconds + time.perf_counter() - begin,
+        }
+        done.history.append(row)
+        self._end_epoch(row)
+        self.reporter.epoch(row)
+        if self.on_epoch_end is not None:
+            self.on_epoch_end(row)
+        if self.group.sum([self._stop.asked])[0]:
+            self._interrupt()
+
+    def _end_epoch(self, row: Row) -> None:
+        """Take note of the best epoch, and write what belongs to an epoch."""
+        done, run = self.progress, self.run
+        top1 = top1_of(row)
+        better = top1 > done.best_top1
+        if better:
+            done.best_top1, done.best_epoch = top1, done.epoch
+        if run is None:
+            return
+
+        def write() -> None:
+            if better:
+                run.save_weights(BEST, self.result, self.classes, self.preprocessing)
+            run.save_results(done.history)
+            run.save_state(self.state())
+            if self.recipe.tensorboard:
+                run.log(row)
+
+        self.group.on_first(write)
+
+    def _train_epoch(self) -> None:
+        done, recipe = self.progress, self.recipe
+        head_only = done.epoch < recipe.freeze_epochs
+        optim.set_trainable(self.model, self.trainable, head_only=head_only)
+        optim.set_mode(self.model, freeze_bn=recipe.freeze_bn, head_only=head_only)
+        network = self.group.wrap(self.model)
+        batches = self.train_loader.epoch(done.epoch, done.batch)
+        while done.batch < self.batches:
+            begin = time.perf_counter()
+            count = min(recipe.accumulate, self.batches - done.batch)
+            found = self._gradients(network, islice(batches, count), count)
+            stop = self._step(found)
+            done.batch += count
+            sums = done.sums
+            sums.seconds += time.perf_counter() - begin
+            self.reporter.batch(
+                done.epoch + 1,
+                done.batch,
+                sums.loss / sums.photos,
+                sums.correct / sums.photos,
+                sums.photos / sums.seconds,
+            )
+            if stop:
+                self._stop_here()
+
+    def _gradients(self, network: nn.Module, batches: Iterator[Batch], count: int) -> Sums:
+        """Leave the gradients of the mean loss of `count` batches; the sums over this process's photos."""
+        self.optimizer.zero_grad()
+        sums = Sums()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random_seed(self.recipe.seed, self.progress.step, self.group.rank))
+            for i, batch in enumerate(batches, 1):
+                # Gradients are averaged over the processes once a step.
+                alone = self.group.world > 1 and i < count
+                with network.no_sync() if alone else contextlib.nullcontext(), _memory(batch):  # type: ignore[operator]
+                    loss, correct = self._loss(network, batch)
+                    (loss / count).backward()
+                sums.loss += loss.item() * len(batch.labels)
+                sums.correct += correct
+                sums.photos += len(batch.labels)
+        return sums
+
+    def _loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """The mean loss of a batch, and of how many photos the label that weighs most was found."""
+        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        if self.mixing is not None:
+            images, labels = self.mixing(images, labels)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp == "bf16"):
+            logits = network(images)
+        correct = logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))
+        return self.loss(logits.float(), labels), int(correct.sum())
+
+    def _step(self, found: Sums) -> bool:
+        """A step on the gradients that are there. Returns whether the user wants to stop after it."""
+        done, recipe = self.progress, self.recipe
+        done.lr = self.optimizer.param_groups[0]["lr"]
+        norm = nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None])
+        loss, correct, photos, stop = self.group.sum(
+            [found.loss, found.correct, found.photos, self._stop.asked]
+        )
+        self._check_finite("loss", loss)
+        self._check_finite("gradient", norm.item())
+        if recipe.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.trainable, recipe.clip_grad, norm)
+        self.optimizer.step()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        sums = done.sums
+        sums.loss, sums.correct, sums.photos = sums.loss + loss, sums.correct + correct, sums.photos + photos
+        done.step += 1
+        return stop > 0
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Loss and top-1 on the validation photos, of the weights as trained and of the averaged ones."""
+        models = {"val": self.model.eval()}
+        if self.average is not None:
+            models["ema_val"] = self.average.module
+        for model in models.values():
+            self.group.copy_buffers(model)
+        sums = [0.0] * (1 + 2 * len(models))
+        for batch in self.val_loader.epoch():
+            if self._stop.asked and self.group.world == 1:  # several would have to agree first
+                self._stop_here()
+            images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+            sums[0] += len(labels)
+            for i, model in enumerate(models.values()):
+                logits = model(images)
+                sums[1 + 2 * i] += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+                sums[2 + 2 * i] += int((logits.argmax(1) == labels).sum())
+        photos, *found = self.group.sum(sums)
+        row = {}
+        for i, name in enumerate(models):
+            row[f"{name}_loss"], row[f"{name}_top1"] = found[2 * i] / photos, found[2 * i + 1] / photos
+            self._check_finite("validation loss", row[f"{name}_loss"])
+        return row
+
+    def _skipped(self) -> int:
+        """How many photos could not be used so far, in all processes."""
+        mine = {
+            str(path) for loader in (self.train_loader, self.val_loader) for path in loader.dataset.skipped
+        }
+        return len(set().union(*self.group.gather(mine)))
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        done = self.progress
+        kept = ""
+        if self.run is not None and (self.run.folder / LAST).exists():
+            kept = f"; the last good checkpoint is kept in {self.run.folder}"
+        raise self.group.error(
+            f"the {what} is {value:g} in epoch {done.epoch + 1}, step {done.step + 1}, at a learning rate of "
+            f"{done.lr:.3g}: lower lr, or bound gradients with clip_grad{kept}"
+        )
+
+    def _stop_here(self) -> NoReturn:
+        """Save between two steps, and end."""
+        run = self.run
+        if run is not None:
+            self.group.on_first(lambda: run.save_state(self.state()))
+        self._interrupt()
+
+    def _interrupt(self) -> NoReturn:
+        done, run = self.progress, self.run
+        how = "nothing is saved without a run folder"
+        if run is not None:
+            how = f"go on with mnv2 finetune --resume --out {shlex.quote(str(run.folder))}"
+        signal = int(max(self.group.gather(self._stop.asked)))
+        raise Interrupted(
+            f"stopped after step {done.step} in epoch {done.epoch + 1} of {self.recipe.epochs}, {how}"
+            if self.group.first
+            else "",
+            signal,
+        )
+
+
+@contextlib.contextmanager
+def _memory(batch: Batch) -> Iterator[None]:
+    """Running out of memory within is a mistake of the user's."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not known:
+            raise
+        raise UserError(
+            f"no memory to train on {len(batch.labels)} photos at a time: lower batch_size, and raise "
+            "accumulate for steps as large"
+        ) from error
