@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops, packs
+from . import ops
 from .backends import eager
 from .ops import Op
 
@@ -24,19 +25,17 @@ def gradients(
     grad: Tensor,
     tensors: Sequence[Tensor | None],
     needed: Sequence[bool],
-    op: str,
-    rest: Sequence[Any],
+    compute: Callable[[list[Any]], Tensor],
     *,
     autocast: bool = False,
 ) -> list[Tensor]:
-    """Gradients of one operator, by way of its eager function.
+    """Gradients of what was computed, by computing it again within autograd.
 
     Args:
         grad: of the result.
-        tensors: the operator's tensors, in the order of its schema, a list among them flattened.
+        tensors: what it was computed of.
         needed: for each, whether its gradient is asked for.
-        op: the operator's name.
-        rest: its other arguments.
+        compute: gives the result for tensors in their places.
         autocast: recompute under autocast to bfloat16, as the call ran.
 
     Returns:
@@ -51,51 +50,23 @@ def gradients(
     # Whatever surrounds the backward pass.
     surroundings = torch.autocast(device, torch.bfloat16, enabled=autocast, cache_enabled=False)
     with torch.enable_grad(), surroundings:
-        if op == "network":
-            y = eager.network(leaves[0], leaves[1:], rest[0])  # type: ignore[arg-type]
-        else:
-            y = getattr(eager, op)(*leaves, *rest)
+        y = compute(leaves)
         found = torch.autograd.grad(y, wanted, grad, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
 
 
-class ChainFunction(torch.autograd.Function):
-    """A packed chain within autograd: saves the input and the raw tensors, nothing in between."""
+def _by_eager(op: str, rest: Sequence[Any], tensors: list[Any]) -> Tensor:
+    """An operator's eager function.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        pack: packs.Pack,
-        tensors: Sequence[Tensor],
-        asked: Sequence[bool],
-        x: Tensor,
-        *_: Tensor,
-    ) -> Tensor:
-        """The pack's answer.
-
-        Args:
-            ctx: autograd's.
-            pack: of the chain.
-            tensors: the chain's, in its order.
-            asked: for each, whether it requires a gradient.
-            x: the input.
-            *_: the tensors that do, once more, so that autograd sees them (and only them: it takes time).
-        """
-        ctx.chain, ctx.asked, ctx.autocast = pack.chain, asked, pack.autocast
-        ctx.save_for_backward(x, *tensors)
-        return pack.run(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of what asked for one."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(TWICE)
-        _, _, _, for_x, *of_asked = ctx.needs_input_grad
-        rest = iter(of_asked)
-        needed = [for_x, *(asked and next(rest) for asked in ctx.asked)]
-        rest_of = (ctx.chain.encode(),)
-        found = iter(gradients(grad, ctx.saved_tensors, needed, "network", rest_of, autocast=ctx.autocast))
-        return None, None, None, *(next(found) if need else None for need in (for_x, *of_asked))
+    Args:
+        op: its name.
+        rest: its arguments that are no tensors.
+        tensors: the others, in the order of its schema, a list among them flattened.
+    """
+    if op == "network":
+        return eager.network(tensors[0], tensors[1:], rest[0])
+    y: Tensor = getattr(eager, op)(*tensors, *rest)
+    return y
 
 
 def flat(op: Op, inputs: Sequence[Any]) -> tuple[list[Tensor | None], list[Any]]:
@@ -157,7 +128,7 @@ def _gradients(
 ) -> list[Tensor]:
     wanted = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
     with _recording():
-        found = gradients(grad, tensors, needed, op, json.loads(rest))
+        found = gradients(grad, tensors, needed, functools.partial(_by_eager, op, json.loads(rest)))
     # Strides as the fake promises them, and memory of their own.
     return [torch.empty_like(t).copy_(g) for t, g in zip(wanted, found, strict=True)]
 

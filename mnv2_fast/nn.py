@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from . import env, training
-from .autograd import ChainFunction
 from .backends import cpu
 from .errors import UserError
 from .packs import Holder, ModuleWatch, Pack, TensorWatch
@@ -223,7 +222,7 @@ def _run(plan: Plan, x: Tensor) -> Tensor:
         asked = list(map(_requires_grad, plan.tensors))
         if x.requires_grad or any(asked):
             of_asked = itertools.compress(plan.tensors, asked)
-            y: Tensor = ChainFunction.apply(plan.pack, plan.tensors, asked, x, *of_asked)
+            y: Tensor = training.ChainFunction.apply(plan.pack, plan.tensors, asked, x, *of_asked)
             return y
     return plan.pack.run(x)
 

@@ -1,11 +1,12 @@
 """Layers in train mode on the kernels: one autograd node for convolutions in a row with their batch norms.
 
 What a node keeps for backward is the input and the raw output of every convolution; batch norm and ReLU6 are
-applied again where these are read.
+applied again where these are read. A whole network in eval mode keeps nothing: it is computed again.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import packs
 from .arch import LayerSpec
-from .autograd import TWICE
-from .backends import cpu_train
+from .autograd import TWICE, gradients
+from .backends import cpu_train, eager
 from .backends.cpu_train import Conv, Expansion, Gradient, Norm, Step
+from .chain import Chain, Link
 from .reading import Declined, Reading
 
 # An expansion's raw output is made again, not kept, where it has at most so many inputs and at least so
@@ -292,6 +295,93 @@ def _stem_input(step: Step) -> Tensor:
         dz, step.x, step.conv.weight, None, (2, 2), (1, 1), (1, 1), False, (0, 0), 1, (True, False, False)
     )[0]
     return dx
+
+
+class ChainFunction(torch.autograd.Function):
+    """A packed chain within autograd: saves the input and the raw tensors, nothing in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pack: packs.Pack,
+        tensors: Sequence[Tensor],
+        asked: Sequence[bool],
+        x: Tensor,
+        *_: Tensor,
+    ) -> Tensor:
+        """The pack's answer.
+
+        Args:
+            ctx: autograd's.
+            pack: of the chain.
+            tensors: the chain's, in its order.
+            asked: for each, whether it requires a gradient.
+            x: the input.
+            *_: the tensors that do, once more, so that autograd sees them (and only them: it takes time).
+        """
+        ctx.chain, ctx.asked, ctx.autocast = pack.chain, asked, pack.autocast
+        ctx.save_for_backward(x, *tensors)
+        return pack.run(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of what asked for one."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(TWICE)
+        _, _, _, for_x, *of_asked = ctx.needs_input_grad
+        rest = iter(of_asked)
+        needed = [for_x, *(asked and next(rest) for asked in ctx.asked)]
+        compute = functools.partial(_compute, ctx.chain)
+        found = iter(gradients(grad, ctx.saved_tensors, needed, compute, autocast=ctx.autocast))
+        return None, None, None, *(next(found) if need else None for need in (for_x, *of_asked))
+
+
+def _compute(chain: Chain, tensors: list[Any]) -> Tensor:
+    """A chain's answer within autograd: by the training kernels where they know all of it, or by plain torch.
+
+    Args:
+        chain: in eval mode.
+        tensors: the input, then the chain's, in its order.
+    """
+    x, *held = tensors
+    links = list(zip(chain.links, chain.split(held), strict=True))
+    if torch.is_autocast_enabled("cpu") or x.shape[0] == 0 or not all(map(_is_frozen, links)):
+        return eager.network(x, held, chain.encode())
+    for begin, end, residual in _segments(chain):
+        layers: list[TrainLayer] = []
+        of_layers: list[Tensor | None] = []
+        for link, own in links[begin:end]:
+            norm = FrozenNorm(own["running_mean"], own["running_var"], link.eps)
+            layers.append(TrainLayer(link.spec, norm))
+            of_layers += [own["weight"], own.get("norm_weight"), own.get("norm_bias")]
+        x = run(x, layers, of_layers, residual)
+    last, own = links[-1]
+    if last.spec.kind == "linear":
+        return nn.functional.linear(x.mean((2, 3)), own["weight"], own.get("bias"))
+    return x.mean((2, 3)) if chain.pool else x
+
+
+def _is_frozen(link: tuple[Link, dict[str, Tensor]]) -> bool:
+    """Whether a layer is a float32 one with a norm, whose statistics want no gradient, or the linear one."""
+    of, own = link
+    stats = (own[name] for name in ("running_mean", "running_var") if name in own)
+    if any(t.dtype is not torch.float32 for t in own.values()) or any(t.requires_grad for t in stats):
+        return False
+    return of.spec.kind == "linear" or (of.norm and not of.bias)
+
+
+def _segments(chain: Chain) -> list[tuple[int, int, bool]]:
+    """(begin, end, whether the input is added) of the convolutions, each residual in one of its own."""
+    specs = [link.spec for link in chain.links if link.spec.kind != "linear"]
+    found: list[tuple[int, int, bool]] = []
+    begin = 0
+    for i, spec in enumerate(specs):
+        if spec.residual:
+            if begin < i - spec.residual:
+                found.append((begin, i - spec.residual, False))
+            found.append((i - spec.residual, i + 1, True))
+            begin = i + 1
+    return found if begin == len(specs) else [*found, (begin, len(specs), False)]
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
