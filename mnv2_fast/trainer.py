@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shlex
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -152,9 +153,14 @@ class Trainer:
 
     def _epoch(self) -> None:
         done = self.progress
-        self._train_epoch()
-        begin = time.perf_counter()
-        found = self._validate()
+        try:
+            self._train_epoch()
+            begin = time.perf_counter()
+            found = self._validate()
+        except RuntimeError:
+            if self._stop.asked:  # the signal has ended a loader's worker, or another process
+                self._stop_alone()
+            raise
         sums = done.sums
         done.epoch, done.batch, done.sums = done.epoch + 1, 0, Sums()
         row: Row = {
@@ -314,10 +320,16 @@ class Trainer:
         )
 
     def _stop_here(self) -> NoReturn:
-        """Save between two steps, and end."""
+        """Save between two steps, and end; all processes together."""
         run = self.run
         if run is not None:
             self.group.on_first(lambda: run.save_state(self.state()))
+        self._interrupt()
+
+    def _stop_alone(self) -> NoReturn:
+        """Save what the last step left, and end; the other processes may be gone."""
+        if self.run is not None and self.group.first:
+            self.run.save_state(self.state())
         self._interrupt()
 
     def _interrupt(self) -> NoReturn:
@@ -325,12 +337,11 @@ class Trainer:
         how = "nothing is saved without a run folder"
         if run is not None:
             how = f"go on with mnv2 finetune --resume --out {shlex.quote(str(run.folder))}"
-        signal = int(max(self.group.gather(self._stop.asked)))
         raise Interrupted(
             f"stopped after step {done.step} in epoch {done.epoch + 1} of {self.recipe.epochs}, {how}"
             if self.group.first
             else "",
-            signal,
+            self._stop.asked or signal.SIGTERM,  # asked of another process
         )
 
 
