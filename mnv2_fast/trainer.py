@@ -68,7 +68,7 @@ class Trainer:
         preprocessing: of the photos, for checkpoints.
         group: the processes that train together.
         run: where to save; None: nowhere.
-        reporter: says how far it is.
+        reporter: makes what says how far it is, of the batches of an epoch and those done before.
         on_epoch_end: called with each row of the history.
         identity: kept with checkpoints.
     """
@@ -83,7 +83,7 @@ class Trainer:
         group: Group,
         device: torch.device,
         run: Run | None,
-        reporter: Callable[[int], Reporter],
+        reporter: Callable[[int, int], Reporter],
         on_epoch_end: Callable[[Row], object] | None,
         identity: dict[str, Any],
     ) -> None:
@@ -146,7 +146,8 @@ class Trainer:
             UserError: a loss is not finite, memory or disk is full, or a class has no usable photo.
             Interrupted: by Ctrl-C or SIGTERM, after saving.
         """
-        self.reporter = self._make_reporter(self.progress.epoch * self.batches + self.progress.batch)
+        done = self.progress.epoch * self.batches + self.progress.batch
+        self.reporter = self._make_reporter(self.batches, done)
         with self._stop.listening(), contextlib.closing(self.reporter), self.reporter.warnings_above():
             while not self.finished:
                 self._epoch()

@@ -204,6 +204,18 @@ def test_a_bar_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "photo skipped: a.jpg" in lines
 
 
+def test_the_bar_counts_the_batches_of_all_epochs(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tqdm")
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert cli.main(["finetune", *words, "--out", str(tmp_path / "run")]) == 0
+    lines = [line for line in re.split(r"[\r\n]+", terminal.getvalue()) if "/6 [" in line]
+    assert "0/6 [" in lines[0]
+    assert re.match(r"epoch 2/2: 100%.*6/6 \[.*loss [\d.]+, top-1 [\d.]+%, \d+ images/s\]", lines[-1])
+
+
 def test_plain_lines_elsewhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Within an epoch one a minute at most, and not more than one for a tenth of it."""
     now = [0.0]
