@@ -65,7 +65,7 @@ def _unpack(archive: Path, target: Path) -> None:
         )
     try:
         with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=target.parent) as beside:
-            with tarfile.open(archive) as found:
+            with tarfile.open(archive, "r:gz") as found:
                 found.extractall(beside, filter="data")  # refuses what would leave the folder
             try:
                 os.replace(Path(beside) / NAME, target)

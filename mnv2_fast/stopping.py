@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -16,6 +17,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = 0
+        self._before: dict[int, Any] = {}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -26,14 +28,17 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._take) for number in _SIGNALS}
+        self._before = {number: signal.signal(number, self._take) for number in _SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in self._before.items():
                 signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = number
+        # A loader's worker that got the signal, too, ends, and torch's handler would raise an error for it
+        # wherever this process is. Without it the error comes where the next batch is asked for.
+        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)

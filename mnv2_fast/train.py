@@ -86,7 +86,8 @@ def fit(
             others; None: random weights.
         preprocessing: of photos; by default that of the weights or the model.
         out: the run folder, see `runs`; None: nothing is written.
-        resume: go on with the run in `out`, from its last checkpoint. What is not given is as the run has it.
+        resume: go on with the run in `out`, from its last checkpoint. Options that are not given are as the
+            run has them; the other arguments have to be the same.
         overwrite: replace a run in `out`.
         device: to train on.
         on_epoch_end: called with each new row of the history, in every process.
@@ -105,7 +106,7 @@ def fit(
     with distributed.joined() as group:
         say = partial(_say, shown=progress and group.first)
         run = None if out is None else Run(out)
-        args = _args(data, model, weights)
+        args = _args(data, model, weights, preprocessing)
         if resume:
             recipe = _resumed(run, args, options)
         folder = (
@@ -185,7 +186,9 @@ def _say(text: str, shown: bool) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _args(data: Any, model: nn.Module | None, weights: Any) -> dict[str, Any]:
+def _args(
+    data: Any, model: nn.Module | None, weights: Any, preprocessing: Preprocessing | None
+) -> dict[str, Any]:
     """What a run is of, besides its recipe."""
     root = data.root if isinstance(data, LabelledFolder) else Path(data).expanduser()
     of = None if model is not None or weights is None else str(getattr(weights, "name", weights))
@@ -193,6 +196,7 @@ def _args(data: Any, model: nn.Module | None, weights: Any) -> dict[str, Any]:
         "data": os.path.abspath(root),
         "model": MobileNetV2.__name__ if model is None else type(model).__name__,
         "weights": of,
+        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shlex
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -67,7 +68,7 @@ class Trainer:
         preprocessing: of the photos, for checkpoints.
         group: the processes that train together.
         run: where to save; None: nowhere.
-        reporter: says how far it is.
+        reporter: makes what says how far it is, of the batches of an epoch and those done before.
         on_epoch_end: called with each row of the history.
         identity: kept with checkpoints.
     """
@@ -82,7 +83,7 @@ class Trainer:
         group: Group,
         device: torch.device,
         run: Run | None,
-        reporter: Callable[[int], Reporter],
+        reporter: Callable[[int, int], Reporter],
         on_epoch_end: Callable[[Row], object] | None,
         identity: dict[str, Any],
     ) -> None:
@@ -145,16 +146,22 @@ class Trainer:
             UserError: a loss is not finite, memory or disk is full, or a class has no usable photo.
             Interrupted: by Ctrl-C or SIGTERM, after saving.
         """
-        self.reporter = self._make_reporter(self.progress.epoch * self.batches + self.progress.batch)
+        done = self.progress.epoch * self.batches + self.progress.batch
+        self.reporter = self._make_reporter(self.batches, done)
         with self._stop.listening(), contextlib.closing(self.reporter), self.reporter.warnings_above():
             while not self.finished:
                 self._epoch()
 
     def _epoch(self) -> None:
         done = self.progress
-        self._train_epoch()
-        begin = time.perf_counter()
-        found = self._validate()
+        try:
+            self._train_epoch()
+            begin = time.perf_counter()
+            found = self._validate()
+        except RuntimeError:
+            if self._stop.asked:  # the signal has ended a loader's worker, or another process
+                self._stop_alone()
+            raise
         sums = done.sums
         done.epoch, done.batch, done.sums = done.epoch + 1, 0, Sums()
         row: Row = {
@@ -314,10 +321,16 @@ class Trainer:
         )
 
     def _stop_here(self) -> NoReturn:
-        """Save between two steps, and end."""
+        """Save between two steps, and end; all processes together."""
         run = self.run
         if run is not None:
             self.group.on_first(lambda: run.save_state(self.state()))
+        self._interrupt()
+
+    def _stop_alone(self) -> NoReturn:
+        """Save what the last step left, and end; the other processes may be gone."""
+        if self.run is not None and self.group.first:
+            self.run.save_state(self.state())
         self._interrupt()
 
     def _interrupt(self) -> NoReturn:
@@ -325,12 +338,11 @@ class Trainer:
         how = "nothing is saved without a run folder"
         if run is not None:
             how = f"go on with mnv2 finetune --resume --out {shlex.quote(str(run.folder))}"
-        signal = int(max(self.group.gather(self._stop.asked)))
         raise Interrupted(
             f"stopped after step {done.step} in epoch {done.epoch + 1} of {self.recipe.epochs}, {how}"
             if self.group.first
             else "",
-            signal,
+            self._stop.asked or signal.SIGTERM,  # asked of another process
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mnv2_fast import MobileNetV2, UserError, fit, trainer
 from mnv2_fast.errors import Interrupted
 from mnv2_fast.train import FitResult
+from mnv2_fast.weights import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -226,6 +227,8 @@ def test_other_arguments_are_named_and_refused(folder: Path, copy: Path) -> None
     assert "model is 'Linear', not 'MobileNetV2'" in _refused(folder, copy, model=nn.Linear(3, 3))
     assert "weights is 'IMAGENET1K_V1', not None" in _refused(folder, copy, model=None)
     assert "data is " in _refused(folder.parent, copy)
+    seen = Preprocessing(40, 32)
+    assert "preprocessing is {'resize': 40" in _refused(folder, copy, preprocessing=seen)
     assert "no option 'lr_'" in _refused(folder, copy, lr_=1)
 
 

@@ -1,0 +1,146 @@
+"""What each of two processes of `test_ddp` does: by torchrun, with a folder where it leaves `found.pt`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import calibrate
+from torch import Tensor, distributed, nn
+
+from mnv2_fast import MobileNetV2, UserError, fit, loading, photos, trainer
+from mnv2_fast._torchvision import torchvision
+from mnv2_fast.distributed import Group, SaidElsewhereError, joined
+from mnv2_fast.errors import Interrupted
+from mnv2_fast.trainer import Sums, Trainer
+from mnv2_fast.weights import Preprocessing
+
+SEEN = Preprocessing(resize=72, crop=64)
+OPTIONS: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": 4,
+    "preprocessing": SEEN,
+    "workers": 0,
+    "progress": False,
+}
+PLAIN = {"optimizer": "sgd", "lr": 0.01, "warmup_epochs": 0, "weight_decay": 0.0, "head_lr_factor": 1}
+FROZEN = {"freeze_bn": True, "dropout": 0.0}
+
+
+def small_network() -> MobileNetV2:
+    """The same one in every process, with batch norms that carry the signal through."""
+    torch.manual_seed(0)
+    model = calibrate(MobileNetV2(3, width_mult=0.25))
+    nn.init.normal_(model.classifier[1].weight, 0, 0.1)
+    return model
+
+
+def record(trace: list[tuple[Sums, list[Tensor]]]) -> None:
+    """From now on every step adds its sums and gradients."""
+    step = Trainer._step
+
+    def recorded(self: Trainer, found: Sums) -> bool:
+        trace.append((found, [p.grad.clone() for p in self.trainable if p.grad is not None]))
+        return step(self, found)
+
+    trainer.Trainer._step = recorded  # type: ignore[method-assign]
+
+
+def over_torchvision(folder: photos.LabelledFolder, group: Group) -> list[float]:
+    """The mean loss of each step of DistributedDataParallel over torchvision's model, by hand."""
+    model = torchvision().models.MobileNetV2(num_classes=3, width_mult=0.25, dropout=0.0)
+    model.load_state_dict(small_network().state_dict())
+    network = nn.parallel.DistributedDataParallel(model.train())
+    loader, _ = loading.make_loaders(
+        folder,
+        SEEN,
+        4,
+        transform=loading.augmentation(SEEN, scale=(0.35, 1.0)),
+        workers=0,
+        drop_last=True,
+        rank=group.rank,
+        world=group.world,
+    )
+    step = torch.optim.SGD(model.parameters(), 0.01, 0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step, 2 * loader.sampler.batches)
+    losses = []
+    for epoch in range(2):
+        for images, labels, _ in loader.epoch(epoch):
+            loss = nn.functional.cross_entropy(network(images), labels, label_smoothing=0.1)
+            step.zero_grad()
+            loss.backward()
+            step.step()
+            schedule.step()
+            losses.append(sum(group.gather(loss.item())) / group.world)
+    return losses
+
+
+def refusal(group: Group, **options: Any) -> tuple[str, str]:
+    """Who is told of a mistake, and how."""
+    try:
+        fit(**{**OPTIONS, **options})
+    except UserError as error:
+        return type(error).__name__, str(error)
+    raise AssertionError("not refused")
+
+
+def main(root: Path) -> None:
+    """All of it, in one go: starting processes takes most of the time."""
+    torch.set_num_threads(1)
+    folder = photos.find(root / "photos")
+    found: dict[str, Any] = {}
+    with joined() as group:
+        trace: list[tuple[Sums, list[Tensor]]] = []
+        record(trace)
+        fit(folder, model=small_network(), **{**OPTIONS, **PLAIN, **FROZEN, "accumulate": 2})
+        found["gradients"] = trace[0][1]
+        trace.clear()
+        options = {**OPTIONS, **PLAIN, "dropout": 0.0}
+        whole = fit(folder, model=small_network(), out=root / "whole", **options)
+        found["losses"] = [sum(group.gather(sums.loss / sums.photos)) / group.world for sums, _ in trace]
+        found["torchvision"] = over_torchvision(folder, group)
+        found["history"] = whole.history
+        found["equal"] = all(
+            torch.equal(value, other)
+            for states in [group.gather(whole.model.state_dict())]
+            for value, other in zip(states[0].values(), states[1].values(), strict=True)
+        )
+
+        step = Trainer._step
+
+        def stop(self: Trainer, sums: Sums) -> bool:
+            if self.progress.step == 3 and group.rank == 1:  # one process is told, all stop
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, sums)
+
+        trainer.Trainer._step = stop  # type: ignore[method-assign]
+        try:
+            fit(folder, model=small_network(), out=root / "resumed", **options)
+        except Interrupted as interrupted:
+            found["interrupted"] = group.gather((str(interrupted), interrupted.exit_code))
+        trainer.Trainer._step = step  # type: ignore[method-assign]
+        fit(
+            folder,
+            model=small_network(),
+            out=root / "resumed",
+            resume=True,
+            preprocessing=SEEN,
+            progress=False,
+        )
+
+        again = {"data": folder, "model": small_network()}
+        found["refused"] = group.gather(refusal(group, **again, out=root / "whole"))
+        found["large"] = group.gather(refusal(group, **again, batch_size=99))
+        found["nan"] = group.gather(refusal(group, **again, lr=1e30, optimizer="sgd", warmup_epochs=0))
+        assert found["refused"][1][0] == SaidElsewhereError.__name__
+        if group.first:
+            torch.save(found, root / "found.pt")
+    assert not distributed.is_initialized()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
