@@ -11,9 +11,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import contenders, kernels, peers, results
+from . import charts, contenders, kernels, peers, results
+from .charts import OTHERS, OURS
 from .contenders import CONTENDERS, Contender
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 README = results.ROOT / "README.md"
 BEGIN, END = "<!-- bench.plot: begin -->", "<!-- bench.plot: end -->"
-OURS, OTHERS = "#1f6f4a", "#9aa5b1"
 
 CsvRow = dict[str, str]
 
@@ -137,25 +137,17 @@ def write_readme(text: str, readme: Path) -> None:
     readme.write_text(page[: begin + len(BEGIN)] + "\n" + text + "\n" + page[end:], encoding="utf-8")
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def draw_peers(rows: Sequence[CsvRow], path: Path) -> None:
     """A panel for each speed and one for the answers; a line for each contender, by precision and speed."""
-    plt = _pyplot()
+    plt = charts.pyplot()
     # The scalar kernels are there to be correct: their bar would flatten all the others.
     shown = [who for who in present(rows) if who.name != contenders.ENGINE_SCALAR]
     shown = [who for who in shown if fastest(rows, who, 1, 1)]
     groups = {who.title: f"{who.dtype}, AVX2" if who.name.endswith("avx2") else who.dtype for who in shown}
     order = list(dict.fromkeys(sorted(groups.values(), key=lambda g: contenders.DTYPES.index(g[:4]))))
     shown.sort(key=lambda who: (order.index(groups[who.title]), _value(rows, who, 1, 1, False) or 0.0))
-    places = [i + order.index(groups[who.title]) for i, who in enumerate(shown)]  # a gap for each title
+    titles = [groups[who.title] for who in shown]
+    places = charts.places(titles)
     figure, panels = plt.subplots(
         1,
         4,
@@ -167,52 +159,18 @@ def draw_peers(rows: Sequence[CsvRow], path: Path) -> None:
     colours = [OURS if who.ours else OTHERS for who in shown]
     for axes, (heading, batch, cores, rate) in zip(panels, _SPEEDS, strict=False):
         values = [_value(rows, who, batch, cores, rate) for who in shown]
-        _bars(axes, places, values, colours, 0 if rate else 2)
+        charts.bars(axes, places, values, colours, form="{:.0f}" if rate else "{:.2f}", cut=not rate)
         axes.set_title(f"{heading}\n({'more' if rate else 'less'} is better)", fontsize=10)
     agreements = [row["agreement"] if (row := answers(rows, who)) else "" for who in shown]
     _dots(panels[-1], places, [100 * float(text) if text else None for text in agreements], colours)
-    panels[0].set_yticks(places, labels=[who.name for who in shown], fontsize=9)
-    for name in order:
-        top = min(place for place, who in zip(places, shown, strict=True) if groups[who.title] == name)
-        panels[0].text(
-            -0.02,
-            top - 0.9,
-            name,
-            transform=panels[0].get_yaxis_transform(),
-            ha="right",
-            va="center",
-            fontsize=11,
-            weight="bold",
-        )
-    panels[0].set_ylim(places[-1] + 0.7, -1.5)
+    charts.label(panels[0], [who.name for who in shown], titles)
     figure.suptitle(f"MobileNetV2 1.0, 224x224, {rows[0]['processor']}", fontsize=11)
-    _save(figure, path)
+    charts.save(figure, path)
 
 
 def _value(rows: Sequence[CsvRow], who: Contender, batch: int, cores: int, rate: bool) -> float | None:
     row = fastest(rows, who, batch, cores)
     return float(row["images_per_s" if rate else "ms"]) if row else None
-
-
-def _bars(
-    axes: Axes, places: Sequence[int], values: Sequence[float | None], colours: Sequence[str], digits: int
-) -> None:
-    """Bars with their values; those far slower than the rest are cut off and say so."""
-    known = sorted(value for value in values if value is not None)
-    if not known:
-        return
-    end = 1.25 * known[-1]
-    if digits:  # milliseconds
-        end = min(end, 3.2 * known[len(known) // 2])
-    drawn = [0.0 if value is None else min(value, 0.8 * end) for value in values]
-    axes.barh(places, drawn, color=colours)
-    for place, value, width in zip(places, values, drawn, strict=True):
-        text = "not timed" if value is None else f"{value:.{digits}f}"
-        if value is not None and value > width:
-            text += " »"
-        axes.text(width + 0.015 * end, place, text, va="center", fontsize=8)
-    axes.set_xlim(0, end)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _dots(axes: Axes, places: Sequence[int], values: Sequence[float | None], colours: Sequence[str]) -> None:
@@ -231,7 +189,7 @@ def _dots(axes: Axes, places: Sequence[int], values: Sequence[float | None], col
 
 def draw_kernels(rows: Sequence[CsvRow], path: Path) -> None:
     """Time of each layer by all its occurrences, ours beside torch's, and our share of the measured peak."""
-    plt = _pyplot()
+    plt = charts.pyplot()
     mine, torchs = (
         {
             row["name"]: row
@@ -262,14 +220,7 @@ def draw_kernels(rows: Sequence[CsvRow], path: Path) -> None:
     first = next(iter(mine.values()))
     what = f"batch {first['batch']}, {first['threads']} thread(s), {first['isa']}"
     figure.suptitle(f"Layers, fp32, {what}, {first['processor']}", fontsize=10)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    _pyplot().close(figure)
-    print(f"drawn: {path}")
+    charts.save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -349,7 +349,7 @@ def test_workers_take_turns_and_stop_for_each_other(tmp_path: Path) -> None:
     workers: list[Worker] = []
     try:
         for _ in range(2):
-            env = contenders.environment(scalar, str(tmp_path))
+            env = contenders.environment(scalar.env, str(tmp_path))
             workers.append(Worker("contenders", request, CORE, env))
         assert [worker.ready().isa for worker in workers] == ["scalar", "scalar"]
         with alone(workers[:1], workers):
@@ -367,7 +367,8 @@ def test_a_start_is_timed_and_weighed_in_a_process_of_its_own(tmp_path: Path) ->
     case = scalar_case(tmp_path / "shared")
     title = f"{contenders.ENGINE_SCALAR}, fp32"
     order = {"title": title, "case": dataclasses.asdict(case)}
-    found = build.run("start", order, contenders.environment(contenders.find(title), str(tmp_path)))
+    env = contenders.environment(contenders.find(title).env, str(tmp_path))
+    found = build.run("start", order, env)
     assert found["start_ms"] > found["first_ms"] > 0
     assert found["memory"] > 13e6  # the weights alone
 
