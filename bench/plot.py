@@ -1,7 +1,7 @@
-"""`python -m bench.plot`: charts from the last runs of bench.peers and bench.kernels.
+"""`python -m bench.plot`: charts from the last runs of bench.peers, bench.kernels and bench.training.
 
-With `--readme` the measured table of README.md, between its two markers, is written from the same rows, so
-that no number there is typed by hand.
+With `--readme` the measured tables of README.md, each between its two markers, are written from the same
+rows, so that no number there is typed by hand.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ from typing import TYPE_CHECKING
 from . import charts, contenders, kernels, peers, results
 from .charts import OTHERS, OURS
 from .contenders import CONTENDERS, Contender
+from .training import losses, run
+from .training import plot as training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 README = results.ROOT / "README.md"
-BEGIN, END = "<!-- bench.plot: begin -->", "<!-- bench.plot: end -->"
+# What stands before and after a measured table, by what it is of.
+MARKERS = {
+    "peers": ("<!-- bench.plot: begin -->", "<!-- bench.plot: end -->"),
+    "training": ("<!-- bench.plot training: begin -->", "<!-- bench.plot training: end -->"),
+}
+
+_CHART = "The same as a chart"
 
 CsvRow = dict[str, str]
 
@@ -124,17 +132,18 @@ def _facts(row: CsvRow | None) -> list[str]:
     return [form.format(float(row[name])) if row[name] else "" for name, form in forms]
 
 
-def write_readme(text: str, readme: Path) -> None:
-    """Put `text` between the markers.
+def write_readme(text: str, readme: Path, name: str = "peers") -> None:
+    """Put `text` between the markers of that name.
 
     Raises:
         ValueError: the file does not have the two markers in order.
     """
+    first, last = MARKERS[name]
     page = readme.read_text(encoding="utf-8")
-    begin, end = page.find(BEGIN), page.find(END)
+    begin, end = page.find(first), page.find(last)
     if begin < 0 or end < begin:
-        raise ValueError(f"{readme} has no {BEGIN} followed by {END}: put them where the table belongs")
-    readme.write_text(page[: begin + len(BEGIN)] + "\n" + text + "\n" + page[end:], encoding="utf-8")
+        raise ValueError(f"{readme} has no {first} followed by {last}: put them where the table belongs")
+    readme.write_text(page[: begin + len(first)] + "\n" + text + "\n" + page[end:], encoding="utf-8")
 
 
 def draw_peers(rows: Sequence[CsvRow], path: Path) -> None:
@@ -224,26 +233,47 @@ def draw_kernels(rows: Sequence[CsvRow], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw what there are rows for; write the README's table where asked."""
+    """Draw what there are rows for; write the README's tables where asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__.splitlines()[0])
     parser.add_argument("--peers", type=Path, default=peers.OUTPUT, help="CSV file of bench.peers")
     parser.add_argument("--kernels", type=Path, default=kernels.OUTPUT, help="CSV file of bench.kernels")
+    parser.add_argument("--training", type=Path, default=run.OUTPUT, help="CSV file of bench.training")
+    parser.add_argument("--losses", type=Path, default=losses.OUTPUT, help="that of bench.training --losses")
     parser.add_argument("--folder", type=Path, default=results.FOLDER, help="where the pictures go")
-    parser.add_argument("--readme", action="store_true", help="write the table and the chart into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the tables and charts into README.md")
     options = parser.parse_args(arguments)
-    if not (options.peers.exists() or options.kernels.exists()):
-        parser.error(
-            f"neither {options.peers} nor {options.kernels} is there: run bench.peers or bench.kernels"
-        )
-    try:
-        if options.peers.exists():
-            draw_peers(last_run(options.peers), options.folder / "peers.png")
-        if options.kernels.exists():
-            draw_kernels(results.read_last_run(options.kernels), options.folder / "kernels.png")
+    files = (options.peers, options.kernels, options.training, options.losses)
+    if not any(file.exists() for file in files):
+        parser.error(f"none of {', '.join(map(str, files))} is there: run a benchmark first")
+
+    def picture(name: str) -> Path:
+        path: Path = options.folder / f"{name}.png"
+        return path
+
+    def insert(name: str, text: str, **charts: str) -> None:
+        """A table and charts, each with its title, where the README has its markers."""
         if options.readme:
-            chart = os.path.relpath(options.folder / "peers.png", README.parent)
-            write_readme(f"{table(last_run(options.peers))}\n\n![The same as a chart]({chart})", README)
-            print(f"written: the table of {README}")
+            links = (
+                f"![{title}]({os.path.relpath(picture(n), README.parent)})" for n, title in charts.items()
+            )
+            write_readme("\n\n".join([text, *links]), README, name)
+            print(f"written: the table of {name} in {README}")
+
+    try:
+        if options.kernels.exists():
+            draw_kernels(results.read_last_run(options.kernels), picture("kernels"))
+        if options.peers.exists():
+            draw_peers(last_run(options.peers), picture("peers"))
+            insert("peers", table(last_run(options.peers)), peers=_CHART)
+        learned = {}
+        if options.losses.exists():
+            training.draw_losses(results.read_last_run(options.losses), picture("losses"))
+            learned = {"losses": "Losses of the same steps by each"}
+        if options.training.exists():
+            training.draw(training.last_run(options.training), picture("training"))
+            insert(
+                "training", training.table(training.last_run(options.training)), training=_CHART, **learned
+            )
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     return 0

@@ -152,7 +152,7 @@ def _serve(order: str) -> None:
     torch.set_num_threads(len(asked["cores"]))
     torch.set_grad_enabled(False)
     calls = importlib.import_module(f"bench.{asked['module']}").serve(**asked["request"])
-    print(json.dumps({"isa": _isa()}), file=answers)
+    print(json.dumps({"isa": isa()}), file=answers)
     for line in sys.stdin:
         wanted = json.loads(line)
         if "ask" in wanted:
@@ -162,7 +162,7 @@ def _serve(order: str) -> None:
         print(json.dumps({"ms": times}), file=answers)
 
 
-def _isa() -> str:
+def isa() -> str:
     """The instruction set of our kernels; empty where the process has not loaded them."""
     module = sys.modules.get("mnv2_fast._C")
     return "" if module is None else str(module.isa())

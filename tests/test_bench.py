@@ -295,10 +295,11 @@ def test_the_readme_gets_its_table(tmp_path: Path) -> None:
     assert "|  | OpenVINO | 3.00\\* |  | 640 (s) |  |  |  |  |" in table
     assert "OpenVINO, bf16: emulated." in table
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
+    begin, end = plot.MARKERS["peers"]
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     plot.write_readme(table, readme)
     plot.write_readme(table, readme)
-    assert readme.read_text() == f"before\n{plot.BEGIN}\n{table}\n{plot.END}\nafter\n"
+    assert readme.read_text() == f"before\n{begin}\n{table}\n{end}\nafter\n"
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="put them where the table belongs"):
         plot.write_readme(table, readme)
@@ -312,7 +313,8 @@ def test_the_chart_is_drawn_of_what_there_is(tmp_path: Path) -> None:
 
 def test_the_readme_has_the_markers_once() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert (text.count(plot.BEGIN), text.count(plot.END)) == (1, 1)
+    for markers in plot.MARKERS.values():
+        assert [text.count(marker) for marker in markers] == [1, 1]
 
 
 def test_roof_is_the_slower_of_the_two_limits() -> None:
