@@ -89,8 +89,8 @@ def test_rows_of_the_tables_name_each_other() -> None:
     assert {*losses.CURVES, contenders.BEST} <= set(names)
     for bar in bars.BARS:
         assert bar.dtype in settings[bar.setting].dtypes
-    with pytest.raises(ValueError, match="no contender 'nobody': one of mnv2_fast; torch NCHW"):
-        contenders.find("nobody")
+    assert all(contenders.find(one.name) is one for one in CONTENDERS)
+    assert all(contenders.setting_of(one.name) is one for one in SETTINGS)
 
 
 def test_a_setting_has_torchs_best_of_the_step_before() -> None:

@@ -68,15 +68,8 @@ CONTENDERS = (
 
 
 def find(name: str) -> Contender:
-    """The contender of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for contender in CONTENDERS:
-        if contender.name == name:
-            return contender
-    raise ValueError(f"no contender {name!r}: one of {'; '.join(row.name for row in CONTENDERS)}")
+    """The contender of that name."""
+    return next(contender for contender in CONTENDERS if contender.name == name)
 
 
 def freeze_norms(model: Any) -> None:
