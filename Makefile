@@ -41,6 +41,8 @@ bench: $(VENV)/.bench
 	$(PY) -m bench.roofline
 	$(PY) -m bench.peers
 	$(PY) -m bench.photos
+	$(PY) -m bench.training
+	$(PY) -m bench.training --losses
 	$(PY) -m bench.plot --readme
 
 lint: $(VENV)/.dev

@@ -83,7 +83,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     if one and two:
         ratio = one.ms / two.ms
         lines.append(
-            f"fp32, batch 1, one core to two: {ratio:.2f}x, asked {SCALING}x: {_word(ratio >= SCALING)}"
+            f"fp32, batch 1, one core to two: {ratio:.2f}x, asked {SCALING}x: {word(ratio >= SCALING)}"
         )
     if one and automatic:
         lines.append(f"the automatic path costs {(automatic.ms - one.ms) * 1e3:.0f} us over the engine")
@@ -100,20 +100,20 @@ def _speed(bar: Bar, rows: Sequence[Row]) -> str:
     ratio = peer.ms / ours.ms
     line = (
         f"{where}: {bar.ours} ({ours.form}) {ratio:.2f}x {peer.contender} ({peer.dtype}, {peer.form}), "
-        f"asked {bar.ratio:.2f}x: {_word(ratio >= bar.ratio)}"
+        f"asked {bar.ratio:.2f}x: {word(ratio >= bar.ratio)}"
     )
     scale = (ours.gmacs_peak or NOMINAL_GMACS * bar.cores) / (NOMINAL_GMACS * bar.cores)
     if bar.ms is not None:
         limit = bar.ms / scale
         line += (
             f"; {ours.ms:.2f} ms, asked {limit:.2f} ({bar.ms} at {NOMINAL_GMACS} GMAC/s a core): "
-            f"{_word(ours.ms <= limit)}"
+            f"{word(ours.ms <= limit)}"
         )
     if bar.images_per_s is not None:
         least, rate = bar.images_per_s * scale, ours.images_per_s or 0.0
         line += (
             f"; {rate:.0f} images/s, asked {least:.0f} "
-            f"({bar.images_per_s:.0f} at {NOMINAL_GMACS} GMAC/s a core): {_word(rate >= least)}"
+            f"({bar.images_per_s:.0f} at {NOMINAL_GMACS} GMAC/s a core): {word(rate >= least)}"
         )
     return line
 
@@ -128,13 +128,14 @@ def _answers(bar: AnswersBar, rows: Sequence[Row]) -> str:
     if ENGINE not in found:
         return f"{where}: {ENGINE}: not measured"
     ours = found[ENGINE]
-    line = f"{where}: {ours:.1%}, asked {bar.agreement:.0%}: {_word(ours >= bar.agreement)}"
+    line = f"{where}: {ours:.1%}, asked {bar.agreement:.0%}: {word(ours >= bar.agreement)}"
     peers = {name: share for name, share in found.items() if name in PEERS}
     if bar.above_peers and peers:
         name = max(peers, key=peers.__getitem__)
-        line += f"; above {name} with {peers[name]:.1%}: {_word(ours > peers[name])}"
+        line += f"; above {name} with {peers[name]:.1%}: {word(ours > peers[name])}"
     return line
 
 
-def _word(reached: bool) -> str:
+def word(reached: bool) -> str:
+    """What is printed of a bar."""
     return "reached" if reached else "MISSED"

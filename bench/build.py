@@ -105,7 +105,7 @@ def everyone(
 def _build(contender: Contender, folder: str, half: int) -> Built:
     case = case_of(contender, folder, half)
     order = {"do": "build", "title": contender.title, "case": asdict(case)}
-    found = run("build", order, environment(contender, folder))
+    found = run("build", order, environment(contender.env, folder))
     return Built(contender, case, found["bytes"], Path(found["logits"]), found["note"])
 
 

@@ -130,11 +130,12 @@ def names() -> list[str]:
     return list(dict.fromkeys(contender.name for contender in CONTENDERS))
 
 
-def environment(contender: Contender, folder: str) -> dict[str, str]:
-    """What its processes are started with: this environment, of our own settings only those of its row."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MNV2_")}
+def environment(own: Mapping[str, str], folder: str) -> dict[str, str]:
+    """What a contender's processes are started with: this environment, and of the settings of ours and of
+    glibc's allocator only the contender's own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MNV2_", "MALLOC_"))}
     # Inductor's cache is the run's own, so that what is compiled has been compiled in this run.
-    return {**kept, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", **contender.env}
+    return {**kept, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", **own}
 
 
 def serve(title: str, case: Mapping[str, Any], keys: Sequence[str]) -> Callable[[str], Call]:

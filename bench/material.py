@@ -45,9 +45,14 @@ def calibration(folder: str, half: int) -> np.ndarray:
     return photos(folder)[half::2].copy()
 
 
+def shared_data(name: str) -> Path:
+    """A folder of `data` in MNV2_SHARED or ../shared."""
+    return Path(os.environ.get("MNV2_SHARED") or ROOT.parent / "shared") / "data" / name
+
+
 def default_photos() -> Path:
     """The folder of photos where none is named, as WHERE says."""
-    return Path(os.environ.get("MNV2_SHARED") or ROOT.parent / "shared") / "data" / "imagenet_sample"
+    return shared_data("imagenet_sample")
 
 
 def source() -> str:

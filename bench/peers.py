@@ -74,7 +74,7 @@ class Team:
         threads = cores // parts
         case = replace(built.case, threads=threads)
         request = {"title": built.contender.title, "case": asdict(case), "keys": list(keys)}
-        env = contenders.environment(built.contender, case.material)
+        env = contenders.environment(built.contender.env, case.material)
         for part in range(parts):
             self.workers.append(Worker("contenders", request, limits.cores(threads, part * threads), env))
 
@@ -268,7 +268,8 @@ def start(one: Built, once: bool) -> dict[str, float]:
     while not found or (
         not once and len(found) < STARTS and sum(f["start_ms"] for f in found) < 1e3 * START_SECONDS
     ):
-        found.append(build.run("start", order, contenders.environment(one.contender, one.case.material)))
+        env = contenders.environment(one.contender.env, one.case.material)
+        found.append(build.run("start", order, env))
     return {key: statistics.median(f[key] for f in found) for key in found[0]}
 
 

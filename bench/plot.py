@@ -1,7 +1,7 @@
-"""`python -m bench.plot`: charts from the last runs of bench.peers and bench.kernels.
+"""`python -m bench.plot`: charts from the last runs of bench.peers, bench.kernels and bench.training.
 
-With `--readme` the measured table of README.md, between its two markers, is written from the same rows, so
-that no number there is typed by hand.
+With `--readme` the measured tables of README.md, each between its two markers, are written from the same
+rows, so that no number there is typed by hand.
 """
 
 from __future__ import annotations
@@ -11,17 +11,25 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import contenders, kernels, peers, results
+from . import charts, contenders, kernels, peers, results
+from .charts import OTHERS, OURS
 from .contenders import CONTENDERS, Contender
+from .training import losses, run
+from .training import plot as training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 README = results.ROOT / "README.md"
-BEGIN, END = "<!-- bench.plot: begin -->", "<!-- bench.plot: end -->"
-OURS, OTHERS = "#1f6f4a", "#9aa5b1"
+# What stands before and after a measured table, by what it is of.
+MARKERS = {
+    "peers": ("<!-- bench.plot: begin -->", "<!-- bench.plot: end -->"),
+    "training": ("<!-- bench.plot training: begin -->", "<!-- bench.plot training: end -->"),
+}
+
+_CHART = "The same as a chart"
 
 CsvRow = dict[str, str]
 
@@ -124,38 +132,31 @@ def _facts(row: CsvRow | None) -> list[str]:
     return [form.format(float(row[name])) if row[name] else "" for name, form in forms]
 
 
-def write_readme(text: str, readme: Path) -> None:
-    """Put `text` between the markers.
+def write_readme(text: str, readme: Path, name: str = "peers") -> None:
+    """Put `text` between the markers of that name.
 
     Raises:
         ValueError: the file does not have the two markers in order.
     """
+    first, last = MARKERS[name]
     page = readme.read_text(encoding="utf-8")
-    begin, end = page.find(BEGIN), page.find(END)
+    begin, end = page.find(first), page.find(last)
     if begin < 0 or end < begin:
-        raise ValueError(f"{readme} has no {BEGIN} followed by {END}: put them where the table belongs")
-    readme.write_text(page[: begin + len(BEGIN)] + "\n" + text + "\n" + page[end:], encoding="utf-8")
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+        raise ValueError(f"{readme} has no {first} followed by {last}: put them where the table belongs")
+    readme.write_text(page[: begin + len(first)] + "\n" + text + "\n" + page[end:], encoding="utf-8")
 
 
 def draw_peers(rows: Sequence[CsvRow], path: Path) -> None:
     """A panel for each speed and one for the answers; a line for each contender, by precision and speed."""
-    plt = _pyplot()
+    plt = charts.pyplot()
     # The scalar kernels are there to be correct: their bar would flatten all the others.
     shown = [who for who in present(rows) if who.name != contenders.ENGINE_SCALAR]
     shown = [who for who in shown if fastest(rows, who, 1, 1)]
     groups = {who.title: f"{who.dtype}, AVX2" if who.name.endswith("avx2") else who.dtype for who in shown}
     order = list(dict.fromkeys(sorted(groups.values(), key=lambda g: contenders.DTYPES.index(g[:4]))))
     shown.sort(key=lambda who: (order.index(groups[who.title]), _value(rows, who, 1, 1, False) or 0.0))
-    places = [i + order.index(groups[who.title]) for i, who in enumerate(shown)]  # a gap for each title
+    titles = [groups[who.title] for who in shown]
+    places = charts.places(titles)
     figure, panels = plt.subplots(
         1,
         4,
@@ -167,52 +168,18 @@ def draw_peers(rows: Sequence[CsvRow], path: Path) -> None:
     colours = [OURS if who.ours else OTHERS for who in shown]
     for axes, (heading, batch, cores, rate) in zip(panels, _SPEEDS, strict=False):
         values = [_value(rows, who, batch, cores, rate) for who in shown]
-        _bars(axes, places, values, colours, 0 if rate else 2)
+        charts.bars(axes, places, values, colours, form="{:.0f}" if rate else "{:.2f}", cut=not rate)
         axes.set_title(f"{heading}\n({'more' if rate else 'less'} is better)", fontsize=10)
     agreements = [row["agreement"] if (row := answers(rows, who)) else "" for who in shown]
     _dots(panels[-1], places, [100 * float(text) if text else None for text in agreements], colours)
-    panels[0].set_yticks(places, labels=[who.name for who in shown], fontsize=9)
-    for name in order:
-        top = min(place for place, who in zip(places, shown, strict=True) if groups[who.title] == name)
-        panels[0].text(
-            -0.02,
-            top - 0.9,
-            name,
-            transform=panels[0].get_yaxis_transform(),
-            ha="right",
-            va="center",
-            fontsize=11,
-            weight="bold",
-        )
-    panels[0].set_ylim(places[-1] + 0.7, -1.5)
+    charts.label(panels[0], [who.name for who in shown], titles)
     figure.suptitle(f"MobileNetV2 1.0, 224x224, {rows[0]['processor']}", fontsize=11)
-    _save(figure, path)
+    charts.save(figure, path)
 
 
 def _value(rows: Sequence[CsvRow], who: Contender, batch: int, cores: int, rate: bool) -> float | None:
     row = fastest(rows, who, batch, cores)
     return float(row["images_per_s" if rate else "ms"]) if row else None
-
-
-def _bars(
-    axes: Axes, places: Sequence[int], values: Sequence[float | None], colours: Sequence[str], digits: int
-) -> None:
-    """Bars with their values; those far slower than the rest are cut off and say so."""
-    known = sorted(value for value in values if value is not None)
-    if not known:
-        return
-    end = 1.25 * known[-1]
-    if digits:  # milliseconds
-        end = min(end, 3.2 * known[len(known) // 2])
-    drawn = [0.0 if value is None else min(value, 0.8 * end) for value in values]
-    axes.barh(places, drawn, color=colours)
-    for place, value, width in zip(places, values, drawn, strict=True):
-        text = "not timed" if value is None else f"{value:.{digits}f}"
-        if value is not None and value > width:
-            text += " »"
-        axes.text(width + 0.015 * end, place, text, va="center", fontsize=8)
-    axes.set_xlim(0, end)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _dots(axes: Axes, places: Sequence[int], values: Sequence[float | None], colours: Sequence[str]) -> None:
@@ -231,7 +198,7 @@ def _dots(axes: Axes, places: Sequence[int], values: Sequence[float | None], col
 
 def draw_kernels(rows: Sequence[CsvRow], path: Path) -> None:
     """Time of each layer by all its occurrences, ours beside torch's, and our share of the measured peak."""
-    plt = _pyplot()
+    plt = charts.pyplot()
     mine, torchs = (
         {
             row["name"]: row
@@ -262,37 +229,51 @@ def draw_kernels(rows: Sequence[CsvRow], path: Path) -> None:
     first = next(iter(mine.values()))
     what = f"batch {first['batch']}, {first['threads']} thread(s), {first['isa']}"
     figure.suptitle(f"Layers, fp32, {what}, {first['processor']}", fontsize=10)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    _pyplot().close(figure)
-    print(f"drawn: {path}")
+    charts.save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw what there are rows for; write the README's table where asked."""
+    """Draw what there are rows for; write the README's tables where asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__.splitlines()[0])
     parser.add_argument("--peers", type=Path, default=peers.OUTPUT, help="CSV file of bench.peers")
     parser.add_argument("--kernels", type=Path, default=kernels.OUTPUT, help="CSV file of bench.kernels")
+    parser.add_argument("--training", type=Path, default=run.OUTPUT, help="CSV file of bench.training")
+    parser.add_argument("--losses", type=Path, default=losses.OUTPUT, help="that of bench.training --losses")
     parser.add_argument("--folder", type=Path, default=results.FOLDER, help="where the pictures go")
-    parser.add_argument("--readme", action="store_true", help="write the table and the chart into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the tables and charts into README.md")
     options = parser.parse_args(arguments)
-    if not (options.peers.exists() or options.kernels.exists()):
-        parser.error(
-            f"neither {options.peers} nor {options.kernels} is there: run bench.peers or bench.kernels"
-        )
-    try:
-        if options.peers.exists():
-            draw_peers(last_run(options.peers), options.folder / "peers.png")
-        if options.kernels.exists():
-            draw_kernels(results.read_last_run(options.kernels), options.folder / "kernels.png")
+    files = (options.peers, options.kernels, options.training, options.losses)
+    if not any(file.exists() for file in files):
+        parser.error(f"none of {', '.join(map(str, files))} is there: run a benchmark first")
+
+    def picture(name: str) -> Path:
+        path: Path = options.folder / f"{name}.png"
+        return path
+
+    def insert(name: str, text: str, **charts: str) -> None:
+        """A table and charts, each with its title, where the README has its markers."""
         if options.readme:
-            chart = os.path.relpath(options.folder / "peers.png", README.parent)
-            write_readme(f"{table(last_run(options.peers))}\n\n![The same as a chart]({chart})", README)
-            print(f"written: the table of {README}")
+            links = (
+                f"![{title}]({os.path.relpath(picture(n), README.parent)})" for n, title in charts.items()
+            )
+            write_readme("\n\n".join([text, *links]), README, name)
+            print(f"written: the table of {name} in {README}")
+
+    try:
+        if options.kernels.exists():
+            draw_kernels(results.read_last_run(options.kernels), picture("kernels"))
+        if options.peers.exists():
+            draw_peers(last_run(options.peers), picture("peers"))
+            insert("peers", table(last_run(options.peers)), peers=_CHART)
+        learned = {}
+        if options.losses.exists():
+            training.draw_losses(results.read_last_run(options.losses), picture("losses"))
+            learned = {"losses": "Losses of the same steps by each"}
+        if options.training.exists():
+            training.draw(training.last_run(options.training), picture("training"))
+            insert(
+                "training", training.table(training.last_run(options.training)), training=_CHART, **learned
+            )
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     return 0

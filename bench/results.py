@@ -48,6 +48,10 @@ class Row:
     `top1` that with the right one, `logit_error` the largest error of a logit. `file_mb` are 10^6 bytes of
     its files; `start_ms` the time of a fresh process from nothing imported to the first answer, `first_ms`
     that without the imports; `peak_mb` 10^6 bytes of memory over what the process held before loading.
+
+    Of training: `ms` is a step's and `first_ms` the first one's, which may compile; `peak_mb` is over what
+    the process held once model and optimizer were made; `noisy` says that the medians of its turns differ by
+    more than 10%; `loss` is that of the `step`-th step, from 1.
     """
 
     bench: str
@@ -80,6 +84,8 @@ class Row:
     start_ms: float | None = None
     first_ms: float | None = None
     peak_mb: float | None = None
+    step: int | None = None
+    loss: float | None = None
     weights: str = ""
     note: str = ""
 

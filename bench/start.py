@@ -11,9 +11,8 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 
-from . import limits, material
+from . import limits, material, memory
 from .contenders import find
 from .engines import Case
 
@@ -36,8 +35,8 @@ def measure(title: str, case: Case) -> dict[str, float]:
     if hasattr(engine, "imports"):
         engine.imports()
     imported = time.perf_counter()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
-    before = _status("VmRSS")
+    memory.restart_peak()
+    before = memory.resident()
     loading = time.perf_counter()
     call = engine.load(case)(photo)
     call()
@@ -47,16 +46,8 @@ def measure(title: str, case: Case) -> dict[str, float]:
     return {
         "start_ms": 1e3 * (imported - begin + end - loading),
         "first_ms": 1e3 * (end - loading),
-        "memory": _status("VmHWM") - before,
+        "memory": memory.peak() - before,
     }
-
-
-def _status(name: str) -> float:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        key, _, value = line.partition(":")
-        if key == name:
-            return 1024.0 * int(value.split()[0])
-    raise KeyError(name)
 
 
 def main(order: str) -> int:

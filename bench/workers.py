@@ -30,7 +30,8 @@ class Worker:
     """One contender in one process, which begins to start at once; `ready` waits for it.
 
     Args:
-        module: the one in bench whose `serve(**request)` returns a function from a key to the call to time.
+        module: the one in bench whose `serve(**request)` returns a function from a key to the call to time
+            or to ask.
         request: JSON-able arguments of `serve`.
         cores: what the process is pinned to; torch gets as many threads.
         env: its whole environment.
@@ -75,9 +76,7 @@ class Worker:
 
         `warming`: `warm_calls` and `warm_ms` of `timing.turn`, where its own are not meant.
         """
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"calls": calls, "key": key, "warming": warming}) + "\n")
-        self._process.stdin.flush()
+        self._write({"calls": calls, "key": key, "warming": warming})
 
     def finish(self) -> list[float]:
         """Milliseconds of each counted call of the turn begun."""
@@ -88,6 +87,16 @@ class Worker:
         """One turn, waited for."""
         self.begin(calls, key, **warming)
         return self.finish()
+
+    def ask(self, key: str) -> Any:
+        """What the call of that key returns, made once and not timed."""
+        self._write({"ask": key})
+        return self._read()["answer"]
+
+    def _write(self, wanted: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(wanted) + "\n")
+        self._process.stdin.flush()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -131,7 +140,7 @@ def alone(workers: Sequence[Worker], everyone: Sequence[Worker]) -> Iterator[Non
 
 
 def _serve(order: str) -> None:
-    """The process's own part: build the calls, say so, then take a turn for every line read."""
+    """The process's own part: build the calls, say so, then take a turn or answer for every line read."""
     asked = json.loads(order)
     os.sched_setaffinity(0, asked["cores"])
     # The answers have a channel that nothing the contender prints can reach.
@@ -143,14 +152,17 @@ def _serve(order: str) -> None:
     torch.set_num_threads(len(asked["cores"]))
     torch.set_grad_enabled(False)
     calls = importlib.import_module(f"bench.{asked['module']}").serve(**asked["request"])
-    print(json.dumps({"isa": _isa()}), file=answers)
+    print(json.dumps({"isa": isa()}), file=answers)
     for line in sys.stdin:
-        turn = json.loads(line)
-        times = timing.turn(calls(turn["key"]), turn["calls"], **turn["warming"])
+        wanted = json.loads(line)
+        if "ask" in wanted:
+            print(json.dumps({"answer": calls(wanted["ask"])()}), file=answers)
+            continue
+        times = timing.turn(calls(wanted["key"]), wanted["calls"], **wanted["warming"])
         print(json.dumps({"ms": times}), file=answers)
 
 
-def _isa() -> str:
+def isa() -> str:
     """The instruction set of our kernels; empty where the process has not loaded them."""
     module = sys.modules.get("mnv2_fast._C")
     return "" if module is None else str(module.isa())

@@ -295,10 +295,11 @@ def test_the_readme_gets_its_table(tmp_path: Path) -> None:
     assert "|  | OpenVINO | 3.00\\* |  | 640 (s) |  |  |  |  |" in table
     assert "OpenVINO, bf16: emulated." in table
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
+    begin, end = plot.MARKERS["peers"]
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     plot.write_readme(table, readme)
     plot.write_readme(table, readme)
-    assert readme.read_text() == f"before\n{plot.BEGIN}\n{table}\n{plot.END}\nafter\n"
+    assert readme.read_text() == f"before\n{begin}\n{table}\n{end}\nafter\n"
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="put them where the table belongs"):
         plot.write_readme(table, readme)
@@ -312,7 +313,8 @@ def test_the_chart_is_drawn_of_what_there_is(tmp_path: Path) -> None:
 
 def test_the_readme_has_the_markers_once() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert (text.count(plot.BEGIN), text.count(plot.END)) == (1, 1)
+    for markers in plot.MARKERS.values():
+        assert [text.count(marker) for marker in markers] == [1, 1]
 
 
 def test_roof_is_the_slower_of_the_two_limits() -> None:
@@ -349,7 +351,7 @@ def test_workers_take_turns_and_stop_for_each_other(tmp_path: Path) -> None:
     workers: list[Worker] = []
     try:
         for _ in range(2):
-            env = contenders.environment(scalar, str(tmp_path))
+            env = contenders.environment(scalar.env, str(tmp_path))
             workers.append(Worker("contenders", request, CORE, env))
         assert [worker.ready().isa for worker in workers] == ["scalar", "scalar"]
         with alone(workers[:1], workers):
@@ -367,7 +369,8 @@ def test_a_start_is_timed_and_weighed_in_a_process_of_its_own(tmp_path: Path) ->
     case = scalar_case(tmp_path / "shared")
     title = f"{contenders.ENGINE_SCALAR}, fp32"
     order = {"title": title, "case": dataclasses.asdict(case)}
-    found = build.run("start", order, contenders.environment(contenders.find(title), str(tmp_path)))
+    env = contenders.environment(contenders.find(title).env, str(tmp_path))
+    found = build.run("start", order, env)
     assert found["start_ms"] > found["first_ms"] > 0
     assert found["memory"] > 13e6  # the weights alone
 

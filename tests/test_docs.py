@@ -75,9 +75,9 @@ def test_design_names_every_module() -> None:
 
 def test_speed_is_stated_where_it_was_measured() -> None:
     """What stands between the markers is written from the results: none without them, a row with them."""
-    speed = re.findall(
-        r"<!-- bench\.plot: begin -->(.*?)<!-- bench\.plot: end -->", README.read_text("utf-8"), re.DOTALL
-    )
-    assert len(speed) == 1
-    rows = re.findall(r"^\|.*\d.*\|$", speed[0], re.MULTILINE)
-    assert bool(rows) <= (ROOT / "bench" / "results" / "peers.csv").exists()
+    for mark, results in (("bench.plot", "peers"), ("bench.plot training", "training")):
+        begin, end = (re.escape(f"<!-- {mark}: {word} -->") for word in ("begin", "end"))
+        speed = re.findall(f"{begin}(.*?){end}", README.read_text("utf-8"), re.DOTALL)
+        assert len(speed) == 1
+        rows = re.findall(r"^\|.*\d.*\|$", speed[0], re.MULTILINE)
+        assert bool(rows) <= (ROOT / "bench" / "results" / f"{results}.csv").exists()

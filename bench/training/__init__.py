@@ -1,0 +1,1 @@
+"""A training step, ours beside torch's: `python -m bench.training`, see `run`."""
