@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from helpers import colour_photos, one_thread  # noqa: F401 (a fixture)
 
 from mnv2_fast import env
 
@@ -16,6 +17,7 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_readme_programs_run(
     weights_v1: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -26,6 +28,8 @@ def test_readme_programs_run(
     (tmp_path / "photos").mkdir()
     for photo in photos[:8]:
         shutil.copy(photo, tmp_path / "photos")
+    shutil.copy(photos[0], tmp_path / "daisy.jpg")
+    colour_photos(tmp_path / "flowers", 14)
     programs = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(programs) >= 3
     names: dict[str, object] = {"torch": torch, "images": torch.zeros(2, 3, 64, 64)}

@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import math
+import os
 import resource
 import shutil
 import sys
@@ -388,6 +389,39 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(folder: Path, tmp_path: Pa
     assert state["progress"]["epoch"] == 1
     assert all(value.isfinite().all() for value in state["model"].values())
     assert "checkpoint" not in _refused(folder, model=_Explodes(1, where))
+
+
+def test_dropout_is_drawn_anew_in_every_step(folder: Path) -> None:
+    masks: list[Tensor] = []
+
+    class Watched(nn.Dropout):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if self.training:
+                masks.append(y == 0)
+            return y
+
+    model = nn.Sequential(nn.Flatten(), Watched(0.5), nn.Linear(3072, 3))
+    for seed in (0, 0, 1):
+        torch.seed()
+        fit(folder, model=model, **{**QUICK, "seed": seed, "epochs": 1})
+    first, again, other = masks[:3], masks[3:6], masks[6:]
+    assert all(torch.equal(mask, same) for mask, same in zip(first, again, strict=True))
+    assert not any(torch.equal(mask, more) for mask, more in zip(first, other, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_checkpoints_take_each_others_place_at_once(folder: Path, tmp_path: Path) -> None:
+    """Who holds the file of an epoch keeps it whole."""
+    out, held = tmp_path / "run", []
+
+    def hold(row: dict[str, Any]) -> None:
+        os.link(out / "last.pt", tmp_path / f"held {row['epoch']}")
+        held.append((out / "last.pt").read_bytes())
+
+    fit(folder, model=_network(), out=out, on_epoch_end=hold, **QUICK)
+    assert held[0] != held[1]
+    assert [(tmp_path / f"held {epoch}").read_bytes() for epoch in (1, 2)] == held
 
 
 @pytest.fixture

@@ -282,6 +282,8 @@ def test_loaders_of_a_folder(folder: LabelledFolder, tmp_path: Path) -> None:
     assert first.images.shape == (4, 3, 16, 16)
     assert [len(batch.labels) for batch in val.epoch()] == [3]
     assert len(list((tmp_path / "cache").glob("*.images"))) == 1
+    full, _ = loading.make_loaders(folder, SMALL, 5, workers=0, drop_last=True)
+    assert [len(batch.labels) for batch in full.epoch()] == [5, 5]
     own = lambda image: image[:, :8, :8]  # noqa: E731
     train, val = loading.make_loaders(folder, SMALL, 4, transform=own, workers=0)
     assert next(train.epoch()).images.shape == (4, 3, 8, 8)
