@@ -4,8 +4,8 @@ A pack is made from tensors that anybody may change at any time, in ways that to
 fused optimizers move neither `_version` nor `data_ptr`, a train-mode batch norm raises the version of its
 counter only, `.data` and numpy write unseen, `functional_call` reuses addresses. So a pack remembers what it
 read, and serves only while, for every tensor, the object, dtype, shape, strides, address, version and a few
-values are unchanged, and no optimizer has stepped. It keeps an alias of each, so that no address is given to
-another tensor while the pack lives.
+values are unchanged, and no optimizer has stepped on its memory. It keeps an alias of each, so that no address
+is given to another tensor while the pack lives.
 
 Not seen, where every sampled value stays as it was: a write through `.data` or numpy, a fused kernel that no
 Optimizer runs (`torch._fused_sgd_` called by hand), a write by another process to shared memory. Nor is a
@@ -33,6 +33,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .backends import cpu
 from .chain import Chain
 
+_ANY = -1  # in the place of a storage's address: it may be any
+_MOST_STEPPED = 10_000
 _SAMPLES = 3  # values remembered of each tensor: the first, the middle one, the last
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -85,11 +87,28 @@ def methods_of(cls: type) -> tuple[object, ...]:
 
 
 _steps = 0  # of every optimizer in this process
+_stepped: dict[int, int] = {}  # address of a storage -> the last step that may have written to it
 
 
-def _count_step(*_: object) -> None:
+def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Take note of what a step may have moved: torch's optimizers leave alone what has no gradient."""
     global _steps
     _steps += 1
+    if len(_stepped) > _MOST_STEPPED:  # mostly of tensors that are dead
+        _stepped.clear()
+        _stepped[_ANY] = _steps
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.requires_grad or p.grad is not None:
+                _stepped[_storage(p)] = _steps
+
+
+def _storage(t: Tensor) -> int:
+    """The address of a tensor's memory, which others may share."""
+    try:
+        return t.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, or a subclass without memory
+        return _ANY
 
 
 # As torch.compiler.disable would mark it, without the second that importing torch._dynamo takes.
@@ -151,6 +170,7 @@ class TensorWatch:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._steps = _steps
+        self._storages = {_ANY, *map(_storage, tensors)}
         self.aliases = [t.detach() for t in tensors]
         self._originals = list(tensors)  # the table reads them: they must live
         self._described = _describe(tensors)
@@ -169,8 +189,11 @@ class TensorWatch:
 
         The tensors' classes are the caller's to check.
         """
-        if self._steps != _steps:
-            return "an optimizer stepped"
+        now = _steps
+        if self._steps != now:
+            if any(_stepped.get(storage, 0) > self._steps for storage in self._storages):
+                return "an optimizer stepped"
+            self._steps = now
         if self._table is not None and self._table.unchanged(tensors):
             return None
         # Other objects may stand for the same memory, as `torch.compile` hands them over.
