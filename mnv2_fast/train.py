@@ -124,8 +124,6 @@ def fit(
             state = run.state() if run is not None and resume else None
             if state is not None:
                 _check_state(state, folder, group)
-            elif run is not None:
-                group.on_first(partial(run.begin, {**args, **recipe.to_dict()}))
             trainer = Trainer(
                 network,
                 _loaders(folder, seen, recipe, group),
@@ -140,6 +138,8 @@ def fit(
             )
             if state is not None:
                 trainer.load_state(state)
+            elif run is not None:  # only now: what has failed so far leaves a run that was to be replaced
+                group.on_first(partial(run.begin, {**args, **recipe.to_dict()}))
             trainer.train()
             if run is not None:
                 group.on_first(partial(_save_end, run, trainer, charts))

@@ -312,6 +312,9 @@ def test_bad_folders(folder: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert "no photo of class 'red'" in _refused(dark)
+        known = {"cache": str(tmp_path / "cache"), "out": tmp_path / "run"}
+        assert "no photo of class 'red'" in _refused(dark, **known)
+        assert not (tmp_path / "run").exists()
 
 
 def test_what_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
