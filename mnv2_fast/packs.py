@@ -4,8 +4,8 @@ A pack is made from tensors that anybody may change at any time, in ways that to
 fused optimizers move neither `_version` nor `data_ptr`, a train-mode batch norm raises the version of its
 counter only, `.data` and numpy write unseen, `functional_call` reuses addresses. So a pack remembers what it
 read, and serves only while, for every tensor, the object, dtype, shape, strides, address, version and a few
-values are unchanged, and no optimizer has stepped on its memory. It keeps an alias of each, so that no address
-is given to another tensor while the pack lives.
+values are unchanged, and no optimizer has stepped on its memory. It keeps an alias of each, so that no
+address is given to another tensor while the pack lives.
 
 Not seen, where every sampled value stays as it was: a write through `.data` or numpy, a fused kernel that no
 Optimizer runs (`torch._fused_sgd_` called by hand), a write by another process to shared memory. Nor is a
