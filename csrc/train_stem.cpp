@@ -77,8 +77,10 @@ template <class T> void train_stem_forward(const KernelTable &kernels, const Tra
             float *const made = in_float(z, memory.z);
             unfold(s, x, at, count, memory.rows);
             weights.sums(memory.rows, count, made);
-            moments_and_round(kernels, {made, s.cout, memory.sums.first, memory.sums.second, count, s.cout}, z);
-            memory.sums.add_moments(made, count);
+            if (f.sums || made == memory.z) {
+                moments_and_round(kernels, {made, s.cout, memory.sums.first, memory.sums.second, count, s.cout}, z);
+                memory.sums.add_moments(made, count);
+            }
         }
         if (f.sums)
             add_parts<double>(team, [&](int t) { return of.own(t).sums.total(); }, 2 * s.cout, f.sums);

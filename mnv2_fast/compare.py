@@ -45,14 +45,16 @@ Say = Callable[[str], object]
 class Settings:
     """What has to be the same in all runs.
 
-    data, train, val: the folder, and how many photos there are. epochs: of each run, unless `seconds`, of
-    wall time for training a run, says how many fit. Others: of `Recipe`, and `fit`'s weights.
+    data, train, val, photos: the folder, how many photos there are, and which, by a digest. epochs: of each
+    run, unless `seconds`, of wall time for training a run, says how many fit. Others: of `Recipe`, and the
+    weights of `fit`.
     """
 
     data: str
     classes: tuple[str, ...]
     train: int
     val: int
+    photos: str
     epochs: int
     seconds: float | None
     weights: str
@@ -132,6 +134,7 @@ def compare(
         usable.classes,
         len(usable.train),
         len(usable.val),
+        usable.digest(),
         epochs,
         seconds,
         weights,

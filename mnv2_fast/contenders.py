@@ -56,10 +56,8 @@ PLAIN, AUGMENTED = "lenet", "lenet-augmented"
 CONTENDERS: tuple[Contender, ...] = (
     Contender(PLAIN, "LeNet-5", LENET, ()),
     Contender(AUGMENTED, "LeNet-5 with augmentation", LENET, AUGMENT),
-    Contender("mobilenetv2-scratch", "MobileNetV2 from scratch", MOBILENET, ("crop", "flip")),
-    Contender(
-        "mobilenetv2-finetuned", "MobileNetV2 fine-tuned", MOBILENET, ("crop", "flip"), pretrained=True
-    ),
+    Contender("mobilenetv2-scratch", "MobileNetV2 from scratch", MOBILENET, CROP_AND_FLIP),
+    Contender("mobilenetv2-finetuned", "MobileNetV2 fine-tuned", MOBILENET, CROP_AND_FLIP, pretrained=True),
     *(
         Contender(f"lenet-with-{name}", f"LeNet-5 with {name}", LENET, (name,), ablation=True)
         for name in AUGMENT

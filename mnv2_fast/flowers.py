@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import os
 import tarfile
@@ -39,7 +40,9 @@ def fetch(progress: bool = True) -> Path:
     archive = target.with_suffix(".tgz")
     if target.is_dir():
         return target
-    if not archive.exists():
+    if archive.exists():
+        _check(archive)
+    else:
         _download(archive, progress)
     _unpack(archive, target)
     return target
@@ -55,6 +58,13 @@ def _download(archive: Path, progress: bool) -> None:
             f"the flower photos cannot be downloaded from {URL} ({reason}): put {archive.name} in a folder "
             f"and set {env.DATA.name} to it, or give a folder of photos"
         ) from None
+
+
+def _check(archive: Path) -> None:
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256:
+        raise UserError(f"{archive} is not the published archive: remove it to fetch it again")
 
 
 def _unpack(archive: Path, target: Path) -> None:

@@ -8,7 +8,8 @@ values are unchanged, and no optimizer has stepped on its memory. It keeps an al
 address is given to another tensor while the pack lives.
 
 Not seen, where every sampled value stays as it was: a write through `.data` or numpy, a fused kernel that no
-Optimizer runs (`torch._fused_sgd_` called by hand), a write by another process to shared memory. Nor is a
+Optimizer runs (`torch._fused_sgd_` called by hand) or that one of your own runs on a frozen parameter or on
+memory that another storage has, too (dlpack, numpy), a write by another process to shared memory. Nor is a
 method of torch put on a module in the place of one of torch's own attributes, deleted before it.
 `refresh()` of the module is the cure.
 """
@@ -87,20 +88,25 @@ def methods_of(cls: type) -> tuple[object, ...]:
 
 
 _steps = 0  # of every optimizer in this process
+_step_lock = threading.Lock()
 _stepped: dict[int, int] = {}  # address of a storage -> the last step that may have written to it
 
 
 def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Take note of what a step may have moved: torch's optimizers leave alone what has no gradient."""
     global _steps
-    _steps += 1
-    if len(_stepped) > _MOST_STEPPED:  # mostly of tensors that are dead
-        _stepped.clear()
-        _stepped[_ANY] = _steps
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.requires_grad or p.grad is not None:
-                _stepped[_storage(p)] = _steps
+    with _step_lock:
+        step = _steps + 1
+        if len(_stepped) > _MOST_STEPPED:  # mostly of tensors that are dead
+            _stepped[_ANY] = step
+            for storage in list(_stepped):
+                if storage != _ANY:
+                    del _stepped[storage]
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.requires_grad or p.grad is not None:
+                    _stepped[_storage(p)] = step
+        _steps = step  # last: who sees it sees what it wrote to
 
 
 def _storage(t: Tensor) -> int:

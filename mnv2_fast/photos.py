@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,16 @@ class LabelledFolder:
     classes: tuple[str, ...]
     train: tuple[Photo, ...]
     val: tuple[Photo, ...]
+
+    def digest(self) -> str:
+        """Of the photos' names, labels, order and sides: 64 hexadecimal digits."""
+        names = hashlib.sha256()
+        for side in (self.train, self.val):
+            for photo in side:
+                name = photo.path.relative_to(self.root)
+                names.update(f"{photo.label} {name}\n".encode(errors="surrogateescape"))
+            names.update(b"\n")
+        return names.hexdigest()
 
 
 def find(folder: str | os.PathLike[str], val_share: float = 0.2, seed: int = 0) -> LabelledFolder:

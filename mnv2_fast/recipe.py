@@ -53,7 +53,8 @@ class Number:
         what = "a whole number" if self.kind is int else "a number"
         if self.most < math.inf:
             least = f"above {self.least:g} and at most" if self.above else f"from {self.least:g} to"
-            return f"give {what} {least} {self.most:g}"
+            most = f"{self.most:g}" if self.kind is float else str(self.most)
+            return f"give {what} {least} {most}"
         return f"give {what} {'above' if self.above else 'of at least'} {self.least:g}"
 
 
@@ -179,7 +180,7 @@ class Recipe:
         None, _COUNT, "stop after as many epochs without a better top-1; by default never", _TRAINING
     )
     amp: str = _option("none", Choice(("none", "bf16")), "bf16: train under autocast to it", _TRAINING)
-    seed: int = _option(0, Number(int, 0), "of everything random but the split", _TRAINING)
+    seed: int = _option(0, Number(int, 0, 2**63 - 1), "of everything random but the split", _TRAINING)
 
     image_size: int | None = _option(
         None, _COUNT, "height and width; by default what the weights were trained on", _PHOTOS

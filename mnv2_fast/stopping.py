@@ -33,7 +33,8 @@ class Stop:
             yield
         finally:
             for number, handler in self._before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # one that was not installed from Python stays away
+                    signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

@@ -11,7 +11,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, NoReturn
@@ -213,7 +213,8 @@ class Trainer:
         while done.batch < self.batches:
             begin = time.perf_counter()
             count = min(recipe.accumulate, self.batches - done.batch)
-            found = self._gradients(network, islice(batches, count), count)
+            # All of them first: where the next one fails, the running statistics are still the last step's.
+            found = self._gradients(network, list(islice(batches, count)))
             stop = self._step(found)
             done.batch += count
             sums = done.sums
@@ -228,8 +229,9 @@ class Trainer:
             if stop:
                 self._stop_here()
 
-    def _gradients(self, network: nn.Module, batches: Iterator[Batch], count: int) -> Sums:
-        """Leave the gradients of the mean loss of `count` batches; the sums over this process's photos."""
+    def _gradients(self, network: nn.Module, batches: Sequence[Batch]) -> Sums:
+        """Leave the gradients of the batches' mean loss; the sums over this process's photos."""
+        count = len(batches)
         self.optimizer.zero_grad()
         sums = Sums()
         with torch.random.fork_rng(devices=[]):

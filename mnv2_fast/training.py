@@ -175,7 +175,7 @@ class ChainTraining(torch.autograd.Function):
         y = cpu_train.activate(read, norm, first if residual else None)
         ctx.layers, ctx.residual, ctx.norms = specs, residual, norms
         ctx.save_for_backward(first, *saved)
-        return y.permute(0, 3, 1, 2)
+        return y.permute(0, 3, 1, 2).data  # no view for autograd, which would forbid to write in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -245,7 +245,10 @@ def _gradients(
         coefficients, *affine = cpu_train.norm_gradient(total, layer.norm, layer.gamma, layer.pixels)
         for_x, for_weight = any(needed[: 3 * i + 1]), needed[3 * i + 1]
         added = grad if residual and i == 0 and layer.spec.kind == "pointwise" else None
-        if layer.z is None:
+        dw: Tensor | None = None
+        if not for_x and not for_weight:
+            pass  # only the norm's own gradients were left
+        elif layer.z is None:
             assert after is not None
             g, dw = cpu_train.expansion_backward(
                 after, coefficients, residual=added, for_x=for_x, for_weight=for_weight
@@ -321,7 +324,7 @@ class ChainFunction(torch.autograd.Function):
         """
         ctx.chain, ctx.asked, ctx.autocast = pack.chain, asked, pack.autocast
         ctx.save_for_backward(x, *tensors)
-        return pack.run(x)
+        return pack.run(x).data  # likewise
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -413,6 +416,7 @@ def _update(norm: nn.BatchNorm2d | FrozenNorm, moments: Tensor, pixels: int) -> 
     if (
         isinstance(norm, FrozenNorm)
         or not norm.training
+        or not norm.track_running_stats
         or norm.running_mean is None
         or norm.running_var is None
     ):

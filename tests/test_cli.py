@@ -191,7 +191,7 @@ def test_a_backend_asked_for_is_used(
         (["predict", "a.jpg", "--top-k", "many"], "'many': give a whole number of at least 1"),
         (["predict", "a.jpg", "--backend", "cuda"], "'auto', 'eager', 'cpu', 'triton'"),
         (["export", "--format", "tflite", "m.tflite"], "'onnx'"),
-        (["foo"], "'predict', 'finetune', 'bench', 'info', 'export', 'quantize', 'demo'"),
+        (["foo"], "'export', 'quantize', 'evaluate', 'compare', 'demo'"),
         ([], "VERB"),
         (["predict", "nothing/*.jpg"], "no file matches 'nothing/*.jpg'"),
     ],

@@ -266,7 +266,7 @@ def test_who_takes_part() -> None:
         contenders.choose(["lenet", "x"])
 
 
-SETTINGS = Settings("/photos", ("a", "b"), 80, 20, 10, None, "IMAGENET1K_V1", 32, None)
+SETTINGS = Settings("/photos", ("a", "b"), 80, 20, "0f", 10, None, "IMAGENET1K_V1", 32, None)
 
 
 def made(contender: Contender, seed: int, top1: float, worse: float = 0.2) -> Result:

@@ -144,6 +144,30 @@ def test_momentum_none_averages_all_batches() -> None:
     assert norms(block)[0].num_batches_tracked == 3
 
 
+def test_statistics_that_are_switched_off() -> None:
+    """A norm that has statistics and is told to keep none for a while takes the batch's and moves nothing."""
+    block = spread(InvertedResidual(8, 8, 1, 2))
+    for norm in norms(block):
+        norm.track_running_stats = False
+    before = {name: b.clone() for name, b in block.named_buffers()}
+    compare(block, torch.randn(2, 8, 5, 5))
+    assert all(torch.equal(b, before[name]) for name, b in block.named_buffers())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_answers_may_be_written_in_place(training: bool) -> None:
+    block = spread(InvertedResidual(8, 8, 1, 2)).train(training)
+    x = torch.randn(2, 8, 5, 5)
+    found = []
+    for forward in (fast, plain):
+        block.zero_grad()
+        y = forward(block, x)
+        torch.nn.functional.relu(y.add_(1), inplace=True).square().sum().backward()
+        found.append([p.grad.clone() for p in block.parameters()])
+    for ours, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-3, atol=1e-3 * float(torchs.abs().max()))
+
+
 def test_frozen_norms() -> None:
     block = spread(InvertedResidual(16, 16, 1, 6))
     norms(block)[0].eval()

@@ -232,7 +232,7 @@ def sums(g: Tensor, z: Tensor, norm: Norm) -> Tensor:
         [2, C] float64.
     """
     channels = z.shape[-1]
-    total = torch.empty((2, channels), dtype=torch.float64, device="cpu")
+    total = _sums(channels)
     _kernels(z.dtype).sums(
         g.data_ptr(),
         z.data_ptr(),
