@@ -63,13 +63,17 @@ template <class T> class BackwardRows {
                 if (for_x)
                     input_rows(row, rows);
             });
-        new_image(0);
+        end_image();
     }
 
   private:
     void new_image(long image) {
         memory_.input.new_image(image, &shared_.expansion);
         memory_.gradient.new_image(image, shared_.taps.blocks());
+        end_image();
+    }
+
+    void end_image() {
         for (std::size_t i = 0; i < taps_; ++i) {
             memory_.dw[i] += memory_.image[i];
             memory_.image[i] = 0.0f;
@@ -147,10 +151,7 @@ template <class T> void train_depthwise_forward(const KernelTable &kernels, cons
             T *const z = f.z + (image * s.out_h() + row) * line;
             float *const made = in_float(z, memory.z);
             kernels.depthwise({windows, c, shared.taps.blocks(), made, c, line, rows, s.w, s.stride, c, false});
-            if (f.sums || made == memory.z) {
-                moments_and_round(kernels, {made, c, memory.sums.first, memory.sums.second, pixels, c}, z);
-                memory.sums.add_moments(made, pixels);
-            }
+            keep(kernels, f, memory.sums, made, pixels, z);
         };
         each_band(team, s, [&](long image) { memory.input.new_image(image, &shared.expansion); }, band);
         if (f.sums)
@@ -173,17 +174,16 @@ template <class T> void train_depthwise_backward(const KernelTable &kernels, con
             add_parts<double>(team, [&](int t) { return of.own(t).sums.total(); }, 2 * s.cin, b.sums);
         if (!b.dw)
             return;
+        const auto part = [&](int t) { return of.own(t).dw; };
+        double *const total = part(0);
+        add_parts<double>(team, part, static_cast<std::ptrdiff_t>(block_floats(kernels, s.cin)), total);
         team.sync();
         long begin, end;
         team.share(s.cin, 1, begin, end);
         for (long c = begin; c < end; ++c)
-            for (int tap = 0; tap < kTaps; ++tap) {
-                const std::ptrdiff_t at = (c / kernels.lanes * kTaps + tap) * kernels.lanes + c % kernels.lanes;
-                double sum = 0;
-                for (int t = 0; t < team.size(); ++t)
-                    sum += of.own(t).dw[at];
-                b.dw[c * kTaps + tap] = static_cast<float>(sum);
-            }
+            for (int tap = 0; tap < kTaps; ++tap)
+                b.dw[c * kTaps + tap] =
+                    static_cast<float>(total[(c / kernels.lanes * kTaps + tap) * kernels.lanes + c % kernels.lanes]);
     });
 }
 

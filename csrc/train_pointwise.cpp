@@ -28,10 +28,7 @@ template <class T> void train_pointwise_forward(const KernelTable &kernels, cons
         weights.pack(team, {static_cast<const T *>(f.weight), s.cin, 1});
         ForwardMemory<T> memory = of.own(team.rank());
         memory.sums.clear();
-        long begin, end;
-        team.share(static_cast<long>(s.out_pixels()), kernels.tile_rows, begin, end);
-        for (std::ptrdiff_t at = begin; at < end; at += chunk) {
-            const std::ptrdiff_t count = std::min<std::ptrdiff_t>(chunk, end - at);
+        each_chunk(team, kernels, s, chunk, [&](std::ptrdiff_t at, std::ptrdiff_t count) {
             const T *x = static_cast<const T *>(f.x) + at * s.cin;
             if (f.in.scale) {
                 run(kernels, Activate<T, T>{x, s.cin, f.in, nullptr, 0, memory.input, s.cin, count, s.cin});
@@ -40,11 +37,8 @@ template <class T> void train_pointwise_forward(const KernelTable &kernels, cons
             T *const z = f.z ? f.z + at * s.cout : nullptr;
             float *const made = z ? in_float(z, memory.z) : memory.z;
             weights.sums(x, count, made);
-            if (f.sums || made == memory.z) {
-                moments_and_round(kernels, {made, s.cout, memory.sums.first, memory.sums.second, count, s.cout}, z);
-                memory.sums.add_moments(made, count);
-            }
-        }
+            keep(kernels, f, memory.sums, made, count, z);
+        });
         if (f.sums)
             add_parts<double>(team, [&](int t) { return of.own(t).sums.total(); }, 2 * s.cout, f.sums);
     });
@@ -63,10 +57,9 @@ template <class T> void train_pointwise_backward(const KernelTable &kernels, con
             turned.pack(team, {static_cast<const T *>(b.weight), 1, s.cin});
         BackwardChunks<T> chunks = of.own(team.rank());
         chunks.clear();
-        long begin, end;
-        team.share(static_cast<long>(s.out_pixels()), kernels.tile_rows, begin, end);
-        for (std::ptrdiff_t at = begin; at < end; at += chunk)
-            chunks.run(at, std::min<std::ptrdiff_t>(chunk, end - at), b.g + at * s.cout, b.z + at * s.cout, turned);
+        each_chunk(team, kernels, s, chunk, [&](std::ptrdiff_t at, std::ptrdiff_t count) {
+            chunks.run(at, count, b.g + at * s.cout, b.z + at * s.cout, turned);
+        });
         add_gradients(team, b, chunks, [&](int t) { return of.own(t); });
     });
 }

@@ -148,6 +148,27 @@ inline void moments_and_round(const KernelTable &k, const MomentsArgs &a, bf16 *
         k.train_moments(a);
 }
 
+// What a layer does with pixels of z that its kernels have made: they are rounded to the tensor, where `made` is not
+// that itself, and added to the sums, where these are wanted.
+template <class T>
+void keep(const KernelTable &kernels, const TrainForward<T> &f, ChannelSums &sums, const float *made,
+          std::ptrdiff_t pixels, T *z) {
+    if (!f.sums && static_cast<const void *>(made) == z)
+        return;
+    const int c = f.shape.cout;
+    moments_and_round(kernels, {made, c, sums.first, sums.second, pixels, c}, z);
+    sums.add_moments(made, pixels);
+}
+
+// f(from, count) for a member's share of the output pixels, `chunk` of them at a time.
+template <class F>
+void each_chunk(const Team &team, const KernelTable &kernels, const TrainShape &s, int chunk, const F &f) {
+    long begin, end;
+    team.share(static_cast<long>(s.out_pixels()), kernels.tile_rows, begin, end);
+    for (std::ptrdiff_t at = begin; at < end; at += chunk)
+        f(at, std::min<std::ptrdiff_t>(chunk, end - at));
+}
+
 // A 1x1 layer's packed weights, of T.
 template <class T> class Product {
   public:

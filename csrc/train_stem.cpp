@@ -69,19 +69,13 @@ template <class T> void train_stem_forward(const KernelTable &kernels, const Tra
         weights.pack(team, {static_cast<const float *>(f.weight), window(s), 1});
         ForwardMemory<T> memory = of.own(team.rank());
         memory.sums.clear();
-        long begin, end;
-        team.share(static_cast<long>(s.out_pixels()), kernels.tile_rows, begin, end);
-        for (std::ptrdiff_t at = begin; at < end; at += chunk) {
-            const std::ptrdiff_t count = std::min<std::ptrdiff_t>(chunk, end - at);
+        each_chunk(team, kernels, s, chunk, [&](std::ptrdiff_t at, std::ptrdiff_t count) {
             T *const z = f.z + at * s.cout;
             float *const made = in_float(z, memory.z);
             unfold(s, x, at, count, memory.rows);
             weights.sums(memory.rows, count, made);
-            if (f.sums || made == memory.z) {
-                moments_and_round(kernels, {made, s.cout, memory.sums.first, memory.sums.second, count, s.cout}, z);
-                memory.sums.add_moments(made, count);
-            }
-        }
+            keep(kernels, f, memory.sums, made, count, z);
+        });
         if (f.sums)
             add_parts<double>(team, [&](int t) { return of.own(t).sums.total(); }, 2 * s.cout, f.sums);
     });
@@ -98,17 +92,17 @@ template <class T> void train_stem_backward(const KernelTable &kernels, const Tr
     const TeamMemory of(threads, make_shared, make_own);
     parallel(threads, [&](Team &team) {
         BackwardMemory memory = of.own(team.rank());
-        long begin, end;
-        team.share(static_cast<long>(s.out_pixels()), kernels.tile_rows, begin, end);
-        if (begin == end)
-            memory.gradient.clear();
-        for (std::ptrdiff_t at = begin; at < end; at += chunk) {
-            const std::ptrdiff_t count = std::min<std::ptrdiff_t>(chunk, end - at), from = at * s.cout;
+        bool first = true;
+        each_chunk(team, kernels, s, chunk, [&](std::ptrdiff_t at, std::ptrdiff_t count) {
+            const std::ptrdiff_t from = at * s.cout;
             run(kernels, GradientOf<T, T, float>{b.g + from, s.cout, b.z + from, s.cout, b.out, b.of_g, b.of_z,
                                                  b.constant, memory.dz, s.cout, count, s.cout});
             unfold(s, x, at, count, memory.rows);
-            memory.gradient.add(memory.dz, memory.rows, Norm(), count, at == begin);
-        }
+            memory.gradient.add(memory.dz, memory.rows, Norm(), count, first);
+            first = false;
+        });
+        if (first)
+            memory.gradient.clear();
         const auto gradient = [&](int t) { return of.own(t).gradient; };
         add_weights(team, gradient, window(s), s.cout, b.dw);
     });

@@ -6,9 +6,6 @@
 
 namespace mnv2 {
 
-// To stream is to write past the caches: what is written is not read first, and pushes nothing out. It takes whole
-// vectors on their boundaries.
-
 // How a raw output is read, a number for each channel. Without `scale` as it is; `mean` is near its mean, for sums of
 // products with z that lose no digits to it.
 struct Norm {
@@ -86,7 +83,7 @@ struct MomentsNarrowArgs {
 };
 
 // sum[c] = sum over pixels of g', dot[c] of g' * (z - mean); g' as in GradientArgs, also written to `masked`, or
-// streamed.
+// streamed: past the caches, so that it is not read first and pushes nothing out, in whole vectors on their boundaries.
 template <class G, class Z> struct Sums {
     const G *g;
     std::ptrdiff_t g_ld;

@@ -102,9 +102,9 @@ def decline_input(x: Tensor, chain: TrainChain) -> None:
         raise Declined("autocast adds a float32 input to a bfloat16 answer")
     if x.shape[0] == 0:
         raise Declined("there are no images")
-    layers = chain.layers
-    if x.shape[1] != layers[0].spec.cin:
-        raise Declined(f"the input has {x.shape[1]} channels, not {layers[0].spec.cin}")
+    cin = chain.layers[0].spec.cin
+    if x.shape[1] != cin:
+        raise Declined(f"the input has {x.shape[1]} channels, not {cin}")
 
 
 def run(
@@ -113,7 +113,7 @@ def run(
     """The layers on x, within autograd; running statistics are updated as torch does.
 
     Args:
-        x: float32 [N, C, H, W] on the CPU.
+        x: float32 [N, C, H, W] on the CPU, or bfloat16 under autocast.
         layers: first to last; a stem only as the first.
         tensors: weight, scale and shift of each, float32; None for a scale of ones or a shift of zeros.
         residual: x is added to the result.
@@ -324,7 +324,7 @@ class ChainFunction(torch.autograd.Function):
         """
         ctx.chain, ctx.asked, ctx.autocast = pack.chain, asked, pack.autocast
         ctx.save_for_backward(x, *tensors)
-        return pack.run(x).data  # likewise
+        return pack.run(x).data  # no view, as in `ChainTraining`
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -65,7 +65,7 @@ template <int P> inline void weight_pairs_rows(const WeightPairsArgs &a, int r) 
         weight_pairs_tile<P, 1>(a, turned, a.columns + 2 * c, dw + c);
 }
 
-// The left matrix of a tile's product has its pairs along the rows: those of `rows` are turned, the smaller part.
+// The left matrix of a tile's product has its pairs along the rows: those of `rows` are turned.
 void train_weight_pairs(const WeightPairsArgs &a) {
     for (int r = 0; r < a.row_count; r += kTileSize)
         for (int k = 0; k < a.pairs; k += kTileSize)
