@@ -179,7 +179,12 @@ class Recipe:
     patience: int | None = _option(
         None, _COUNT, "stop after as many epochs without a better top-1; by default never", _TRAINING
     )
-    amp: str = _option("none", Choice(("none", "bf16")), "bf16: train under autocast to it", _TRAINING)
+    amp: str = _option(
+        "auto",
+        Choice(("auto", "bf16", "none")),
+        "bf16: train under autocast to it; auto: if the network is a MobileNetV2 and the processor has AMX",
+        _TRAINING,
+    )
     seed: int = _option(0, Number(int, 0, 2**63 - 1), "of everything random but the split", _TRAINING)
 
     image_size: int | None = _option(

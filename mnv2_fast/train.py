@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from . import arch, distributed, loading, machine, optim, photos, plots
+from .backends import cpu_train
 from .distributed import Group
 from .errors import UserError
 from .evaluation import evaluate
@@ -119,6 +120,7 @@ def fit(
             seen = _preprocessing(network, preprocessing, recipe.image_size)
             if isinstance(network, MobileNetV2):
                 network.labels, network.preprocessing = list(folder.classes), seen
+            recipe = _settled(recipe, network)
             _check_memory(network, recipe.batch_size, seen.crop)
             state = run.state() if run is not None and resume else None
             if state is not None:
@@ -209,7 +211,8 @@ def _resumed(run: Run | None, args: Mapping[str, Any], options: Mapping[str, Any
         raise UserError("resume needs the run's folder: give it as out")
     then = run.args()
     before = Recipe.of({option.name: then[option.name] for option in OPTIONS if option.name in then})
-    recipe = replace(before, **options)
+    given = {name: value for name, value in options.items() if (name, value) != ("amp", "auto")}
+    recipe = replace(before, **given)
     now, was = {**args, **recipe.to_dict()}, {**then, **before.to_dict()}
     fixed = [*args, *(option.name for option in OPTIONS if not option.free)]
     differ = [
@@ -284,6 +287,19 @@ def _network(
             if isinstance(module, nn.Dropout):
                 module.p = recipe.dropout
     return model
+
+
+def _settled(recipe: Recipe, model: nn.Module) -> Recipe:
+    """The recipe with the arithmetic that it leaves open, so that a run goes on with it on any machine."""
+    if recipe.amp != "auto":
+        return recipe
+    try:
+        if isinstance(model, MobileNetV2):
+            model.decline_backend()
+            return replace(recipe, amp="bf16" if cpu_train.prefers_bfloat16() else "none")
+    except Declined:  # torch trains it
+        pass
+    return replace(recipe, amp="none")
 
 
 def _preprocessing(model: nn.Module, given: Preprocessing | None, size: int | None) -> Preprocessing:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import colour_photos, one_thread  # noqa: F401 (a fixture)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ QUICK: dict[str, Any] = {
     "progress": False,
     "charts": False,
     "lr": 2e-3,
+    "amp": "none",  # the same on every processor
 }
 
 
@@ -470,3 +472,19 @@ def test_tensorboard(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "pip install tensorboard" in _refused(folder, out=tmp_path / "other", tensorboard=True)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "case", [("amx", "auto", "bf16"), ("avx2", "auto", "none"), ("amx", "eager", "none")]
+)
+def test_autocast_is_chosen_by_the_processor_and_kept_for_resuming(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[str, str, str]
+) -> None:
+    isa, backend, amp = case
+    monkeypatch.setattr("mnv2_fast.backends.cpu.isa", lambda: isa)
+    monkeypatch.setenv("MNV2_BACKEND", backend)
+    options = {**QUICK, "epochs": 1, "out": tmp_path / "run", "amp": "auto"}
+    fit(folder, model=_network(), **options)
+    assert yaml.safe_load((tmp_path / "run/args.yaml").read_text())["amp"] == amp
+    monkeypatch.setattr("mnv2_fast.backends.cpu.isa", lambda: "amx" if amp == "none" else "avx512")
+    assert len(fit(folder, model=_network(), resume=True, **options).history) == 1

@@ -90,6 +90,11 @@ class Step:
         return self.conv.weight.dtype
 
 
+def prefers_bfloat16() -> bool:
+    """Whether a step in bfloat16 is the fastest one: with AMX, where it takes two thirds of the time."""
+    return cpu.isa() == "amx"
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor, not initialised, in memory that goes to the next one of its size when it dies."""
     count = math.prod(shape)
