@@ -121,7 +121,8 @@ def fit(
             if isinstance(network, MobileNetV2):
                 network.labels, network.preprocessing = list(folder.classes), seen
             recipe = _settled(recipe, network)
-            _check_memory(network, recipe.batch_size, seen.crop)
+            size = _train_size(recipe, seen)
+            _check_memory(network, recipe.batch_size, size)
             state = run.state() if run is not None and resume else None
             if state is not None:
                 _check_state(state, folder, group)
@@ -310,6 +311,21 @@ def _preprocessing(model: nn.Module, given: Preprocessing | None, size: int | No
     return replace(found, crop=size, resize=max(size, round(found.resize * size / found.crop)))
 
 
+def _train_size(recipe: Recipe, preprocessing: Preprocessing) -> int:
+    """Height and width of what is trained on.
+
+    Raises:
+        UserError: photos are not that large.
+    """
+    size = recipe.train_size or preprocessing.crop
+    if size > preprocessing.resize:
+        raise UserError(
+            f"train_size={size} for photos of {preprocessing.resize} pixels: use at most that, or raise "
+            "image_size"
+        )
+    return size
+
+
 def _reheaded(weights: Any, classes: Sequence[str], say: Callable[[str], None]) -> MobileNetV2:
     """The network of some weights, with a new classifier unless it is for the same classes."""
     model = mobilenet_v2(weights)
@@ -365,7 +381,11 @@ def _loaders(
             folder,
             preprocessing,
             recipe.batch_size,
-            transform=loading.augmentation(preprocessing, recipe.augment, (recipe.crop_scale, 1.0)),
+            transform=loading.augmentation(
+                replace(preprocessing, crop=_train_size(recipe, preprocessing)),
+                recipe.augment,
+                (recipe.crop_scale, 1.0),
+            ),
             seed=recipe.seed,
             cache_folder=recipe.cache,
             cache_bytes=round(recipe.cache_gb * 1e9),

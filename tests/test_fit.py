@@ -488,3 +488,13 @@ def test_autocast_is_chosen_by_the_processor_and_kept_for_resuming(
     assert yaml.safe_load((tmp_path / "run/args.yaml").read_text())["amp"] == amp
     monkeypatch.setattr("mnv2_fast.backends.cpu.isa", lambda: "amx" if amp == "none" else "avx512")
     assert len(fit(folder, model=_network(), resume=True, **options).history) == 1
+
+
+def test_training_may_see_fewer_pixels_than_validation(folder: Path) -> None:
+    seen: dict[bool, set[int]] = {True: set(), False: set()}
+    model = _network()
+    model.register_forward_pre_hook(lambda module, args: seen[module.training].add(args[0].shape[-1]))
+    result = fit(folder, model=model, train_size=24, **{**QUICK, "epochs": 1, "ema": 0.0})
+    assert seen == {True: {24}, False: {32}}
+    assert result.preprocessing.crop == 32
+    assert "use at most that" in _refused(folder, train_size=4096)
