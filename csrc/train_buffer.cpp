@@ -1,12 +1,15 @@
 #include "train_buffer.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <mutex>
+#include <new>
 #include <utility>
 #include <vector>
 
 #include <sys/mman.h>
 
+#include "pack.h"
 #include "parallel.h"
 
 namespace mnv2 {
@@ -14,7 +17,7 @@ namespace {
 
 struct Block {
     std::size_t capacity;
-    Memory memory;
+    Pages memory;
 };
 
 struct Pool {
@@ -24,7 +27,7 @@ struct Pool {
     std::size_t live = 0; // blocks in use
 
     // The smallest that fits and wastes no more than an eighth, or none.
-    Memory take(std::size_t bytes, std::size_t &capacity) {
+    Pages take(std::size_t bytes, std::size_t &capacity) {
         auto best = free.end();
         for (auto it = free.begin(); it != free.end(); ++it)
             if (it->capacity >= bytes && it->capacity - bytes <= bytes / 8 &&
@@ -33,7 +36,7 @@ struct Pool {
         if (best == free.end())
             return nullptr;
         capacity = best->capacity;
-        Memory memory = std::move(best->memory);
+        Pages memory = std::move(best->memory);
         kept -= capacity;
         free.erase(best);
         return memory;
@@ -47,17 +50,26 @@ struct Pool {
     }
 };
 
-// Memory on pages of 2 MB where there is room for some: a training step takes 570 ms so, 640 on those of 4 KB.
-Memory large_pages(std::size_t bytes) {
-    constexpr std::size_t kPage = 2 << 20;
-    if (bytes < 2 * kPage)
-        return allocate(bytes);
-    const std::size_t whole = (bytes + kPage - 1) / kPage * kPage;
-    auto *const memory = static_cast<std::byte *>(std::aligned_alloc(kPage, whole));
-    if (!memory)
+// On pages of 2 MB where there is room for some: a training step takes 570 ms so, 640 on those of 4 KB.
+Pages map_pages(std::size_t bytes) {
+    constexpr std::size_t kLarge = 2 << 20;
+    if (bytes > SIZE_MAX / 2)
         throw std::bad_alloc();
-    madvise(memory, whole, MADV_HUGEPAGE); // a wish
-    return Memory(memory);
+    const bool large = bytes >= 2 * kLarge;
+    const std::size_t whole = large ? (bytes + kLarge - 1) / kLarge * kLarge : bytes;
+    const std::size_t asked = large ? whole + kLarge : whole; // some of it lies on a border
+    void *const found = mmap(nullptr, asked, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (found == MAP_FAILED)
+        throw std::bad_alloc();
+    auto *const pages = static_cast<std::byte *>(found);
+    if (!large)
+        return Pages(pages, Unmap{whole});
+    const std::size_t before = (kLarge - reinterpret_cast<std::uintptr_t>(pages) % kLarge) % kLarge;
+    if (before)
+        munmap(pages, before);
+    munmap(pages + before + whole, kLarge - before);
+    madvise(pages + before, whole, MADV_HUGEPAGE); // a wish
+    return Pages(pages + before, Unmap{whole});
 }
 
 // Never destroyed: a tensor may die after everything else of a process.
@@ -68,9 +80,11 @@ Pool &pool() {
 
 } // namespace
 
+void Unmap::operator()(std::byte *pages) const { munmap(pages, bytes); }
+
 TrainBuffer::TrainBuffer(std::size_t bytes) : bytes_(bytes), capacity_(whole_lines(std::max<std::size_t>(bytes, 1))) {
     if (forked_child()) { // the lock may be held for ever there
-        memory_ = allocate(capacity_);
+        memory_ = map_pages(capacity_);
         return;
     }
     Pool &p = pool();
@@ -80,7 +94,7 @@ TrainBuffer::TrainBuffer(std::size_t bytes) : bytes_(bytes), capacity_(whole_lin
     const std::size_t used = p.used + capacity_, most = std::max(p.most, used);
     p.drop_all_but(most - used);
     if (!memory_)
-        memory_ = large_pages(capacity_);
+        memory_ = map_pages(capacity_);
     p.used = used;
     ++p.live;
     p.most = most;
@@ -103,6 +117,17 @@ std::size_t TrainBuffer::kept() {
     Pool &p = pool();
     const std::lock_guard<std::mutex> lock(p.mutex);
     return p.kept;
+}
+
+std::size_t TrainBuffer::release() {
+    if (forked_child())
+        return 0;
+    Pool &p = pool();
+    const std::lock_guard<std::mutex> lock(p.mutex);
+    const std::size_t released = p.kept;
+    p.drop_all_but(0);
+    p.most = p.used;
+    return released;
 }
 
 } // namespace mnv2

@@ -23,6 +23,7 @@ _EXPORTS = {
     "Evaluation": "metrics",
     "evaluate": "evaluation",
     "fit": "train",
+    "release_training_memory": "training",
     "UserError": "errors",
 }
 

@@ -86,18 +86,21 @@ def _finetune(args: argparse.Namespace, group: Group) -> int:
     from .runs import BEST, FINAL, Run
     from .train import fit
 
-    data, weights = args.data, args.weights
-    if args.resume:
-        then = Run(args.out).args()
-        data, weights = data or then["data"], weights or then["weights"] or _NO_WEIGHTS
-    if data is None:
-        raise UserError("finetune needs photos: give a folder with --data, or --data flowers")
+    def asked() -> tuple[str, str]:
+        data, weights = args.data, args.weights
+        if args.resume:
+            then = Run(args.out).args()
+            data, weights = data or then["data"], weights or then["weights"] or _NO_WEIGHTS
+        if data is None:
+            raise UserError("finetune needs photos: give a folder with --data, or --data flowers")
+        return data, weights or DEFAULT_WEIGHTS
+
+    data, weights = group.together(asked)
     if data == _FLOWERS and not os.path.isdir(data):
         from . import flowers
 
         group.on_first(flowers.fetch)
-        data = flowers.folder()
-    weights = weights or DEFAULT_WEIGHTS
+        data = str(flowers.folder())
     result = fit(
         data,
         weights=None if weights == _NO_WEIGHTS else weights,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from .weights import Preprocessing
 
 RUNS, RESULT, SETTINGS, EPOCHS, COSTS = "runs", "result.json", "settings.json", "epochs.json", "costs.json"
 CACHE = ".cache"
+_OF_PHOTOS = ("train", "val", "photos")  # of `Settings`
 
 Say = Callable[[str], object]
 
@@ -224,13 +225,27 @@ def _keep_settings(file: Path, settings: Settings) -> None:
     differ = [
         f"{name} is {value!r}, not {then.get(name)!r}"
         for name, value in now.items()
-        if value != then.get(name)
+        if value != then.get(name) and name not in _OF_PHOTOS
     ]
+    if any(now[name] != then.get(name) for name in _OF_PHOTOS):
+        differ.append(_other_photos(now, then))
     if differ:
         raise UserError(
             f"{file.parent} has runs with other settings: {'; '.join(differ)}: give the same ones, or "
             "another folder"
         )
+
+
+def _other_photos(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
+    """In words, how the photos differ from those that a comparison began with."""
+    differ = [
+        f"{now[side]} to {what} on instead of {then.get(side)}"
+        for side, what in (("train", "train"), ("val", "validate"))
+        if now[side] != then.get(side)
+    ]
+    if not differ:
+        return "the same numbers of photos, but others"
+    return f"other photos, {' and '.join(differ)}"
 
 
 def _read(file: Path) -> Any:

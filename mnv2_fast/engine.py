@@ -37,7 +37,6 @@ log = logging.getLogger("mnv2_fast")
 
 DTYPES = ("fp32", "bf16", "int8")
 
-MAX_THREADS = 1024  # as csrc/parallel.h says
 
 VERSION = "1"
 
@@ -423,9 +422,10 @@ def check_threads(threads: int | None) -> int | None:
         number = -1 if isinstance(threads, bool) else operator.index(threads)
     except TypeError:
         number = -1
-    if not 1 <= number <= MAX_THREADS:
+    if not 1 <= number <= machine.MAX_THREADS:
         raise UserError(
-            f"threads={threads!r}: give a whole number from 1 to {MAX_THREADS}, or None for torch's number"
+            f"threads={threads!r}: give a whole number from 1 to {machine.MAX_THREADS}, or None for torch's "
+            "number"
         )
     machine.warn_of_threads(number)
     return number

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+MAX_THREADS = 1024  # as csrc/parallel.h says
+
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 

@@ -45,7 +45,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, photos: int) -> Optimizer:
     for parameter in model.parameters():
         if parameter.requires_grad:
             rate = lr * recipe.head_lr_factor if parameter in of_head else lr
-            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+            decay = recipe.decay if parameter.ndim > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     rows = [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
     # Fused: one pass over each parameter, several times as fast as the loop on CPUs.

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import UserError
+from .machine import MAX_THREADS
 
 DEFAULT_WEIGHTS = "IMAGENET1K_V1"
 AUGMENTATIONS = ("crop", "flip", "rotation", "colour", "randaugment", "erasing")
-# Learning rates where none is given, for 32 photos a step.
+# What an optimizer has where nothing is given. Learning rates are for 32 photos a step.
 _LR = {"adamw": 1e-3, "sgd": 1e-2}
 _LR_PHOTOS = 32
+_WEIGHT_DECAY = {"adamw": 0.05, "sgd": 1e-4}
 
 Check = Callable[[Any], Any]  # of a value or a word of the command line; ValueError with the cure
 
@@ -134,6 +136,10 @@ def _option(default: Any, check: Check, text: str, section: str, *, free: bool =
     return field(default=default, metadata={"help": text, "check": check, "section": section, "free": free})
 
 
+def _by_optimizer(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{value:g} with {name}" for name, value in values.items())
+
+
 _TRAINING, _PHOTOS, _MACHINE = "training", "photos and augmentation", "machine"
 
 
@@ -149,13 +155,18 @@ class Recipe:
         None,
         Number(float, 0, above=True),
         f"peak learning rate; by default, for {_LR_PHOTOS} photos a step and in proportion to them, "
-        + ", ".join(f"{lr:g} with {name}" for name, lr in _LR.items()),
+        + _by_optimizer(_LR),
         _TRAINING,
     )
     head_lr_factor: float = _option(
         10.0, Number(float, 0, above=True), "the last layer learns as many times as fast", _TRAINING
     )
-    weight_decay: float = _option(0.05, Number(float, 0), "of weights; norms and biases have none", _TRAINING)
+    weight_decay: float | None = _option(
+        None,
+        Number(float, 0),
+        f"of weights, by default {_by_optimizer(_WEIGHT_DECAY)}; norms and biases have none",
+        _TRAINING,
+    )
     momentum: float = _option(0.9, Number(float, 0, 1), "of sgd, with Nesterov's form", _TRAINING)
     warmup_epochs: float = _option(
         1.0, Number(float, 0), "in which the learning rate rises; then it falls to 0 as a cosine", _TRAINING
@@ -218,7 +229,11 @@ class Recipe:
         None, Number(int, 0), "processes that make batches; by default one for two cores", _MACHINE, free=True
     )
     threads: int | None = _option(
-        None, _COUNT, "of the network; torch's number by default", _MACHINE, free=True
+        None,
+        Number(int, 1, MAX_THREADS),
+        "of the network; torch's number by default",
+        _MACHINE,
+        free=True,
     )
     cache: str | None = _option(
         None, folder, "where to keep decoded photos; by default nowhere", _MACHINE, free=True
@@ -263,6 +278,11 @@ class Recipe:
     def peak_lr(self, photos: int) -> float:
         """The learning rate after the warm-up, where a step sees so many photos."""
         return self.lr if self.lr is not None else _LR[self.optimizer] * photos / _LR_PHOTOS
+
+    @property
+    def decay(self) -> float:
+        """The weight decay of weights."""
+        return self.weight_decay if self.weight_decay is not None else _WEIGHT_DECAY[self.optimizer]
 
 
 OPTIONS = tuple(Option(f.name, f.default, **f.metadata) for f in fields(Recipe))

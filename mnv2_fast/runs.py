@@ -13,12 +13,13 @@ tensorboard/        where it is asked for
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,11 @@ class Run:
             raise UserError(
                 f"cannot make the folder {self.folder} ({error.strerror}): give another"
             ) from error
-        self._write(ARGS, content)
-        for name in (RESULTS, BEST, FINAL, LAST, *PLOTS):
-            (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
+        # Arguments never stand beside a state of other ones, wherever this is cut off.
+        with self._replacing(ARGS, content):
+            for name in (LAST, RESULTS, BEST, FINAL, *PLOTS):
+                (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
 
     def args(self) -> dict[str, Any]:
         """The arguments that the run began with.
@@ -166,6 +168,8 @@ class Run:
             )
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            if "identity" not in state:
+                raise ValueError("no training is in it")
         except Exception as error:  # a damaged archive fails in many ways, each with its own exception
             raise UserError(
                 f"{file} is damaged or not of a run ({str(error).strip().splitlines()[0]}): begin again with "
@@ -174,12 +178,19 @@ class Run:
         return state
 
     def _write(self, name: str, content: bytes | memoryview) -> None:
+        with self._replacing(name, content):
+            pass
+
+    @contextlib.contextmanager
+    def _replacing(self, name: str, content: bytes | memoryview) -> Iterator[None]:
+        """Write beside a file, and take its place after what is within."""
         target, beside = self.folder / name, self.folder / f".{name}.part"
         try:
             with open(beside, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            yield
             os.replace(beside, target)
         except OSError as error:
             before = "the one before is untouched, " if target.exists() else ""
@@ -189,6 +200,22 @@ class Run:
             ) from error
         finally:
             beside.unlink(missing_ok=True)
+
+
+def check_storable(model: nn.Module) -> None:
+    """See that a safetensors file can hold the model's tensors.
+
+    Raises:
+        UserError: two of them are one.
+    """
+    names: dict[int, str] = {}
+    for name, value in model.state_dict().items():
+        other = names.setdefault(value.data_ptr(), name) if value.numel() else name
+        if other != name:
+            raise UserError(
+                f"{other} and {name} of the model are one tensor, which a safetensors file does not hold: "
+                "give each its own, as by torch.nn.Parameter(tensor.clone()), or train without a run folder"
+            )
 
 
 def summary_writer() -> Any:

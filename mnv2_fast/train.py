@@ -9,26 +9,30 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from . import arch, distributed, loading, machine, optim, photos, plots
+from .arch import LayerSpec
 from .backends import cpu_train
 from .distributed import Group
 from .errors import UserError
 from .evaluation import evaluate
 from .loading import Loader
 from .model import MobileNetV2, mobilenet_v2
+from .nn import Trained
 from .photos import LabelledFolder
 from .reading import Declined
 from .recipe import DEFAULT_WEIGHTS, OPTIONS, Recipe
 from .reporting import Reporter
-from .runs import FINAL, Row, Run, summary_writer, top1_of
-from .trainer import Trainer
-from .weights import Preprocessing
+from .runs import FINAL, LAST, Row, Run, check_storable, summary_writer, top1_of
+from .trainer import LONE_VALUE, Trainer
+from .training import kept_bytes, release_training_memory
+from .weights import Preprocessing, infer_width
 
 
 @dataclass(frozen=True)
@@ -102,50 +106,87 @@ def fit(
         UserError: an argument makes no sense, or training cannot go on; the message names the cure.
         Interrupted: by Ctrl-C or SIGTERM; where there is a run folder, all is saved.
     """
-    recipe = Recipe.of(options)
     with distributed.joined() as group:
         say = partial(_say, shown=progress and group.first)
-        run = None if out is None else Run(out)
         args = _args(data, model, weights, preprocessing)
-        if resume:
-            recipe = _resumed(run, args, options)
-        folder = (
-            data
-            if isinstance(data, LabelledFolder)
-            else photos.find(data, recipe.val_share, recipe.split_seed)
-        )
-        _check(recipe, folder, run, group, torch.device(device), overwrite=overwrite or resume)
+        begin = partial(_begin, data, args, options, out, group, torch.device(device), resume=resume)
+        recipe, folder, run, state = group.together(begin)
+        if run is not None:
+            group.on_first(partial(run.check_free, overwrite or resume))
         with on_threads(recipe.threads):
-            network = _network(model, weights, recipe, folder.classes, say).to(device)
-            seen = _preprocessing(network, preprocessing, recipe.image_size)
+            network = group.together(partial(_network, model, weights, recipe, folder.classes, state, say))
+            network.to(device)
+            group.copy(chain(network.parameters(), network.buffers()))
+            seen = _preprocessing(network, preprocessing, recipe.image_size, state)
             if isinstance(network, MobileNetV2):
                 network.labels, network.preprocessing = list(folder.classes), seen
-            recipe = _settled(recipe, network)
-            size = _train_size(recipe, seen)
-            _check_memory(network, recipe.batch_size, size)
-            state = run.state() if run is not None and resume else None
-            if state is not None:
-                _check_state(state, folder, group)
-            trainer = Trainer(
-                network,
-                _loaders(folder, seen, recipe, group),
-                recipe,
-                preprocessing=seen,
-                group=group,
-                device=torch.device(device),
-                run=run,
-                reporter=partial(Reporter, progress and group.first, recipe.epochs),
-                on_epoch_end=on_epoch_end,
-                identity=_identity(folder, group),
-            )
+            recipe = _settled(recipe, network, group)
+
+            def make() -> Trainer:
+                _check_model(network, recipe, folder.classes, run)
+                _check_batch(network, recipe, _train_size(recipe, seen))
+                return Trainer(
+                    network,
+                    _loaders(folder, seen, recipe, group),
+                    recipe,
+                    preprocessing=seen,
+                    group=group,
+                    device=torch.device(device),
+                    run=run,
+                    reporter=partial(Reporter, progress and group.first, recipe.epochs),
+                    on_epoch_end=on_epoch_end,
+                    identity=_identity(folder, group),
+                )
+
+            trainer = group.together(make)
             if state is not None:
                 trainer.load_state(state)
             elif run is not None:  # only now: what has failed so far leaves a run that was to be replaced
                 group.on_first(partial(run.begin, {**args, **recipe.to_dict()}))
-            trainer.train()
-            if run is not None:
-                group.on_first(partial(_save_end, run, trainer, charts))
+            try:
+                trainer.train()
+                if run is not None:
+                    group.on_first(partial(_save_end, run, trainer, charts))
+            finally:
+                release_training_memory()
             return _result(trainer, folder, run)
+
+
+class _Begin(NamedTuple):
+    """What a training begins with; `state` of one that goes on."""
+
+    recipe: Recipe
+    folder: LabelledFolder
+    run: Run | None
+    state: dict[str, Any] | None
+
+
+def _begin(  # noqa: PLR0917 (the arguments of `fit`)
+    data: Any,
+    args: Mapping[str, Any],
+    options: Mapping[str, Any],
+    out: str | os.PathLike[str] | None,
+    group: Group,
+    device: torch.device,
+    *,
+    resume: bool,
+) -> _Begin:
+    """Look at what was asked for, before the work.
+
+    Raises:
+        UserError: it cannot end well.
+    """
+    recipe, run, state = Recipe.of(options), None if out is None else Run(out), None
+    if resume:
+        recipe = _resumed(run, args, options)
+    folder = data
+    if not isinstance(folder, LabelledFolder):
+        folder = photos.find(data, recipe.val_share, recipe.split_seed)
+    _check(recipe, folder, run, group, device)
+    if resume and run is not None:
+        state = run.state()
+        _check_state(state, folder, group)
+    return _Begin(recipe, folder, run, state)
 
 
 def _save_end(run: Run, trainer: Trainer, charts: bool) -> None:
@@ -228,13 +269,7 @@ def _resumed(run: Run | None, args: Mapping[str, Any], options: Mapping[str, Any
 
 
 def _check(
-    recipe: Recipe,
-    folder: LabelledFolder,
-    run: Run | None,
-    group: Group,
-    device: torch.device,
-    *,
-    overwrite: bool,
+    recipe: Recipe, folder: LabelledFolder, run: Run | None, group: Group, device: torch.device
 ) -> None:
     """Refuse before the work what cannot end well.
 
@@ -255,26 +290,43 @@ def _check(
         if run is None:
             raise UserError("tensorboard needs a run folder: give out")
         summary_writer()
-    if run is not None:
-        group.on_first(lambda: run.check_free(overwrite))
 
 
-def _network(
+def _network(  # noqa: PLR0917 (the arguments of `fit`)
     model: nn.Module | None,
     weights: Any,
     recipe: Recipe,
     classes: Sequence[str],
+    state: Mapping[str, Any] | None,
     say: Callable[[str], None],
 ) -> nn.Module:
-    """What to train.
+    """What to train. One that goes on has its weights in `state`, and asks for no others.
 
     Raises:
-        UserError: weights are not to be had, or the model's outputs are not one a class.
+        UserError: weights are not to be had.
     """
     if model is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            model = MobileNetV2(len(classes)) if weights is None else _reheaded(weights, classes, say)
+            if state is not None:
+                model = MobileNetV2(len(classes), infer_width(state["model"], LAST))
+            elif weights is None:
+                model = MobileNetV2(len(classes))
+            else:
+                model = _reheaded(weights, classes, say)
+    if recipe.dropout is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = recipe.dropout
+    return model
+
+
+def _check_model(model: nn.Module, recipe: Recipe, classes: Sequence[str], run: Run | None) -> None:
+    """Refuse a model that cannot be trained so, or not be saved.
+
+    Raises:
+        UserError: as said there.
+    """
     head = optim.head_of(model)
     if head is not None and head.out_features != len(classes):
         raise UserError(
@@ -283,28 +335,31 @@ def _network(
         )
     if head is None and recipe.freeze_epochs:
         raise UserError("freeze_epochs trains the last linear layer alone, and the model has none: use 0")
-    if recipe.dropout is not None:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = recipe.dropout
-    return model
+    for part, what in ((model, "the model"), (head if recipe.freeze_epochs else None, "its last layer")):
+        if part is not None and not any(parameter.requires_grad for parameter in part.parameters()):
+            raise UserError(f"no parameter of {what} asks for a gradient: call requires_grad_() on some")
+    if run is not None:
+        check_storable(model)
 
 
-def _settled(recipe: Recipe, model: nn.Module) -> Recipe:
-    """The recipe with the arithmetic that it leaves open, so that a run goes on with it on any machine."""
+def _settled(recipe: Recipe, model: nn.Module, group: Group) -> Recipe:
+    """The recipe with the arithmetic that it leaves open: a run goes on with it on any machine."""
     if recipe.amp != "auto":
         return recipe
-    try:
-        if isinstance(model, MobileNetV2):
+    fast = False
+    if isinstance(model, MobileNetV2):
+        with contextlib.suppress(Declined):  # then torch trains it
             model.decline_backend()
-            return replace(recipe, amp="bf16" if cpu_train.prefers_bfloat16() else "none")
-    except Declined:  # torch trains it
-        pass
-    return replace(recipe, amp="none")
+            fast = cpu_train.prefers_bfloat16()
+    return replace(recipe, amp="bf16" if all(group.gather(fast)) else "none")
 
 
-def _preprocessing(model: nn.Module, given: Preprocessing | None, size: int | None) -> Preprocessing:
-    """Of the photos: as given, else the model's, at `size` pixels where that is not None."""
+def _preprocessing(
+    model: nn.Module, given: Preprocessing | None, size: int | None, state: Mapping[str, Any] | None
+) -> Preprocessing:
+    """Of the photos: that of a run that goes on, as given, else the model's; at `size` pixels if not None."""
+    if state is not None:
+        return Preprocessing.from_dict(state["preprocessing"])
     found = given or getattr(model, "preprocessing", None) or Preprocessing()
     if size is None:
         return found
@@ -344,29 +399,41 @@ def _reheaded(weights: Any, classes: Sequence[str], say: Callable[[str], None]) 
     return model
 
 
-def _check_memory(model: nn.Module, batch: int, size: int) -> None:
-    """Refuse a batch whose convolutions' outputs, which backward needs, exceed the memory there is.
+def _nodes(model: MobileNetV2) -> list[list[LayerSpec]] | None:
+    """The layers of each element of `features`; None where one of them trains in plain torch."""
+    nodes = []
+    for block in model.features:
+        if not isinstance(block, Trained):
+            return None
+        try:
+            nodes.append([layer.spec for layer in block.train_chain().layers])
+        except Declined:
+            return None
+    return nodes
 
-    Linux would end the process in the first step instead.
+
+def _check_batch(model: nn.Module, recipe: Recipe, size: int) -> None:
+    """Refuse a batch whose activations exceed the memory there is, or leave a batch norm one value a channel.
+
+    Of other models the first step tells. Without memory Linux would end the process there instead.
 
     Raises:
-        UserError: it does not fit.
+        UserError: as said there.
     """
-    if not isinstance(model, MobileNetV2):
+    if not isinstance(model, MobileNetV2) or recipe.freeze_epochs == recipe.epochs:
         return
-    try:
-        specs = [link.spec for link, _ in model.eval().read().parts]  # in train mode it tells nothing
-    except Declined:
+    nodes = _nodes(model.train())
+    if nodes is None:
         return
-    need = (
-        4
-        * batch
-        * sum(layer.ho * layer.wo * layer.spec.cout for layer in arch.layers(size=size, specs=specs))
-    )
+    last = arch.layers(size=size, specs=list(chain(*nodes)))[-1]
+    if recipe.batch_size * last.ho * last.wo == 1 and not recipe.freeze_bn:
+        raise UserError(LONE_VALUE)
+    dtype = torch.bfloat16 if recipe.amp == "bf16" else torch.float32
+    need = kept_bytes(nodes, recipe.batch_size, size, dtype)
     if not machine.fits_memory(need):
         have = machine.available_memory() or 0
         raise UserError(
-            f"batch_size={batch} at {size} x {size} pixels needs more than {need / 1e9:.1f} GB, "
+            f"batch_size={recipe.batch_size} at {size} x {size} pixels needs more than {need / 1e9:.1f} GB, "
             f"{have / 1e9:.1f} GB are left: lower batch_size, and raise accumulate for steps as large"
         )
 
@@ -405,11 +472,9 @@ def _check_state(state: Mapping[str, Any], folder: LabelledFolder, group: Group)
     """Raises UserError where a checkpoint is of other photos or another number of processes."""
     now, then = _identity(folder, group), state["identity"]
     if now["photos"] != then["photos"]:
-        raise group.error(
-            f"the photos in {folder.root} are not those of the run: put back what it began with"
-        )
+        raise UserError(f"the photos in {folder.root} are not those of the run: put back what it began with")
     if now["world"] != then["world"]:
-        raise group.error(f"the run had {then['world']} processes, not {now['world']}: start as many")
+        raise UserError(f"the run had {then['world']} processes, not {now['world']}: start as many")
 
 
 @contextlib.contextmanager

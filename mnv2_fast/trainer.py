@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import optim
-from .distributed import Group
+from .distributed import Group, LostError
 from .errors import Interrupted, UserError
 from .loading import Batch, Loader, random_seed
 from .recipe import Recipe
@@ -28,6 +29,11 @@ from .reporting import Reporter
 from .runs import BEST, LAST, Row, Run, top1_of
 from .stopping import Stop
 from .weights import Preprocessing
+
+LONE_VALUE = (
+    "batch norms find one value a channel, which has no variance: raise batch_size or image_size, or use "
+    "freeze_bn"
+)
 
 
 @dataclass
@@ -122,6 +128,7 @@ class Trainer:
         """All that `load_state` needs to go on to the bit."""
         return {
             "identity": self.identity,
+            "preprocessing": self.preprocessing.to_dict(),
             "progress": asdict(self.progress),
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -143,29 +150,32 @@ class Trainer:
         """Train to the end.
 
         Raises:
-            UserError: a loss is not finite, memory or disk is full, or a class has no usable photo.
+            UserError: a loss is not finite, memory or disk is full, a class has no usable photo, or another
+                process is gone.
             Interrupted: by Ctrl-C or SIGTERM, after saving.
         """
         done = self.progress.epoch * self.batches + self.progress.batch
         self.reporter = self._make_reporter(self.batches, done)
         with self._stop.listening(), contextlib.closing(self.reporter), self.reporter.warnings_above():
-            while not self.finished:
-                self._epoch()
+            try:
+                while not self.finished:
+                    self._epoch()
+            except LostError:
+                self._save_alone()
+                if self._stop.asked:  # the signal has ended the other process first
+                    self._interrupt()
+                raise
+            finally:
+                optim.set_trainable(self.model, self.trainable, head_only=False)
 
     def _epoch(self) -> None:
         done = self.progress
-        try:
-            self._train_epoch()
-            begin = time.perf_counter()
-            found = self._validate()
-        except RuntimeError:
-            if self._stop.asked:  # the signal has ended a loader's worker, or another process
-                self._stop_alone()
-            raise
+        self._train_epoch()
+        begin = time.perf_counter()
+        found = self._validate()
         sums = done.sums
-        done.epoch, done.batch, done.sums = done.epoch + 1, 0, Sums()
         row: Row = {
-            "epoch": done.epoch,
+            "epoch": done.epoch + 1,
             "step": done.step,
             "lr": done.lr,
             "train_loss": sums.loss / sums.photos,
@@ -175,11 +185,12 @@ class Trainer:
             "images_per_second": sums.photos / sums.seconds,
             "seconds": sums.seconds + time.perf_counter() - begin,
         }
+        done.epoch, done.batch, done.sums = done.epoch + 1, 0, Sums()
         done.history.append(row)
         self._end_epoch(row)
         self.reporter.epoch(row)
         if self.on_epoch_end is not None:
-            self.on_epoch_end(row)
+            self.group.together(partial(self.on_epoch_end, row))
         if self.group.sum([self._stop.asked])[0]:
             self._interrupt()
 
@@ -208,14 +219,17 @@ class Trainer:
         head_only = done.epoch < recipe.freeze_epochs
         optim.set_trainable(self.model, self.trainable, head_only=head_only)
         optim.set_mode(self.model, freeze_bn=recipe.freeze_bn, head_only=head_only)
-        network = self.group.wrap(self.model)
         batches = self.train_loader.epoch(done.epoch, done.batch)
         while done.batch < self.batches:
             begin = time.perf_counter()
             count = min(recipe.accumulate, self.batches - done.batch)
-            # All of them first: where the next one fails, the running statistics are still the last step's.
-            found = self._gradients(network, list(islice(batches, count)))
-            stop = self._step(found)
+            try:
+                with _whole_or_undone(self.model):
+                    found = self.group.together(partial(self._gradients, batches, count))
+                    self.group.average_gradients(self.trainable)
+                    stop = self._step(found)
+            except _WorkerEndedError:
+                self._stop_here()
             done.batch += count
             sums = done.sums
             sums.seconds += time.perf_counter() - begin
@@ -229,44 +243,57 @@ class Trainer:
             if stop:
                 self._stop_here()
 
-    def _gradients(self, network: nn.Module, batches: Sequence[Batch]) -> Sums:
-        """Leave the gradients of the batches' mean loss; the sums over this process's photos."""
-        count = len(batches)
+    def _gradients(self, batches: Iterator[Batch], count: int) -> Sums | None:
+        """Leave the gradients of the mean loss of `count` batches; the sums over this process's photos.
+
+        None where there are no batches, since a signal has ended the worker that makes them.
+        """
         self.optimizer.zero_grad()
+        try:
+            found = list(islice(batches, count))
+        except RuntimeError:
+            if not self._stop.asked:
+                raise
+            return None
         sums = Sums()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_seed(self.recipe.seed, self.progress.step, self.group.rank))
-            for i, batch in enumerate(batches, 1):
-                # Gradients are averaged over the processes once a step.
-                alone = self.group.world > 1 and i < count
-                with network.no_sync() if alone else contextlib.nullcontext(), _memory(batch):  # type: ignore[operator]
-                    loss, correct = self._loss(network, batch)
+            for batch in found:
+                with _mistakes(batch):
+                    loss, correct = self._loss(batch)
                     (loss / count).backward()
                 sums.loss += loss.item() * len(batch.labels)
                 sums.correct += correct
                 sums.photos += len(batch.labels)
         return sums
 
-    def _loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    def _loss(self, batch: Batch) -> tuple[Tensor, int]:
         """The mean loss of a batch, and of how many photos the label that weighs most was found."""
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
         if self.mixing is not None:
             images, labels = self.mixing(images, labels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp == "bf16"):
-            logits = network(images)
+            logits = self.model(images)
         correct = logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))
         return self.loss(logits.float(), labels), int(correct.sum())
 
-    def _step(self, found: Sums) -> bool:
-        """A step on the gradients that are there. Returns whether the user wants to stop after it."""
+    def _step(self, found: Sums | None) -> bool:
+        """A step on the gradients that are there. Returns whether the user wants to stop after it.
+
+        Raises:
+            _WorkerEndedError: a process had no batches, so that there was no step.
+        """
         done, recipe = self.progress, self.recipe
+        mine = found or Sums()
+        loss, correct, photos, stop, ended = self.group.sum(
+            [mine.loss, mine.correct, mine.photos, self._stop.asked, found is None]
+        )
+        if ended:
+            raise _WorkerEndedError
         done.lr = self.optimizer.param_groups[0]["lr"]
         norm = nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None])
-        loss, correct, photos, stop = self.group.sum(
-            [found.loss, found.correct, found.photos, self._stop.asked]
-        )
-        self._check_finite("loss", loss)
-        self._check_finite("gradient", norm.item())
+        self._check_finite("loss", loss, done.step + 1)
+        self._check_finite("gradient", norm.item(), done.step + 1)
         if recipe.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.trainable, recipe.clip_grad, norm)
         self.optimizer.step()
@@ -285,23 +312,38 @@ class Trainer:
         if self.average is not None:
             models["ema_val"] = self.average.module
         for model in models.values():
-            self.group.copy_buffers(model)
-        sums = [0.0] * (1 + 2 * len(models))
-        for batch in self.val_loader.epoch():
-            if self._stop.asked and self.group.world == 1:  # several would have to agree first
-                self._stop_here()
-            images, labels = batch.images.to(self.device), batch.labels.to(self.device)
-            sums[0] += len(labels)
-            for i, model in enumerate(models.values()):
-                logits = model(images)
-                sums[1 + 2 * i] += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-                sums[2 + 2 * i] += int((logits.argmax(1) == labels).sum())
-        photos, *found = self.group.sum(sums)
+            self.group.copy(model.buffers())
+        photos, ended, *found = self.group.sum(
+            self.group.together(partial(self._judge, list(models.values())))
+        )
+        if ended:
+            self._stop_here()
         row = {}
         for i, name in enumerate(models):
             row[f"{name}_loss"], row[f"{name}_top1"] = found[2 * i] / photos, found[2 * i + 1] / photos
-            self._check_finite("validation loss", row[f"{name}_loss"])
+            self._check_finite("validation loss", row[f"{name}_loss"], self.progress.step)
         return row
+
+    def _judge(self, models: Sequence[nn.Module]) -> list[float]:
+        """How many photos, whether a signal has ended it, and the loss and the hits of each model in sum."""
+        sums = [0.0] * (2 + 2 * len(models))
+        try:
+            for batch in self.val_loader.epoch():
+                if self._stop.asked and self.group.world == 1:  # several would have to agree first
+                    sums[1] = 1
+                    break
+                images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+                sums[0] += len(labels)
+                for i, model in enumerate(models):
+                    with _mistakes(batch):
+                        logits = model(images)
+                    sums[2 + 2 * i] += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+                    sums[3 + 2 * i] += int((logits.argmax(1) == labels).sum())
+        except RuntimeError:
+            if not self._stop.asked:
+                raise
+            sums[1] = 1
+        return sums
 
     def _skipped(self) -> int:
         """How many photos could not be used so far, in all processes."""
@@ -310,7 +352,7 @@ class Trainer:
         }
         return len(set().union(*self.group.gather(mine)))
 
-    def _check_finite(self, what: str, value: float) -> None:
+    def _check_finite(self, what: str, value: float, step: int) -> None:
         if math.isfinite(value):
             return
         done = self.progress
@@ -318,7 +360,7 @@ class Trainer:
         if self.run is not None and (self.run.folder / LAST).exists():
             kept = f"; the last good checkpoint is kept in {self.run.folder}"
         raise self.group.error(
-            f"the {what} is {value:g} in epoch {done.epoch + 1}, step {done.step + 1}, at a learning rate of "
+            f"the {what} is {value:g} in epoch {done.epoch + 1}, step {step}, at a learning rate of "
             f"{done.lr:.3g}: lower lr, or bound gradients with clip_grad{kept}"
         )
 
@@ -329,11 +371,10 @@ class Trainer:
             self.group.on_first(lambda: run.save_state(self.state()))
         self._interrupt()
 
-    def _stop_alone(self) -> NoReturn:
-        """Save what the last step left, and end; the other processes may be gone."""
+    def _save_alone(self) -> None:
+        """Save what the last step left; the other processes are gone."""
         if self.run is not None and self.group.first:
             self.run.save_state(self.state())
-        self._interrupt()
 
     def _interrupt(self) -> NoReturn:
         done, run = self.progress, self.run
@@ -348,12 +389,31 @@ class Trainer:
         )
 
 
+class _WorkerEndedError(Exception):
+    """The signal by which the user wants to stop has ended a worker process of some loader."""
+
+
 @contextlib.contextmanager
-def _memory(batch: Batch) -> Iterator[None]:
-    """Running out of memory within is a mistake of the user's."""
+def _whole_or_undone(model: nn.Module) -> Iterator[None]:
+    """A step within: where it is not made to its end, running statistics are as they were."""
+    buffers = list(model.buffers())
+    before = [buffer.clone() for buffer in buffers]
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except BaseException:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.detach().copy_(value)
+        raise
+
+
+@contextlib.contextmanager
+def _mistakes(batch: Batch) -> Iterator[None]:
+    """A batch that is too large for the memory, or too small for a batch norm, is a mistake of the user's."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if "more than 1 value per channel" in str(error):
+            raise UserError(LONE_VALUE) from error
         known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not known:
             raise

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import packs
+from . import arch, packs
 from .arch import LayerSpec
 from .autograd import TWICE, gradients
 from .backends import cpu_train, eager
@@ -153,7 +153,7 @@ class ChainTraining(torch.autograd.Function):
                 weight = weight.to(dtype)
             batch = layer.batch_moments
             z: Tensor | Expansion
-            if i == 0 and _is_remade(specs, first):
+            if i == 0 and _is_remade(specs, math.prod(first.shape[:3])):
                 z = Expansion(first, weight)
                 total = cpu_train.expansion_sums(z) if batch else None
             else:
@@ -274,13 +274,43 @@ def _gradients(
     return found
 
 
-def _is_remade(specs: Sequence[LayerSpec], x: Tensor) -> bool:
+def _is_remade(specs: Sequence[LayerSpec], pixels: int) -> bool:
     """Whether the first layer's raw output is not kept: a depthwise layer reads it, and to make it again from
-    x takes less time than to write it to memory and read it back.
+    its input of so many pixels takes less time than to write it to memory and read it back.
     """
     if [spec.kind for spec in specs[:2]] != ["pointwise", "depthwise"]:
         return False
-    return specs[0].cin <= REMADE_INPUTS and math.prod(x.shape[:3]) * specs[0].cout >= REMADE_VALUES
+    return specs[0].cin <= REMADE_INPUTS and pixels * specs[0].cout >= REMADE_VALUES
+
+
+def kept_bytes(nodes: Sequence[Sequence[LayerSpec]], images: int, size: int, dtype: torch.dtype) -> int:
+    """Bytes of activations that `run` keeps until the backward pass, the most that a training step holds.
+
+    Args:
+        nodes: the layers of each call, first to last; each reads what the one before returned.
+        images: in a batch.
+        size: of an image, height and width.
+        dtype: bfloat16 under autocast, else float32.
+    """
+    values = 0
+    for specs in nodes:
+        layers = arch.layers(size=size, specs=specs)
+        remade = _is_remade(specs, images * size * size)
+        raw = sum(layer.ho * layer.wo * layer.spec.cout for layer in layers[remade:])
+        size, result = layers[-1].ho, layers[-1].ho * layers[-1].wo * layers[-1].spec.cout
+        values += images * (raw + result)
+    return values * dtype.itemsize
+
+
+def release_training_memory() -> int:
+    """Give back to the system what training keeps between steps for the next one, as much as no tensor uses.
+
+    Training goes on as before, its next step asks for memory anew. What `torch.cuda.empty_cache` is on a GPU.
+
+    Returns:
+        How many bytes that was.
+    """
+    return cpu_train.release()
 
 
 def _stem_input(step: Step) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,72 @@ def refusal(group: Group, **options: Any) -> tuple[str, str]:
     """Who is told of a mistake, and how."""
     try:
         fit(**{**OPTIONS, **options})
-    except UserError as error:
+    except (UserError, KeyError) as error:
         return type(error).__name__, str(error)
     raise AssertionError("not refused")
+
+
+class Fails(nn.Module):
+    """What the second process alone fails in, in its third step."""
+
+    def __init__(self, group: Group, error: Exception) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.LazyLinear(3))
+        self.layers(torch.zeros(2, 3, 64, 64))
+        self.error, self.fails, self.steps = error, group.rank == 1, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, or the error."""
+        self.steps += self.training
+        y: Tensor = self.layers(x)
+        if self.fails and self.steps == 3:
+            raise self.error
+        return y
+
+
+def alone(group: Group, folder: photos.LabelledFolder) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Mistakes of one process of two, by where they are made."""
+
+    def failing(error: Exception) -> dict[str, Any]:
+        torch.manual_seed(0)
+        return {"data": folder, "model": Fails(group, error)}
+
+    def after_an_epoch(row: Any) -> None:
+        if group.rank == 1:
+            raise UserError("the second one's wish")
+
+    no_weights = {"data": folder, "weights": "none here.pth" if group.rank == 1 else None}
+    return {
+        "weights": lambda: no_weights,
+        "no memory": lambda: failing(MemoryError()),
+        "a bug": lambda: failing(KeyError("a bug")),
+        "an epoch's end": lambda: {"data": folder, "model": small_network(), "on_epoch_end": after_an_epoch},
+    }
+
+
+def half_a_step(group: Group, folder: photos.LabelledFolder, out: Path) -> dict[str, Any]:
+    """A signal ends a loader's worker of the second process while the first one is in its step."""
+    fetch, calls = loading._Batches.__getitem__, [0]
+
+    def ended(self: Any, keys: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3 and group.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated")
+        return fetch(self, keys)
+
+    model = small_network("eager")
+    loading._Batches.__getitem__ = ended  # type: ignore[method-assign]
+    try:
+        fit(folder, model=model, out=out, **{**OPTIONS, **PLAIN, "dropout": 0.0})
+    except Interrupted as interrupted:
+        said = group.gather(str(interrupted))
+    loading._Batches.__getitem__ = fetch  # type: ignore[method-assign]
+    left = {key: value.clone() for key, value in model.state_dict().items()}
+    saved = torch.load(out / "last.pt", weights_only=True)
+    again = {"resume": True, "preprocessing": SEEN, "progress": False}
+    fit(folder, model=small_network("eager"), out=out, **again)
+    return {"said": said, "left": left, "saved": saved}
 
 
 def main(root: Path) -> None:
@@ -138,6 +202,11 @@ def main(root: Path) -> None:
         found["large"] = group.gather(refusal(group, **again, batch_size=99))
         found["nan"] = group.gather(refusal(group, **again, lr=1e30, optimizer="sgd", warmup_epochs=0))
         assert found["refused"][1][0] == SaidElsewhereError.__name__
+        found["alone"] = {
+            where: group.gather(refusal(group, **options(), out=root / "alone", overwrite=True))
+            for where, options in alone(group, folder).items()
+        }
+        found["half a step"] = half_a_step(group, folder, root / "half")
         if group.first:
             torch.save(found, root / "found.pt")
     assert not distributed.is_initialized()

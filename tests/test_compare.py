@@ -220,6 +220,23 @@ def test_other_settings_are_told(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert "has runs with other settings: epochs is 3, not 1; batch_size is 9, not 8: give the same" in err
 
 
+def test_other_photos_are_told_in_words(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--data", folder, "--out", tmp_path / "out", "--seeds", 1, "--only", "lenet", *QUICK]
+    assert run(capsys, *args)[0] == 0
+    shutil.copy(folder / "red" / "1.png", folder / "red" / "extra 1.png")
+    code, _, err = run(capsys, *args)
+    assert code == 2
+    assert "other settings: other photos, 7 to validate on instead of 6: give the same ones" in err
+    (folder / "red" / "extra 1.png").unlink()
+    code, _, err = run(capsys, *args, "--val-share", 0.4)
+    assert "other photos, 21 to train on instead of 30 and 15 to validate on instead of 6: give" in err
+    (folder / "red" / "2.png").rename(folder / "red" / "another.png")
+    code, _, err = run(capsys, *args)
+    assert "other settings: the same numbers of photos, but others: give the same ones" in err
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

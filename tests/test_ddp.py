@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +106,118 @@ def test_mistakes_are_said_by_one_process(root: Path, found: dict[str, Any]) -> 
             resume=True,
             progress=False,
         )
+
+
+def test_a_mistake_of_one_process_ends_all(found: dict[str, Any]) -> None:
+    cures = {
+        "weights": "no weights file none here.pth",
+        "no memory": "no memory to train on 4 photos at a time: lower batch_size",
+        "a bug": "a bug",
+        "an epoch's end": "the second one's wish",
+    }
+    assert list(found["alone"]) == list(cures)
+    for where, (first, second) in found["alone"].items():
+        assert first[0] == "SaidElsewhereError", where
+        assert second[0] == {"weights": "MissingWeightsError", "a bug": "KeyError"}.get(where, "UserError")
+        assert cures[where] in second[1]
+
+
+def test_half_a_step_is_undone(root: Path, found: dict[str, Any]) -> None:
+    """One process has batches and makes its part of a step, the other one has none, since it is to stop."""
+    half = found["half a step"]
+    first, second = half["said"]
+    assert first.startswith("stopped after step 2 in epoch 1 of 2, go on with mnv2 finetune --resume")
+    assert second == ""
+    assert (half["saved"]["progress"]["step"], half["saved"]["progress"]["batch"]) == (2, 2)
+    assert int(half["saved"]["model"]["features.0.1.num_batches_tracked"]) == 3  # one when it was made
+    states = [torch.load(root / run / "last.pt", weights_only=True) for run in ("whole", "half")]
+    for part in ("model", "average"):
+        for key, value in states[0][part].items():
+            assert torch.equal(value, states[1][part][key]), key
+    for key, value in half["saved"]["model"].items():
+        assert torch.equal(value, half["left"][key]), key
+
+
+def _two(*words: str, code: str = "") -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of two processes that train together, after some code of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    script = f"import os, sys\n{code}\nfrom mnv2_fast import cli\nsys.exit(cli.main(sys.argv[1:]))"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+        )
+        for rank in range(2)
+    ]
+    try:
+        ended = [process.communicate(timeout=100) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, ended, strict=True)]
+
+
+QUICK = "--weights none --epochs 2 --batch-size 4 --image-size 32 --threads 1 --workers 0"
+
+
+def _one_line(ended: list[tuple[int, str, str]]) -> str:
+    """The only error of two processes that have ended with 2, in one line."""
+    assert [code for code, _, _ in ended] == [2, 2]
+    said = "".join(out + err for _, out, err in ended)
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("mnv2: error: ")]
+    return line
+
+
+def test_a_class_without_photos_is_one_line(root: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(root / "photos", tmp_path / "photos")
+    for path in (data / "red").iterdir():
+        path.write_bytes(b"")
+    ended = _two("finetune", "--data", str(data), "--out", str(tmp_path / "run"), *QUICK.split())
+    assert "no photo of class 'red'" in _one_line(ended)
+
+
+def test_a_full_disk_is_one_line(root: Path, tmp_path: Path) -> None:
+    full = (
+        "if os.environ['RANK'] == '0':\n"
+        "    import resource\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    )
+    words = ["finetune", "--data", str(root / "photos"), "--out", str(tmp_path / "run"), *QUICK.split()]
+    assert "make room" in _one_line(_two(*words, code=full))
+
+
+def test_a_process_that_is_gone_is_one_line_and_the_rest_is_saved(root: Path, tmp_path: Path) -> None:
+    """As where the system ends one for its memory; after step 4, in its forward pass."""
+    gone = (
+        "from mnv2_fast import trainer\n"
+        "loss = trainer.Trainer._loss\n"
+        "def ends(self, *args):\n"
+        "    if self.progress.step == 4 and self.group.rank == 1: os._exit(9)\n"
+        "    return loss(self, *args)\n"
+        "trainer.Trainer._loss = ends"
+    )
+    out = tmp_path / "run"
+    words = ["finetune", "--data", str(root / "photos"), "--out", str(out), *QUICK.split()]
+    (code, said, err), (other, _, _) = _two(*words, code=gone)
+    assert (code, said, other) == (2, "", 9)
+    assert err.splitlines()[-1] == (
+        "mnv2: error: another process of this training has ended, or does not answer: see what it said, then "
+        "go on with --resume"
+    )
+    assert "Traceback" not in err
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert (state["progress"]["step"], state["progress"]["epoch"], state["progress"]["batch"]) == (4, 1, 1)
+    assert int(state["model"]["features.0.1.num_batches_tracked"]) == 4
+    assert [code for code, _, _ in _two("finetune", "--resume", "--out", str(out))] == [0, 0]
 
 
 def test_the_command_under_torchrun(root: Path) -> None:

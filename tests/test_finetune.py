@@ -139,27 +139,6 @@ def test_signals_to_all_processes_save_first(
     assert f"stopped after step {state['step']} " in last
 
 
-def test_mistakes(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = ["--out", str(tmp_path / "run")]
-    assert "--out" in _fails(capsys, "--data", "photos")
-    assert "finetune needs photos: give a folder with --data" in _fails(capsys, *out)
-    assert "does not exist" in _fails(capsys, *out, "--data", str(tmp_path / "nowhere"))
-    assert "argument --epochs: '0': give a whole number of at least 1" in _fails(
-        capsys, *out, *words, "--epochs", "0"
-    )
-    assert "argument --optimizer: 'adam': give one of adamw, sgd" in _fails(
-        capsys, *out, *words, "--optimizer", "adam"
-    )
-    assert "not allowed with" in _fails(capsys, *out, *words, "--resume", "--overwrite")
-    assert "no weights file" in _fails(capsys, *out, *words, "--weights", str(tmp_path / "no.safetensors"))
-    assert "use at most 24" in _fails(capsys, *out, *words, "--batch-size", "25")
-    assert "has no run to resume" in _fails(capsys, *out, "--resume")
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "best.safetensors").write_text("")
-    assert "has a run (best.safetensors)" in _fails(capsys, *out, *words)
-
-
 class _Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mnv2_fast import UserError, cli_train
+from mnv2_fast.machine import MAX_THREADS
 from mnv2_fast.recipe import OPTIONS, Recipe, switch
 
 # Where 1 and True are no values.
@@ -83,3 +84,17 @@ def test_a_recipe_survives_yaml() -> None:
     yaml = pytest.importorskip("yaml")
     recipe = Recipe(lr=1e-5, augment=(), cache="über uns")
     assert Recipe.of(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+
+
+def test_the_weight_decay_is_the_optimizers_own() -> None:
+    assert Recipe().decay == pytest.approx(0.05)
+    assert Recipe(optimizer="sgd").decay == pytest.approx(1e-4)
+    assert Recipe(optimizer="sgd", weight_decay=0).decay == 0
+    (option,) = [option for option in OPTIONS if option.name == "weight_decay"]
+    assert "0.05 with adamw, 0.0001 with sgd" in option.help
+
+
+def test_threads_are_bounded() -> None:
+    assert Recipe(threads=MAX_THREADS).threads == MAX_THREADS
+    with pytest.raises(UserError, match="threads=100000: give a whole number from 1 to 1024"):
+        Recipe(threads=100_000)

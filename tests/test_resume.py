@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import colour_photos, one_thread  # noqa: F401 (a fixture)
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mnv2_fast import MobileNetV2, UserError, fit, trainer
@@ -196,6 +197,35 @@ def test_without_a_folder_nothing_is_saved(folder: Path, end_at: Callable[..., N
         fit(folder, model=_network(), **OPTIONS)
 
 
+def test_no_parameter_stays_frozen(folder: Path, end_at: Callable[..., None]) -> None:
+    """After an end in the epochs that train the last layer only; what the caller had frozen stays so."""
+    end_at(3, signal.SIGTERM)
+    model = _network()
+    model.features[0].requires_grad_(False)
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(Interrupted):
+        fit(folder, model=model, **OPTIONS)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == asked
+
+
+def test_the_first_weights_are_not_needed_again(
+    folder: Path, tmp_path: Path, end_at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither they nor their labels and preprocessing: all is in the run."""
+    seen = json.dumps(Preprocessing(resize=48, crop=32, mean=(0.4, 0.5, 0.6)).to_dict())
+    first = tmp_path / "first.safetensors"
+    save_file(MobileNetV2(5, width_mult=0.25).state_dict(), first, {"preprocessing": seen})
+    options = {**OPTIONS, "weights": first, "image_size": None}
+    whole = fit(folder, out=tmp_path / "whole", **options)
+    end_at(18, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        fit(folder, out=tmp_path / "run", **options)
+    first.unlink()
+    again = fit(folder, weights=first, out=tmp_path / "run", resume=True, progress=False)
+    assert again.preprocessing == whole.preprocessing == Preprocessing.from_dict(json.loads(seen))
+    _same_run(tmp_path / "run", whole)
+
+
 def test_a_finished_run_is_there_again(folder: Path, whole: FitResult) -> None:
     """What changes no weight may be other than it was."""
     options = {"progress": False, "workers": 1, "threads": 1, "cache_gb": 1}
@@ -252,6 +282,8 @@ def test_nothing_to_resume(folder: Path, whole: FitResult, tmp_path: Path) -> No
     out = shutil.copytree(whole.folder, tmp_path / "run")
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:999])
     assert "last.pt is damaged" in _refused(folder, out)
+    torch.save({"a": 1}, out / "last.pt")
+    assert "last.pt is damaged or not of a run (no training is in it)" in _refused(folder, out)
     (out / "last.pt").unlink()
     message = _refused(folder, out)
     assert "has no last.pt" in message

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import RunPython
 from torch import Tensor, nn
 
+from mnv2_fast import release_training_memory
 from mnv2_fast.backends import cpu
 from mnv2_fast.nn import ConvBNReLU6, InvertedResidual, eager_only
 
@@ -236,12 +240,70 @@ def test_memory_is_used_again() -> None:
     kept = []
     for _ in range(4):
         fast(block, x).sum().backward()
+        fast(block, x)
         kept.append(cpu.extension().TrainBuffer.kept())
     assert kept[1] == kept[2] == kept[3] > 0
     y = fast(block, x)
     assert cpu.extension().TrainBuffer.kept() < kept[-1]
     del y
     assert cpu.extension().TrainBuffer.kept() == kept[-1]
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_memory_is_given_back() -> None:
+    """All but what a tensor still uses, at once, and training goes on."""
+    block = spread(InvertedResidual(32, 32, 1, 6))
+    x = torch.randn(8, 32, 56, 56)
+    fast(block, x).sum().backward()
+    y = fast(block, x[:1])
+    value = y.detach().clone()
+    kept, before = cpu.extension().TrainBuffer.kept(), _resident()
+    released = release_training_memory()
+    assert released == kept > 1e7
+    assert before - _resident() > 0.9 * released
+    assert cpu.extension().TrainBuffer.kept() == release_training_memory() == 0
+    assert torch.equal(y, value)
+    y.sum().backward()
+    del y
+    again = cpu.extension().TrainBuffer.kept()
+    fast(block, x).sum().backward()
+    assert cpu.extension().TrainBuffer.kept() >= again > 0
+
+
+@pytest.mark.parametrize(("images", "size", "dtype"), [(16, 224, torch.float32), (16, 192, torch.bfloat16)])
+def test_what_a_step_keeps_is_known_before(
+    run_python: RunPython, images: int, size: int, dtype: torch.dtype
+) -> None:
+    """Of the peak of two steps, over what was held after a small one: in a process of its own."""
+    code = """
+import sys, torch
+from mnv2_fast import MobileNetV2
+from mnv2_fast.training import kept_bytes
+images, size, bf16 = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "torch.bfloat16"
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+def step(x):
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(x).float().square().mean()
+    loss.backward()
+torch.set_num_threads(2)
+model = MobileNetV2(5).train()
+x = torch.randn(images, 3, size, size).contiguous(memory_format=torch.channels_last)
+step(torch.randn(2, 3, 64, 64))
+before = status("VmRSS:")
+step(x)
+step(x)
+nodes = [[layer.spec for layer in block.train_chain().layers] for block in model.features]
+print(status("VmHWM:") - before, kept_bytes(nodes, images, size, torch.bfloat16 if bf16 else torch.float32))
+"""
+    measured, told = map(int, run_python(code, str(images), str(size), str(dtype)).stdout.split())
+    assert told == pytest.approx(measured, rel=0.25)
+    assert told < measured
 
 
 def test_one_value_a_channel_is_torchs_error() -> None:

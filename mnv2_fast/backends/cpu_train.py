@@ -104,6 +104,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
 
 
+def release() -> int:
+    """Give back to the system the memory that waits for a next `empty`; how many bytes that was."""
+    released: int = cpu.extension().TrainBuffer.release() if cpu.available() else 0
+    return released
+
+
 def _kernels(dtype: torch.dtype) -> Any:
     """`_C`'s functions for tensors of a type."""
     c = cpu.extension()
