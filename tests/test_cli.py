@@ -1,5 +1,6 @@
 """The command `mnv2`: what it prints, where, and with which exit code."""
 
+# ruff: noqa: F811 (imported fixtures are arguments of tests)
 from __future__ import annotations
 
 import builtins
@@ -10,76 +11,16 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from command import LABELS, engine_file, environment, fails, photos, start  # noqa: F401 (some are fixtures)
 from safetensors.torch import save_file
 
 from mnv2_fast import MobileNetV2, arch, blocks, cli, compile, demo, env, ops, weights
-
-LABELS = ["ant", "bee", "cat", "dog", "eel"]
-
-
-@pytest.fixture(scope="module")
-def engine_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small engine with five labels and small photos."""
-    torch.manual_seed(0)
-    model = MobileNetV2(5, width_mult=0.35).eval()
-    torch.nn.init.normal_(model.classifier[1].weight)
-    model.labels = LABELS
-    model.preprocessing = weights.Preprocessing(40, 32)
-    path = tmp_path_factory.mktemp("engine") / "m.safetensors"
-    compile(model).save(path)
-    return str(path)
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """A folder of three photos."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name in ("a.png", "b.png", "c.png"):
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / name)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No variable of ours, no cached weights, no network; what a verb sets is undone."""
-    for variable in env.VARIABLES:
-        monkeypatch.setenv(variable.name, "")
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    nowhere = (tmp_path / "nowhere").as_uri()
-    rows = tuple(replace(row, url=f"{nowhere}/{row.file}") for row in weights.WEIGHTS)
-    monkeypatch.setattr(weights, "WEIGHTS", rows)
-
-
-def _start(args: Sequence[str], **keywords: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mnv2_fast", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords)
-
-
-def _fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """Run a command line that a user got wrong; its one line on stderr."""
-    try:
-        code = cli.main([str(arg) for arg in args])
-    except SystemExit as stopped:  # argparse
-        code = stopped.code
-    out, err = capsys.readouterr()
-    assert code == 2
-    assert out == ""
-    assert err.startswith("mnv2: error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_predict_prints_each_file_with_its_classes(
@@ -182,97 +123,6 @@ def test_a_backend_asked_for_is_used(
             assert a["score"] == pytest.approx(b["score"], abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["predict"], "the following arguments are required: PHOTO"),
-        (["predict", "a.jpg", "--threads", "0"], "'0': give a whole number of at least 1"),
-        (["predict", "a.jpg", "--threads", "-1"], "'-1': give a whole number of at least 1"),
-        (["predict", "a.jpg", "--top-k", "many"], "'many': give a whole number of at least 1"),
-        (["predict", "a.jpg", "--backend", "cuda"], "'auto', 'eager', 'cpu', 'triton'"),
-        (["export", "--format", "tflite", "m.tflite"], "'onnx'"),
-        (["foo"], "'export', 'quantize', 'evaluate', 'compare', 'demo'"),
-        ([], "VERB"),
-        (["predict", "nothing/*.jpg"], "no file matches 'nothing/*.jpg'"),
-    ],
-)
-def test_a_wrong_command_line(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert words in _fails(capsys, *args)
-
-
-def test_an_unknown_dtype_lists_the_valid_ones(
-    engine_file: str, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "use one of fp32, bf16" in _fails(
-        capsys, "predict", photos, "--weights", engine_file, "--dtype", "fp8"
-    )
-    assert "use one of fp32, bf16" in _fails(capsys, "bench", "--dtype", "fp8")
-
-
-def test_weights_that_are_not_to_be_had(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    wrong = tmp_path / "wrong.safetensors"
-    wrong.write_text("not safetensors")
-    other = tmp_path / "other.safetensors"
-    save_file({"fc.weight": torch.zeros(2)}, other)
-    for name, words in (
-        (tmp_path / "none.safetensors", "IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
-        (wrong, "fetch it again"),
-        (other, "unknown fc.weight"),
-        ("DEFAULT", "set MNV2_WEIGHTS"),
-    ):
-        assert words in _fails(capsys, "predict", photos, "--weights", name)
-        assert words in _fails(capsys, "bench", "--weights", name)
-        assert words in _fails(capsys, "export", tmp_path / "m.onnx", "--weights", name)
-    assert not (tmp_path / "m.onnx").exists()
-
-
-@pytest.mark.parametrize("variable", ["MNV2_WEIGHTS", "MNV2_BACKEND", "MNV2_STRICT"])
-def test_an_environment_variable_that_makes_no_sense(
-    variable: str, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv(variable, "nonsense")
-    assert f"{variable}='nonsense'" in _fails(capsys, "info")
-
-
-@pytest.mark.parametrize("variable", ["MNV2_BACKEND", "MNV2_STRICT"])
-def test_every_verb_refuses_an_environment_that_makes_no_sense(
-    variable: str,
-    engine_file: str,
-    photos: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv(variable, "yes")
-    for args in (["predict", photos, "--weights", engine_file], ["bench"], ["demo"], ["export", "m.onnx"]):
-        assert f"{variable}='yes'" in _fails(capsys, *args)
-
-
-def test_empty_arguments_are_not_the_current_folder(
-    engine_file: str, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(photos)
-    assert "'' names no photo" in _fails(capsys, "predict", "", "--weights", engine_file)
-    assert "'' names nothing: give a file" in _fails(capsys, "predict", "a.png", "--weights", "")
-
-
-def test_demo_does_not_forgive_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no weights file typo.safetensors" in _fails(capsys, "demo", "--weights", "typo.safetensors")
-
-
-def test_an_unknown_instruction_set_lists_the_valid_ones(photos: Path) -> None:
-    changed = {**os.environ, "MNV2_FORCE_ISA": "neon"}  # read once in a process
-    for args in (["info"], ["bench"]):
-        process = _start(args, env=changed)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 2
-        assert out == ""
-        assert err.startswith("mnv2: error: MNV2_FORCE_ISA='neon'")
-        assert "scalar" in err
-        assert err.count("\n") == 1
-
-
 def test_info_for_people_and_for_programs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,11 +170,6 @@ def test_info_of_a_model(engine_file: str, capsys: pytest.CaptureFixture[str]) -
     for value in (facts["macs"], facts["parameters"], facts["packed_bytes"], facts["workspace_bytes"]):
         assert f"{value:,}" in out
     assert sum("depthwise" in line for line in out.splitlines()) == 17
-
-
-def test_info_of_no_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no weights file typo.safetensors" in _fails(capsys, "info", "--model", "typo.safetensors")
-    assert "name it with --model" in _fails(capsys, "info", "--batch", "3")
 
 
 def test_info_says_which_operators_fall_back(
@@ -396,8 +241,8 @@ def test_bench_shows_every_form_of_every_block(
     assert "part-fused" in out
     assert "gain: over per-layer" in out
     assert "features.17: 160 -> 320, 1 x 1" in out
-    assert "leave --batch-size out" in _fails(capsys, "bench", "--blocks", "--batch-size", "2")
-    assert "on the CPU kernels, not Engine(" in _fails(capsys, "bench", "--blocks", "--backend", "eager")
+    assert "leave --batch-size out" in fails(capsys, "bench", "--blocks", "--batch-size", "2")
+    assert "on the CPU kernels, not Engine(" in fails(capsys, "bench", "--blocks", "--backend", "eager")
 
 
 @pytest.mark.usefixtures("hurried")
@@ -482,7 +327,7 @@ def test_export_to_onnx_is_checked_and_atomic(
 
     before = target.read_bytes()
     monkeypatch.setattr(export, "_AGREEMENT", -1.0)
-    assert "no file is written" in _fails(capsys, "export", "--weights", path, "--size", "64", target)
+    assert "no file is written" in fails(capsys, "export", "--weights", path, "--size", "64", target)
     assert target.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "plain.safetensors"]
 
@@ -502,28 +347,8 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_export_without_onnx_names_the_cure(
-    engine_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from mnv2_fast import export
-
-    path = tmp_path / "plain.safetensors"
-    save_file(MobileNetV2(5, width_mult=0.35).state_dict(), path)
-    assert "is an engine" in _fails(capsys, "export", "--weights", engine_file, tmp_path / "m.onnx")
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    assert "pip install onnx onnxscript" in _fails(capsys, "export", "--weights", path, tmp_path / "m.onnx")
-
-
-def test_a_folder_that_is_not_there_to_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "plain.safetensors"
-    save_file(MobileNetV2(5, width_mult=0.35).state_dict(), path)
-    said = _fails(capsys, "export", "--weights", path, tmp_path / "nowhere" / "m.onnx")
-    assert f"there is no folder {tmp_path / 'nowhere'} to save m.onnx in: make it first" in said
-    assert "give the name of a file" in _fails(capsys, "export", "--weights", path, tmp_path)
-
-
 def test_a_reader_that_leaves_is_no_error(engine_file: str, photos: Path) -> None:
-    process = _start(["predict", "--weights", engine_file, *[str(photos)] * 400])
+    process = start(["predict", "--weights", engine_file, *[str(photos)] * 400])
     assert process.stdout is not None
     assert process.stdout.readline() != ""
     process.stdout.close()
@@ -538,7 +363,7 @@ def test_a_reader_that_leaves_is_no_error(engine_file: str, photos: Path) -> Non
 def test_interruption_leaves_whole_lines_and_says_what_was_done(
     engine_file: str, photos: Path, after: int
 ) -> None:
-    process = _start(["predict", "--json", "--weights", engine_file, *[str(photos)] * 4000])
+    process = start(["predict", "--json", "--weights", engine_file, *[str(photos)] * 4000])
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(after)]  # it is past its imports
     process.send_signal(signal.SIGINT)
@@ -567,40 +392,18 @@ def test_interruption_before_the_first_photo(photos: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "mnv2: interrupted\n")
 
 
-def test_more_threads_than_cores_are_a_warning_of_one_line(engine_file: str, photos: Path) -> None:
-    process = _start(["predict", "--weights", engine_file, "--threads", "1000", str(photos)])
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert out.count(str(photos)) == 3
-    assert err.startswith("mnv2: warning: threads=1000 is more than the ")
-    assert err.count("\n") == 1
-
-
 def test_a_file_name_that_the_terminal_cannot_show(engine_file: str, photos: Path) -> None:
     name = os.fsencode(photos) + b"/\xff\xfe.png"
     os.rename(photos / "a.png", name)
     changed = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    process = _start(["predict", "--weights", engine_file, str(photos)], env=changed)
+    process = start(["predict", "--weights", engine_file, str(photos)], env=changed)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     assert "\\udcff" in out
 
 
-def test_help_and_mistakes_load_no_torch() -> None:
-    code = (
-        "import sys; from mnv2_fast import cli\n"
-        "for args in (['--help'], ['predict', '--help'], ['predict', '--threads', '0'], ['--version']):\n"
-        "    try: cli.main(args)\n"
-        "    except SystemExit: pass\n"
-        "assert 'torch' not in sys.modules"
-    )
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
-    assert time.perf_counter() - start < 10
-
-
 def test_the_module_is_the_command() -> None:
-    process = _start(["--version"])
+    process = start(["--version"])
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0
     assert out.startswith("mnv2-fast ")

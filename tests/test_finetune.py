@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import fails
 from helpers import colour_photos, one_thread  # noqa: F401 (a fixture)
 from safetensors.torch import load_file, save_file
 
@@ -34,19 +35,6 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     save_file(MobileNetV2(5, width_mult=0.25).state_dict(), folder / "small.safetensors")
     options = "--epochs 2 --batch-size 8 --image-size 32 --threads 1 --workers 0"
     return ["--data", str(data), "--weights", str(folder / "small.safetensors"), *options.split()]
-
-
-def _fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Run a command line that a user got wrong; its one line on stderr."""
-    try:
-        code = cli.main(["finetune", *words])
-    except SystemExit as stopped:  # argparse
-        code = stopped.code
-    out, err = capsys.readouterr()
-    assert (code, out) == (2, "")
-    assert err.startswith("mnv2: error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_from_a_folder_to_predictions(
@@ -93,7 +81,7 @@ def test_ended_and_resumed(
         "mnv2: interrupted: stopped after step 2 in epoch 1 of 2, go on with "
         f"mnv2 finetune --resume --out {out}"
     )
-    assert "lr is 0.5, not None" in _fails(capsys, "--resume", "--out", out, "--lr", "0.5")
+    assert "lr is 0.5, not None" in fails(capsys, "finetune", "--resume", "--out", out, "--lr", "0.5")
     assert cli.main(["finetune", "--resume", "--out", out]) == 0
     for ours, theirs in zip(
         load_file(Path(out) / "final.safetensors").values(),
