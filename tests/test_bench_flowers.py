@@ -18,6 +18,7 @@ from torch import nn
 sys.path.insert(0, str(ROOT))  # bench is not installed
 
 from bench import limits, results
+from bench import plot as readme
 from bench.flowers import bars, contenders, plot, run
 from bench.flowers.contenders import CONTENDERS
 from bench.training.contenders import BEST, OURS, TUNED
@@ -77,6 +78,18 @@ def test_the_table_says_what_the_rows_do(tmp_path: Path) -> None:
     table = plot.table(results.read_last_run(tmp_path / "f.csv"))
     assert "on 9 photos: `mnv2 finetune --epochs 1`, 8 epochs" in table
     assert "times as fast" not in table
+
+
+def test_the_table_is_written_into_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, end = readme.MARKERS["flowers"]
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter")
+    monkeypatch.setattr(readme, "README", page)
+    results.save(tmp_path / "f.csv", rows(), results.context())
+    others = [part for name in ("peers", "kernels", "training", "losses") for part in (f"--{name}", "none")]
+    assert readme.main([*others, "--flowers", str(tmp_path / "f.csv"), "--readme"]) == 0
+    table = plot.table(results.read_last_run(tmp_path / "f.csv"))
+    assert page.read_text() == f"before\n{begin}\n{table}\n{end}\nafter"
 
 
 def test_both_begin_with_the_same_weights(published: Path) -> None:
