@@ -83,6 +83,8 @@ def test_what_is_no_good_replaces_nothing(
 ) -> None:
     assert flowers_model.main([*made, "--min-agreement", "1.01", *TINY.split()]) == 2
     assert "101.0% are asked: nothing in out is replaced" in capsys.readouterr().err
+    assert flowers_model.main([*made, "--epochs", "2"]) == 2
+    assert "run is trained already: leave --epochs 2 out" in capsys.readouterr().err
     (tmp_path / "photos" / "red" / "0.png").unlink()
     assert flowers_model.main(made) == 2
     assert "run was trained on other photos than photos" in capsys.readouterr().err

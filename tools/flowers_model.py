@@ -39,6 +39,7 @@ from mnv2_fast.recipe import DEFAULT_WEIGHTS, OPTIONS, Recipe
 from mnv2_fast.runs import FINAL, LAST, Run
 
 (BOX,) = weights.BOXED
+FETCHED = "flowers"  # as `mnv2 finetune --data` has it
 _LEARNT_BY = [option.name for option in OPTIONS if not option.free]
 CARD = """\
 # {name}: five kinds of flowers, int8
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tools/flowers_model.py", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--data", default=BOX.name, metavar="DIR", help="photos; flowers: fetch them")
+    parser.add_argument("--data", default=FETCHED, metavar="DIR", help="photos; flowers: fetch them")
     parser.add_argument(
         "--run", type=Path, default=Path("runs/flowers"), metavar="DIR", help="of the training"
     )
@@ -129,9 +130,14 @@ def make(options: argparse.Namespace, more: Sequence[str]) -> int:
         UserError: photos or run cannot be used, or int8 is too far from its float network.
     """
     run, data = Run(options.run), options.data
-    if data == BOX.name and not os.path.isdir(data):
+    if data == FETCHED and not os.path.isdir(data):
         data = flowers.fetch()
-    if not (run.folder / FINAL).exists():
+    if (run.folder / FINAL).exists():
+        if more:
+            raise UserError(
+                f"{run.folder} is trained already: leave {' '.join(more)} out, or give another --run"
+            )
+    else:
         begun = (run.folder / LAST).exists()
         start = ["--resume"] if begun else ["--data", str(data), "--weights", DEFAULT_WEIGHTS]
         if code := cli.main(["finetune", *start, "--out", str(run.folder), *more]):

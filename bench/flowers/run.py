@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnv2_fast import UserError, env, files, photos
+from mnv2_fast import UserError, env, files, photos, weights
 from mnv2_fast.recipe import Recipe
 from mnv2_fast.runs import RESULTS, Run, top1_of
 
@@ -45,7 +45,8 @@ def finetune(contender: Contender, words: Sequence[str], cores: Sequence[int], f
     Raises:
         UserError: it failed; with the last line that it said.
     """
-    own = {**contender.env, **{name: os.environ[name] for name in (env.WEIGHTS.name,) if name in os.environ}}
+    there = env.weights_folder()
+    own = {**contender.env, env.WEIGHTS.name: str(there.resolve()) if there else ""}
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)  # which its process has from this one
     try:
@@ -166,7 +167,7 @@ def measure(options: argparse.Namespace, shared: dict[str, str]) -> Iterator[res
     """The rows as they come.
 
     Raises:
-        UserError: there are no such photos, or as `runs`.
+        UserError: there are no such photos, no weights, or as `runs`.
     """
     recipe = Recipe.of(options.given)
     folder = photos.find(options.data, recipe.val_share, recipe.split_seed)
@@ -176,6 +177,7 @@ def measure(options: argparse.Namespace, shared: dict[str, str]) -> Iterator[res
         **{name: shared[name] for name in ("processor", "commit", "versions")},
     }
     note = f"{len(folder.train)} photos, {len(folder.val)} to validate; {' '.join(options.more) or DEFAULTS}"
+    weights.find_weights(WEIGHTS)  # a download is no one's time
     bounds = limits.measure(options.threads)
     with contextlib.ExitStack() as stack:
         if options.keep is None:
