@@ -2,6 +2,7 @@
 #   make demo    set up, build, classify a photo and time it       make test       set up and run the tests
 #   make bench   measure against other engines                     make test-all   the wider sweep too
 #   make lint    formatters, linters, type checker                 make wheel      dist/
+#   make flowers-model DATA=photos/    the classifier in the package; without DATA its photos are fetched
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +12,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 WITH_TOOLS := PATH="$(abspath $(VENV))/bin:$$PATH"
 EDITABLE := $(WITH_TOOLS) $(PIP) install --no-build-isolation -c constraints.txt -e
 PYTEST_ARGS ?=
+DATA ?= flowers
 
 # The package reads no folder that was not named to it: here one is, where it exists.
 export MNV2_WEIGHTS ?= $(abspath $(wildcard ../shared/weights))
@@ -20,10 +22,10 @@ INPUTS := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find cs
 CPP_SOURCES := $(filter %.h %.cpp,$(INPUTS))
 
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-all bench lint format wheel clean
+.PHONY: help build demo test test-all bench flowers-model lint format wheel clean
 
 help:
-	@sed -n '2,4s/^# *//p' Makefile
+	@sed -n '2,5s/^# *//p' Makefile
 
 build: $(VENV)/.demo
 
@@ -44,6 +46,10 @@ bench: $(VENV)/.bench
 	$(PY) -m bench.training
 	$(PY) -m bench.training --losses
 	$(PY) -m bench.plot --readme
+
+# About as long as the training takes, some minutes. One that was cut off goes on.
+flowers-model: $(VENV)/.dev
+	$(PY) tools/flowers_model.py --data $(DATA)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

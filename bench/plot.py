@@ -1,4 +1,5 @@
-"""`python -m bench.plot`: charts from the last runs of bench.peers, bench.kernels and bench.training.
+"""`python -m bench.plot`: charts from the last runs of bench.peers, bench.kernels and bench.training, and the
+table of bench.flowers.
 
 With `--readme` the measured tables of README.md, each between its two markers, are written from the same
 rows, so that no number there is typed by hand.
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING
 from . import charts, contenders, kernels, peers, results
 from .charts import OTHERS, OURS
 from .contenders import CONTENDERS, Contender
+from .flowers import plot as flowers
+from .flowers import run as flowers_run
 from .training import losses, run
 from .training import plot as training
 
@@ -27,6 +30,7 @@ README = results.ROOT / "README.md"
 MARKERS = {
     "peers": ("<!-- bench.plot: begin -->", "<!-- bench.plot: end -->"),
     "training": ("<!-- bench.plot training: begin -->", "<!-- bench.plot training: end -->"),
+    "flowers": ("<!-- bench.plot flowers: begin -->", "<!-- bench.plot flowers: end -->"),
 }
 
 _CHART = "The same as a chart"
@@ -239,10 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernels", type=Path, default=kernels.OUTPUT, help="CSV file of bench.kernels")
     parser.add_argument("--training", type=Path, default=run.OUTPUT, help="CSV file of bench.training")
     parser.add_argument("--losses", type=Path, default=losses.OUTPUT, help="that of bench.training --losses")
+    parser.add_argument("--flowers", type=Path, default=flowers_run.OUTPUT, help="that of bench.flowers")
     parser.add_argument("--folder", type=Path, default=results.FOLDER, help="where the pictures go")
     parser.add_argument("--readme", action="store_true", help="write the tables and charts into README.md")
     options = parser.parse_args(arguments)
-    files = (options.peers, options.kernels, options.training, options.losses)
+    files = (options.peers, options.kernels, options.training, options.losses, options.flowers)
     if not any(file.exists() for file in files):
         parser.error(f"none of {', '.join(map(str, files))} is there: run a benchmark first")
 
@@ -274,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             insert(
                 "training", training.table(training.last_run(options.training)), training=_CHART, **learned
             )
+        if options.flowers.exists():
+            insert("flowers", flowers.table(results.read_last_run(options.flowers)))
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     return 0

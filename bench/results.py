@@ -52,6 +52,9 @@ class Row:
     Of training: `ms` is a step's and `first_ms` the first one's, which may compile; `peak_mb` is over what
     the process held once model and optimizer were made; `noisy` says that the medians of its turns differ by
     more than 10%; `loss` is that of the `step`-th step, from 1.
+
+    Of a whole training: `seed`, `epochs`, `top1` of the averaged weights of the last one, `best_top1` of the
+    best one, `seconds` of the command, `images_per_s` while it trains.
     """
 
     bench: str
@@ -86,6 +89,10 @@ class Row:
     peak_mb: float | None = None
     step: int | None = None
     loss: float | None = None
+    seed: int | None = None
+    epochs: int | None = None
+    best_top1: float | None = None
+    seconds: float | None = None
     weights: str = ""
     note: str = ""
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 # A bar for fewer files would be gone before it is read.
 _MANY = 8
+_WEIGHTS = f"a weights file, or published weights ({DEFAULT_WEIGHTS})"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = verb("predict", _predict, "say what is on photos")
     predict.add_argument("inputs", nargs="+", metavar="PHOTO", help="a file, a folder or a pattern ('*.jpg')")
-    _add_model(predict)
+    _add_model(predict, default=None)
     _add_engine(predict)
     _add_calibration(predict)
     predict.add_argument("--top-k", type=count, default=5, metavar="K", help="classes per photo (5)")
@@ -119,7 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     cli_train.add_options(verb("finetune", cli_train.finetune, "train a classifier on a folder of photos"))
 
     bench = verb("bench", _bench, "time our engine beside torchvision's model")
-    _add_model(bench, "only their class count and width matter; seeded ones by default", default=None)
+    _add_model(
+        bench,
+        "of weights only class count and width matter; an engine file or flowers is timed as it is; seeded "
+        "weights by default",
+        default=None,
+    )
     _add_engine(bench)
     _add_calibration(bench)
     bench.add_argument("--batch-size", type=count, default=1, metavar="N", help="images per call (1)")
@@ -128,14 +134,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--blocks", action="store_true", help="time every form of every block instead")
 
     info = verb("info", _info, "print versions, processor, kernels and environment, or what a model takes")
-    _add_model(info, "layers, sizes and memory of this one, instead", default=None)
+    _add_model(info, "layers, sizes and memory of these weights, engine or flowers instead", default=None)
     _add_engine(info)
     info.add_argument("--batch", "--batch-size", type=count, metavar="N", help="images per call (1)")
     info.add_argument("--size", type=count, metavar="PIXELS", help="height and width (224)")
     info.add_argument("--json", action="store_true", help="as JSON")
 
     export = verb("export", _export, "write a model in another format")
-    _add_model(export)
+    _add_model(export, _WEIGHTS)
     export.add_argument("--format", choices=("onnx",), default="onnx", help="onnx, the default")
     export.add_argument("--size", type=count, default=224, metavar="PIXELS", help="height and width (224)")
     export.add_argument("output", metavar="FILE", help="file to write")
@@ -143,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize = verb("quantize", _quantize, "write a model as an int8 engine, calibrated on photos")
     quantize.add_argument("--data", required=True, metavar="DIR", help="photos: half calibrate, half judge")
     quantize.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
-    _add_model(quantize, f"a weights file, or published weights ({DEFAULT_WEIGHTS})")
+    _add_model(quantize, _WEIGHTS)
     quantize.add_argument(
         "--images", type=count, default=200, metavar="N", help="of the photos at most (200)"
     )
@@ -168,15 +174,21 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     demo = verb("demo", _demo, "classify a photo, check the answer against torchvision's and time both")
-    demo.add_argument("photo", nargs="?", metavar="PHOTO", help="a file; by default the cat of scikit-image")
-    _add_model(demo)
+    demo.add_argument(
+        "photo",
+        nargs="?",
+        metavar="PHOTO",
+        help="a file; by default the cat of scikit-image, or a drawn daisy",
+    )
+    _add_model(demo, default=None)
     demo.add_argument("--threads", type=count, metavar="N", help="of the network; torch's number by default")
     return parser
 
 
 def _add_model(
     parser: argparse.ArgumentParser,
-    text: str = f"a weights or engine file, or published weights ({DEFAULT_WEIGHTS})",
+    text: str = f"a weights or engine file, published weights ({DEFAULT_WEIGHTS}), or flowers, an engine in "
+    "the package",
     default: str | None = DEFAULT_WEIGHTS,
 ) -> None:
     parser.add_argument("--weights", "--model", default=default, metavar="NAME|FILE", help=text)
@@ -239,6 +251,11 @@ def _predict(args: argparse.Namespace) -> int:
     from .data import iterate_inputs
 
     files = iterate_inputs(args.inputs)
+    if args.weights is None:
+        from .predict import default_model
+
+        # Who asks for an arithmetic means a network that has it.
+        args.weights = DEFAULT_WEIGHTS if args.dtype else default_model()
     predictor = _predictor(args, top_k=args.top_k)
     done = failed = 0
     try:
@@ -308,13 +325,17 @@ def _bench(args: argparse.Namespace) -> int:
 
     from . import _torchvision, demo
     from .engine import compile
-    from .predict import load_model
+    from .predict import Predictor, is_engine, load_model
 
-    model = demo.seeded_model() if args.weights is None else load_model(args.weights)
-    if args.calibration:
-        engine = _calibrated(args, model)
+    if args.weights is not None and is_engine(args.weights) and not args.calibration:
+        engine = Predictor(args.weights, dtype=args.dtype, threads=args.threads).engine
+        model = demo.seeded_like(engine)
     else:
-        engine = compile(model, dtype=args.dtype or "fp32", threads=args.threads)
+        model = demo.seeded_model() if args.weights is None else load_model(args.weights)
+        if args.calibration:
+            engine = _calibrated(args, model)
+        else:
+            engine = compile(model, dtype=args.dtype or "fp32", threads=args.threads)
     if args.blocks:
         return _bench_blocks(args, engine, args.threads or torch.get_num_threads())
     x = torch.randn((args.batch_size, 3, args.size, args.size), generator=torch.Generator().manual_seed(0))

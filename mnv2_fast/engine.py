@@ -342,13 +342,17 @@ def compile(
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
-    """The Engine that `Engine.save` wrote.
+    """The Engine that `Engine.save` wrote, or one that comes with the package.
+
+    Args:
+        path: of the file; or `flowers`.
+        threads: at most this many; by default torch's number at each call.
 
     Raises:
         UserError: no such file, truncated, no engine, of another version, or its tensors do not fit its
             architecture.
     """
-    state, metadata = weights.load_state_dict(Path(path))
+    state, metadata = weights.load_state_dict(path if weights.boxed(path) else Path(path))
     if metadata.get("format") != weights.ENGINE_FORMAT:
         raise UserError(
             f"{path} holds weights, not an engine: use compile(mobilenet_v2(weights={str(path)!r}))"

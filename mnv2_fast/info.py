@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,10 @@ def collect() -> dict[str, Any]:
         "gpu": _gpus(),
         "backends": _backends(),
         "dtypes": list(DTYPES),
-        "weights": {row.name: str(weights.find_local(row) or "not here") for row in weights.WEIGHTS},
+        "weights": {
+            **{row.name: str(weights.find_local(row) or "not here") for row in weights.WEIGHTS},
+            **{engine.name: str(engine.path) for engine in weights.BOXED},
+        },
         "environment": {
             variable.name: {
                 "value": os.environ.get(variable.name),
@@ -136,7 +138,7 @@ def describe(
     """What a model is made of and what a call of it takes, ready for JSON.
 
     Args:
-        model: a weights or engine file, or published weights.
+        model: a weights or engine file, or a name.
         dtype: arithmetic of the network; by default the engine's own, else "fp32".
         batch: images per call.
         size: their height and width.
@@ -152,8 +154,7 @@ def describe(
     from .predict import Predictor
 
     engine = Predictor(model, dtype=dtype, threads=threads).engine
-    row = weights.row(model)
-    file = Path(model).expanduser() if row is None else weights.find_local(row)
+    file = weights.find_weights(model)
     layers = [
         {
             "name": layer.spec.conv,
@@ -168,8 +169,8 @@ def describe(
     ]
     return {
         "model": model,
-        "file": str(file) if file else None,
-        "file_bytes": file.stat().st_size if file else None,
+        "file": str(file),
+        "file_bytes": file.stat().st_size,
         "dtype": engine.dtype,
         "kernels": f"{engine.backend} {engine.isa}".rstrip(),
         "classes": engine.num_classes,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +22,8 @@ from . import data, engine, machine, weights
 from .engine import Engine
 from .errors import UserError
 from .model import MobileNetV2, mobilenet_v2
-from .weights import Preprocessing
+from .recipe import DEFAULT_WEIGHTS
+from .weights import BOXED, MissingWeightsError, Preprocessing
 
 Prediction = dict[str, Any]
 Outcome = list[Prediction] | UserError | OSError
@@ -31,8 +34,8 @@ class Predictor:
     """Classifies photos.
 
     Args:
-        model: the file of `Engine.save`; a weights file or the name of published weights; an Engine; or a
-            model.
+        model: the file of `Engine.save`; a weights file; a name of published weights, or `flowers`, which
+            comes with the package; an Engine; or a model.
         top_k: classes per photo, best first; all of them where there are fewer.
         batch_size: photos per call of the network, where there are several.
         threads: that share one photo, or each take photos of many from file to answer; torch's number by
@@ -191,7 +194,7 @@ def _engine(model: Any, dtype: str | None, threads: int | None, progress: bool) 
         raise TypeError(
             f"a model is a path, a name of weights, an Engine or a module, not {type(model).__name__}"
         )
-    elif weights.row(model) is None and is_engine(model):
+    elif is_engine(model):
         found = engine.load(model, threads)
     else:
         return engine.compile(load_model(model, progress), dtype or "fp32", threads)
@@ -200,17 +203,41 @@ def _engine(model: Any, dtype: str | None, threads: int | None, progress: bool) 
     return found
 
 
+def default_model() -> str:
+    """The name of what is taken where no model is named: published weights.
+
+    Where these are neither here nor to be downloaded, it is the engine in the package, which a warning says.
+    """
+    try:
+        weights.find_weights(DEFAULT_WEIGHTS)
+    except MissingWeightsError as error:
+        engine = BOXED[0]
+        known = json.loads(weights.read_metadata(engine.path)["labels"])
+        warnings.warn(
+            f"{error}; until then {engine.name} answers, which is in the package and knows "
+            f"{', '.join(known[:-1])} and {known[-1]}",
+            stacklevel=2,
+        )
+        return engine.name
+    return DEFAULT_WEIGHTS
+
+
 def load_model(name_or_path: str | os.PathLike[str], progress: bool = True) -> MobileNetV2:
     """The network of a weights file or of published weights, in eval mode.
 
     Raises:
         UserError: there are no such weights, they are no MobileNetV2's, or the file is an engine.
     """
-    if weights.row(name_or_path) is None and is_engine(name_or_path):
+    if is_engine(name_or_path):
         raise UserError(f"{name_or_path} is an engine, which has no model: give the weights it was made of")
     return mobilenet_v2(weights=name_or_path, progress=progress).eval()
 
 
-def is_engine(path: str | os.PathLike[str]) -> bool:
-    """Whether a file says that `Engine.save` wrote it."""
-    return weights.read_metadata(Path(path).expanduser()).get("format") == weights.ENGINE_FORMAT
+def is_engine(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether this is an engine of the package, or a file that says that `Engine.save` wrote it."""
+    if weights.row(name_or_path) is not None:
+        return False
+    if weights.boxed(name_or_path) is not None:
+        return True
+    metadata = weights.read_metadata(Path(name_or_path).expanduser())
+    return metadata.get("format") == weights.ENGINE_FORMAT

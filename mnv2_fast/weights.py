@@ -2,7 +2,7 @@
 
 A name (`IMAGENET1K_V1`, `IMAGENET1K_V2`, `DEFAULT`) is searched in the folder of `MNV2_WEIGHTS`, then in
 torch hub's cache, then downloaded there. A file serves a name only if its own name or its own metadata says
-so.
+so. `flowers` is an engine that comes with the package.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import importlib.resources
 import json
 import os
 import pickle
+import queue
 import re
+import threading
 import urllib.error
 import urllib.request
 import warnings
@@ -125,8 +127,28 @@ WEIGHTS: tuple[Weights, ...] = (
     _torchvision_row("V2", "7ebf99e0", 232, 72.154),
 )
 DEFAULT = "IMAGENET1K_V2"
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """An engine that comes with the package: its name, and its file among the assets."""
+
+    name: str
+    file: str
+
+    @property
+    def path(self) -> Path:
+        """Of its file."""
+        return Path(str(importlib.resources.files("mnv2_fast.assets").joinpath(self.file)))
+
+
+BOXED: tuple[Boxed, ...] = (Boxed("flowers", "flowers-int8.safetensors"),)
 SUFFIXES = (".safetensors", ".pth", ".pt")
 HEAD = "classifier."
+
+_PATIENCE = 10.0  # seconds that a server has for its first answer
+# Those that people use first; the rest of the grid finds any other. All that fit give the same network.
+_WIDTHS = (1.0, 0.5, 0.75, 1.4, 0.35, 0.25, 1.3, *(i / 100 for i in range(5, 401)))
 
 
 def row(name: object) -> Weights | None:
@@ -142,9 +164,17 @@ def row(name: object) -> Weights | None:
     return next((weights for weights in WEIGHTS if weights.name == text), None)
 
 
+def boxed(name: object) -> Boxed | None:
+    """The engine in the package called `name`; None where that is no name of any, and for a `Path`.
+
+    A file of that name is given as `./flowers`.
+    """
+    return next((engine for engine in BOXED if isinstance(name, str) and engine.name == name), None)
+
+
 def names() -> str:
-    """The names of `WEIGHTS`, for messages."""
-    return ", ".join([*(weights.name for weights in WEIGHTS), "DEFAULT"])
+    """All names that weights and engines have, for messages."""
+    return ", ".join([*(weights.name for weights in WEIGHTS), "DEFAULT", *(engine.name for engine in BOXED)])
 
 
 @functools.cache
@@ -171,7 +201,7 @@ def find_weights(name_or_path: object, progress: bool = True) -> Path:
     """The file of some weights.
 
     Args:
-        name_or_path: a name of `WEIGHTS` (or torchvision's enum member), or the path of a file.
+        name_or_path: a name of `WEIGHTS` (or torchvision's enum member) or of `BOXED`, or the path of a file.
         progress: draw a bar while downloading.
 
     Raises:
@@ -181,6 +211,9 @@ def find_weights(name_or_path: object, progress: bool = True) -> Path:
     weights = row(name_or_path)
     if weights is not None:
         return find_local(weights) or _download(weights, progress)
+    engine = boxed(name_or_path)
+    if engine is not None:
+        return engine.path
     if not isinstance(name_or_path, str | Path):
         raise TypeError(f"weights: a name ({names()}) or a path is wanted, not {type(name_or_path).__name__}")
     if not str(name_or_path).strip():
@@ -232,10 +265,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _download(weights: Weights, progress: bool) -> Path:
     target = Path(torch.hub.get_dir()) / "checkpoints" / weights.file
     try:
-        # torch.hub sets no time limit of its own: without this, a network that drops packets hangs for
-        # minutes.
-        with urllib.request.urlopen(urllib.request.Request(weights.url, method="HEAD"), timeout=20):
-            pass
+        _check_server(weights.url)
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(weights.url, str(target), weights.hash_prefix, progress)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
@@ -247,6 +277,33 @@ def _download(weights: Weights, progress: bool) -> Path:
             f"put {weights.file} in a folder and set {env.WEIGHTS.name} to it{instead}"
         ) from None
     return target
+
+
+def _check_server(url: str) -> None:
+    """See that a server answers at all.
+
+    torch.hub has no time limit: a network that drops packets would hang for minutes. That of urllib is of
+    each of a name's addresses, and not of looking the name up. So this one is of a thread that does it all.
+
+    Raises:
+        OSError: it says no, or nothing in time.
+    """
+    answers: queue.Queue[Exception | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE):
+                answers.put(None)
+        except Exception as error:  # whatever it is, it is for the thread that waits
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        error = answers.get(timeout=_PATIENCE)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {_PATIENCE:g} s") from None
+    if error is not None:
+        raise error
 
 
 def _line(error: object) -> str:
@@ -404,8 +461,7 @@ def infer_width(state: Mapping[str, Tensor], source: str) -> float:
     classes = num_classes(state)
     if classes is not None:
         shapes = {key: tuple(value.shape) for key, value in state.items()}
-        # Widths people use first; the rest of the grid finds any other. All that fit give the same network.
-        for width in (1.0, 0.5, 0.75, 1.4, 0.35, 0.25, 1.3, *(i / 100 for i in range(5, 401))):
+        for width in _WIDTHS:
             expected = expected_shapes(classes, width)
             stem = next(iter(expected))
             if shapes.get(stem) == expected[stem] and all(shapes.get(k, v) == v for k, v in expected.items()):
@@ -413,6 +469,11 @@ def infer_width(state: Mapping[str, Tensor], source: str) -> float:
                 return width
     check_state_dict(state, expected_shapes(classes or 1000), source)
     raise AssertionError("the network of width 1 would have fitted")
+
+
+def width_of(layers: Sequence[arch.LayerSpec]) -> float | None:
+    """The `width_mult` of the standard network that has these layers; None: they are those of no such."""
+    return next((w for w in _WIDTHS if arch.network(layers[-1].cout, w) == tuple(layers)), None)
 
 
 def labels_of(metadata: Mapping[str, str], classes: int) -> list[str] | None:

@@ -342,14 +342,15 @@ def test_tables_and_charts_are_written_where_they_belong(
         row(name, 1.0, name="losses", loss=loss) for name, loss in zip(losses.CURVES, (1, 2, 3), strict=True)
     ]
     results.save(tmp_path / "l.csv", curves, results.context())
-    names = {"training": "t", "losses": "l", "peers": "none", "kernels": "none"}
+    names = {"training": "t", "losses": "l", "peers": "none", "kernels": "none", "flowers": "none"}
     files = [part for name, file in names.items() for part in (f"--{name}", str(tmp_path / f"{file}.csv"))]
     assert plot.main([*files, "--folder", str(tmp_path), "--readme"]) == 0
     for picture in ("training", "losses"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 10_000
     text = readme.read_text()
     assert text.startswith(f"{marks[0]}\n{marks[1]}\n{marks[2]}\n| ")
-    assert text.endswith(f"(training.png)\n\n![Losses of the same steps by each](losses.png)\n{marks[3]}")
+    end = "\n".join(marks[3:])
+    assert text.endswith(f"(training.png)\n\n![Losses of the same steps by each](losses.png)\n{end}")
     capsys.readouterr()
     results.save(tmp_path / "t.csv", rows()[-2:], {**results.context(), "run": "2999"})
     with pytest.raises(SystemExit):

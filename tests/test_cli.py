@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 from command import LABELS, engine_file, environment, fails, photos, start  # noqa: F401 (some are fixtures)
 from safetensors.torch import save_file
 
-from mnv2_fast import MobileNetV2, arch, blocks, cli, compile, demo, env, ops, weights
+from mnv2_fast import MobileNetV2, Predictor, arch, blocks, cli, compile, demo, env, load, ops, weights
 
 
 def test_predict_prints_each_file_with_its_classes(
@@ -136,7 +137,7 @@ def test_info_for_people_and_for_programs(
     assert facts["threads"]["torch"] == torch.get_num_threads()
     assert set(facts["environment"]) == {variable.name for variable in env.VARIABLES}
     assert facts["environment"]["MNV2_STRICT"]["value"] == "1"
-    assert set(facts["weights"]) == {row.name for row in weights.WEIGHTS}
+    assert set(facts["weights"]) == {row.name for row in (*weights.WEIGHTS, *weights.BOXED)}
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     for word in (
@@ -269,7 +270,7 @@ def test_demo_on_real_weights(
     assert cli.main(["demo"]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0].startswith("chelsea.png, weights IMAGENET1K_V1")
+    assert lines[0] == "chelsea.png, model IMAGENET1K_V1:"
     assert "Egyptian cat" in lines[1]
     assert lines[1].strip().split("%")[0].replace(".", "").isdigit()
     assert demo.TORCHVISION in out
@@ -278,14 +279,120 @@ def test_demo_on_real_weights(
 
 
 @pytest.mark.usefixtures("hurried")
-def test_demo_without_weights_says_so_and_still_verifies(capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_without_weights_is_of_the_flowers_and_says_what_is_seeded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.main(["demo"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("no weights: IMAGENET1K_V1 is not here")
-    assert "set MNV2_WEIGHTS" in out.splitlines()[0]
+    out, err = capsys.readouterr()
+    assert err.startswith("mnv2: warning: IMAGENET1K_V1 is not here")
+    assert err.count("\n") == 1
+    title, first, *rest = out.splitlines()
+    assert title == "a drawn daisy, model flowers:"
+    score, label = first.split("%")
+    assert label.strip() == "daisy"
+    assert float(score) > 80
+    timed = [line.split("  ")[1] for line in rest if re.search(r"\d\.\d\dx$", line)]
+    assert timed == [demo.ENGINE, demo.TORCHVISION, "flowers, int8"]
     assert "maximum difference of the logits" in out
     assert out.count("on seeded weights, not trained ones") == 2
-    assert "%" not in out.replace("20%", "").replace("80%", "")
+
+
+@pytest.mark.usefixtures("hurried")
+def test_demo_of_a_photo_and_an_engine_of_ones_own(
+    engine_file: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", str(photos / "a.png"), "--model", engine_file]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"a.png, model {engine_file}:\n")
+    assert out.count("on seeded weights, not trained ones") == 2
+
+
+def test_a_drawn_daisy_is_one() -> None:
+    """For the flowers, in any size and turned; it is drawn the same each time."""
+    flower = demo.drawn_daisy()
+    assert flower.tobytes() == demo.drawn_daisy().tobytes()
+    predictor = Predictor("flowers")
+    for seen in (flower, demo.drawn_daisy(300), flower.rotate(90)):
+        best = predictor(seen, top_k=1)[0]
+        assert best["label"] == "daisy"
+        assert best["score"] > 0.8
+
+
+def test_predict_without_weights_takes_the_flowers_and_says_so(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo.drawn_daisy().save(photos / "a.png")
+    assert cli.main(["predict", str(photos / "a.png"), "--json", "--top-k", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["predictions"][0]["label"] == "daisy"
+    assert err.count("\n") == 1
+    assert err.startswith("mnv2: warning: IMAGENET1K_V1 is not here")
+    assert "set MNV2_WEIGHTS to it; until then flowers answers" in err
+    assert "knows daisy, dandelion, roses, sunflowers and tulips" in err
+    for asked in (["--model", "IMAGENET1K_V1"], ["--dtype", "fp32"]):
+        assert "IMAGENET1K_V1 is not here" in _fails(capsys, "predict", photos, *asked)
+    assert "IMAGENET1K_V1 is not here" in _fails(capsys, "demo", "--model", "IMAGENET1K_V1")
+    folder = photos.parent / "weights"
+    folder.mkdir()
+    state = MobileNetV2().state_dict()
+    save_file(state, folder / "mobilenet_v2-IMAGENET1K_V1.safetensors")
+    monkeypatch.setenv("MNV2_WEIGHTS", str(folder))
+    assert cli.main(["predict", str(photos / "a.png"), "--json", "--top-k", "1000"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["predictions"]) == 1000
+    assert err == ""
+
+
+def test_the_flowers_have_a_name(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine_file: str
+) -> None:
+    """In every verb that takes an engine; a file so called is given as a path."""
+    monkeypatch.chdir(photos)
+    shutil.copy(engine_file, "flowers")
+    assert cli.main(["predict", "a.png", "--model", "flowers", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["predictions"]
+    assert {best["label"] for best in found} == {"daisy", "dandelion", "roses", "sunflowers", "tulips"}
+    assert cli.main(["predict", "a.png", "--model", "./flowers", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["predictions"]
+    assert {best["label"] for best in found} == set(LABELS)
+    assert load("flowers").labels != LABELS
+    assert load(Path("flowers")).labels == load("./flowers").labels == LABELS
+    assert cli.main(["info", "--model", "flowers", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["dtype"], facts["classes"]) == ("int8", 5)
+    assert facts["file"].endswith("flowers-int8.safetensors")
+    (photos / "roses").mkdir()
+    (photos / "a.png").rename(photos / "roses" / "a.png")
+    assert cli.main(["evaluate", "--model", "flowers", "--data", str(photos), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["photos"] == 1
+    for verb in (["export", "m.onnx"], ["quantize", "--data", ".", "--out", "m.safetensors"]):
+        assert "flowers is an engine" in _fails(capsys, *verb, "--model", "flowers")
+
+
+def test_help_names_what_is_in_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("predict", "demo", "evaluate", "bench", "info"):
+        with pytest.raises(SystemExit):
+            cli.main([verb, "--help"])
+        out = " ".join(capsys.readouterr().out.split())
+        assert all(engine.name in out for engine in weights.BOXED), verb
+
+
+@pytest.mark.usefixtures("hurried")
+def test_bench_times_an_engine_beside_a_network_like_it(
+    engine_file: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["bench", "--size", "32", "--threads", "1", "--json", "--model"]
+    for model, dtype in ((engine_file, "fp32"), ("flowers", "int8")):
+        assert cli.main([*asked, model]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert f"5 classes, {dtype}" in facts["engine"]
+        assert set(facts["milliseconds"]) == {demo.ENGINE, demo.TORCHVISION}
+    assert "is an engine, which has no model" in _fails(
+        capsys, "bench", "--model", "flowers", "--dtype", "int8", "--calibration", photos
+    )
+    setting = [[1, 16, 1, 1], [6, 24, 1, 2]]
+    compile(MobileNetV2(5, inverted_residual_setting=setting).eval()).save(photos / "short.safetensors")
+    assert "of a standard width" in _fails(capsys, "bench", "--model", photos / "short.safetensors")
 
 
 @pytest.mark.usefixtures("hurried")
@@ -385,7 +492,7 @@ def test_interruption_before_the_first_photo(photos: Path) -> None:
         "import sys; from mnv2_fast import cli, predict\n"
         "def slow(*a, **k): raise KeyboardInterrupt\n"
         "predict.Predictor = slow\n"
-        "sys.exit(cli.main(['predict', sys.argv[1]]))"
+        "sys.exit(cli.main(['predict', sys.argv[1], '--model', 'flowers']))"
     )
     command = [sys.executable, "-c", code, str(photos)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -79,7 +79,11 @@ def test_design_names_every_module() -> None:
 
 def test_speed_is_stated_where_it_was_measured() -> None:
     """What stands between the markers is written from the results: none without them, a row with them."""
-    for mark, results in (("bench.plot", "peers"), ("bench.plot training", "training")):
+    for mark, results in (
+        ("bench.plot", "peers"),
+        ("bench.plot training", "training"),
+        ("bench.plot flowers", "flowers"),
+    ):
         begin, end = (re.escape(f"<!-- {mark}: {word} -->") for word in ("begin", "end"))
         speed = re.findall(f"{begin}(.*?){end}", README.read_text("utf-8"), re.DOTALL)
         assert len(speed) == 1

@@ -81,7 +81,7 @@ def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 PROGRAM = """
 import os, sys, torch
 import mnv2_fast, mnv2_fast.kernels
-from mnv2_fast import MobileNetV2, compile, weights
+from mnv2_fast import MobileNetV2, compile, load, weights
 from mnv2_fast.backends import cpu
 
 assert mnv2_fast.__file__.startswith(sys.prefix), mnv2_fast.__file__
@@ -89,6 +89,7 @@ assert mnv2_fast.kernels.__file__.startswith(sys.prefix), mnv2_fast.kernels.__fi
 assert os.path.isfile(os.path.join(os.path.dirname(mnv2_fast.kernels.__file__), "configs", "default.json"))
 assert len(weights.imagenet_labels()) == 1000
 assert os.path.exists(os.path.join(os.path.dirname(mnv2_fast.__file__), "py.typed"))
+assert load("flowers").num_classes == 5
 torch.manual_seed(0)
 model, x = MobileNetV2().eval(), torch.randn(2, 3, 64, 64)
 expected = MobileNetV2(backend="eager").eval()
@@ -152,6 +153,10 @@ def test_wheel_holds_what_it_should_and_nothing_else(wheel: Path) -> None:
         assert expected <= packaged, sorted(expected - packaged)
     (extension,) = (name for name in names if name.endswith(".so"))
     assert sizes[extension] < 3_300_000  # three precisions, each for the instruction sets that change it
+    # The flower classifier, so that a machine without a network has trained weights: int8, as floats 9 MB.
+    assert 2_000_000 < sizes["mnv2_fast/assets/flowers-int8.safetensors"] < 2_600_000
+    assert "mnv2_fast/assets/flowers-int8.md" in names
+    assert sum(sizes.values()) < 7_000_000
 
 
 def test_extension_links_to_the_system_only(wheel: Path, tmp_path: Path) -> None:

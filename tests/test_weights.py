@@ -9,6 +9,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,37 @@ def test_without_a_network_one_line_names_the_cure(folder: Path) -> None:
     assert "found here" not in message
     save_file(_state(), folder / f"{V1.stems[0]}.safetensors")
     assert "or ask for IMAGENET1K_V1, found here" in _error(weights.find_weights, "DEFAULT")
+
+
+def test_a_network_that_says_nothing_is_waited_for_a_moment_only(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever hangs, the look-up of a name too, on which urllib's own limit has no hold."""
+    end = threading.Event()
+    monkeypatch.setattr(weights.urllib.request, "urlopen", lambda *args, **more: end.wait(60))
+    monkeypatch.setattr(weights, "_PATIENCE", 0.1)
+    begin = time.perf_counter()
+    message = _error(weights.find_weights, "IMAGENET1K_V1")
+    end.set()
+    assert time.perf_counter() - begin < 10
+    assert f"cannot be downloaded from {weights.WEIGHTS[0].url} (no answer in 0.1 s)" in message
+    assert not hub.exists()
+
+
+def test_names_of_what_is_in_the_package_are_no_paths() -> None:
+    for engine in weights.BOXED:
+        assert weights.find_weights(engine.name) == engine.path
+        assert engine.path.is_file()
+        assert weights.boxed(Path(engine.name)) is weights.boxed(f"./{engine.name}") is None
+        assert weights.row(engine.name) is None
+
+
+@pytest.mark.parametrize("width", [1.0, 0.35, 1.4, 0.5])
+def test_the_width_of_layers(width: float) -> None:
+    found = weights.width_of(arch.network(7, width))
+    assert found is not None
+    assert arch.network(7, found) == arch.network(7, width)
+    assert weights.width_of(arch.network(7, width)[:-2] + arch.network(7, width)[-1:]) is None
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Fine-tuning to an accuracy, ours beside torch's: `python -m bench.flowers`, see `run`."""
