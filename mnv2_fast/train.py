@@ -90,8 +90,8 @@ def fit(
             others; None: random weights.
         preprocessing: of photos; by default that of the weights or the model.
         out: the run folder, see `runs`; None: nothing is written.
-        resume: go on with the run in `out`, from its last checkpoint. Options that are not given are as the
-            run has them; the other arguments have to be the same.
+        resume: go on with the run in `out`, from its last checkpoint, for which `weights` are not read again.
+            Options that are not given are as the run has them; the other arguments have to be the same.
         overwrite: replace a run in `out`.
         device: to train on.
         on_epoch_end: called with each new row of the history, in every process.
