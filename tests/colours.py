@@ -24,14 +24,8 @@ def save_weights(path: Path, spread: float) -> str:
     """
     torch.manual_seed(0)
     model = MobileNetV2(len(LABELS), width_mult=0.35)
-    x = data.normalize(torch.from_numpy(np.stack([picture(i) for i in range(10)])), PREPROCESSING)
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        torch.nn.init.constant_(norm.bias, 1.0)  # few values in ReLU6's bends: small errors stay small
-        norm.momentum = None
+    x = settle(model)
     with torch.no_grad():
-        model.train()(x)
-        model.eval()
         features = model.features(x).mean((2, 3))
         of_colours = (features[:5] + features[5:]) / 2
         apart = of_colours - of_colours.mean(0)
@@ -40,6 +34,19 @@ def save_weights(path: Path, spread: float) -> str:
     metadata = {"preprocessing": json.dumps(PREPROCESSING.to_dict()), "labels": json.dumps(LABELS)}
     save_file(model.state_dict(), path, metadata)
     return str(path)
+
+
+@torch.no_grad()
+def settle(model: MobileNetV2) -> torch.Tensor:
+    """Fit the batch norms of a model to photos, two of each colour, and put it in eval mode; the photos."""
+    x = data.normalize(torch.from_numpy(np.stack([picture(i) for i in range(10)])), PREPROCESSING)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        torch.nn.init.constant_(norm.bias, 1.0)  # few values in ReLU6's bends: small errors stay small
+        norm.momentum = None
+    model.train()(x)
+    model.eval()
+    return x
 
 
 def picture(i: int) -> np.ndarray:
