@@ -37,6 +37,7 @@ from .weights import Preprocessing
 
 RUNS, RESULT, SETTINGS, EPOCHS, COSTS = "runs", "result.json", "settings.json", "epochs.json", "costs.json"
 CACHE = ".cache"
+_LR_OF_NEW = 1e-3 / 32  # for each photo of a step
 _OF_PHOTOS = ("train", "val", "photos")  # of `Settings`
 
 Say = Callable[[str], object]
@@ -298,7 +299,10 @@ class _Run:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 model, size = network.make(len(settings.classes)), None
-        options = {} if contender.pretrained else {"head_lr_factor": 1.0}  # all of it is new
+        # All of a network is new, or its head alone.
+        options = (
+            {} if contender.pretrained else {"head_lr_factor": 1.0, "lr": _LR_OF_NEW * settings.batch_size}
+        )
         return fit(
             self.photos,
             model=model,

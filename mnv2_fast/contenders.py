@@ -11,6 +11,7 @@ from torch import nn
 
 from . import lenet
 from .errors import UserError
+from .recipe import Recipe
 from .weights import Preprocessing
 
 
@@ -50,14 +51,14 @@ class Contender:
 
 
 AUGMENT = ("crop", "flip", "rotation", "colour", "erasing")
-CROP_AND_FLIP = ("crop", "flip")
+USUAL = Recipe().augment
 PLAIN, AUGMENTED = "lenet", "lenet-augmented"
 
 CONTENDERS: tuple[Contender, ...] = (
     Contender(PLAIN, "LeNet-5", LENET, ()),
     Contender(AUGMENTED, "LeNet-5 with augmentation", LENET, AUGMENT),
-    Contender("mobilenetv2-scratch", "MobileNetV2 from scratch", MOBILENET, CROP_AND_FLIP),
-    Contender("mobilenetv2-finetuned", "MobileNetV2 fine-tuned", MOBILENET, CROP_AND_FLIP, pretrained=True),
+    Contender("mobilenetv2-scratch", "MobileNetV2 from scratch", MOBILENET, USUAL),
+    Contender("mobilenetv2-finetuned", "MobileNetV2 fine-tuned", MOBILENET, USUAL, pretrained=True),
     *(
         Contender(f"lenet-with-{name}", f"LeNet-5 with {name}", LENET, (name,), ablation=True)
         for name in AUGMENT

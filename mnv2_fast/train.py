@@ -120,11 +120,11 @@ def fit(
             seen = _preprocessing(network, preprocessing, recipe.image_size, state)
             if isinstance(network, MobileNetV2):
                 network.labels, network.preprocessing = list(folder.classes), seen
-            recipe = _settled(recipe, network, group)
+            recipe = _settled(recipe, network, seen.crop, group)
 
             def make() -> Trainer:
                 _check_model(network, recipe, folder.classes, run)
-                _check_batch(network, recipe, _train_size(recipe, seen))
+                _check_batch(network, recipe, seen.resize)
                 return Trainer(
                     network,
                     _loaders(folder, seen, recipe, group),
@@ -342,16 +342,26 @@ def _check_model(model: nn.Module, recipe: Recipe, classes: Sequence[str], run: 
         check_storable(model)
 
 
-def _settled(recipe: Recipe, model: nn.Module, group: Group) -> Recipe:
-    """The recipe with the arithmetic that it leaves open: a run goes on with it on any machine."""
-    if recipe.amp != "auto":
-        return recipe
-    fast = False
-    if isinstance(model, MobileNetV2):
-        with contextlib.suppress(Declined):  # then torch trains it
-            model.decline_backend()
-            fast = cpu_train.prefers_bfloat16()
-    return replace(recipe, amp="bf16" if all(group.gather(fast)) else "none")
+def _settled(recipe: Recipe, model: nn.Module, size: int, group: Group) -> Recipe:
+    """The recipe with what it leaves open, so that a run goes on with the same on any machine.
+
+    Args:
+        recipe: as it was given.
+        model: to train.
+        size: height and width in validation.
+        group: in which all do the same.
+    """
+    ours, amp = isinstance(model, MobileNetV2), recipe.amp
+    if amp == "auto":
+        fast = False
+        if isinstance(model, MobileNetV2):
+            with contextlib.suppress(Declined):  # then torch trains it
+                model.decline_backend()
+                fast = cpu_train.prefers_bfloat16()
+        amp = "bf16" if all(group.gather(fast)) else "none"
+    return replace(
+        recipe, amp=amp, train_size=recipe.train_size or (usual_train_size(size) if ours else size)
+    )
 
 
 def _preprocessing(
@@ -366,19 +376,13 @@ def _preprocessing(
     return replace(found, crop=size, resize=max(size, round(found.resize * size / found.crop)))
 
 
-def _train_size(recipe: Recipe, preprocessing: Preprocessing) -> int:
-    """Height and width of what is trained on.
+def usual_train_size(size: int) -> int:
+    """Height and width to train a MobileNetV2 on that is validated on `size`: 192 of 224.
 
-    Raises:
-        UserError: photos are not that large.
+    On the flower photos it is as accurate so as with 224, in three quarters of the time.
     """
-    size = recipe.train_size or preprocessing.crop
-    if size > preprocessing.resize:
-        raise UserError(
-            f"train_size={size} for photos of {preprocessing.resize} pixels: use at most that, or raise "
-            "image_size"
-        )
-    return size
+    step = 32  # the network's stride
+    return max(step, round(size * 6 / 7 / step) * step) if size >= step else size
 
 
 def _reheaded(weights: Any, classes: Sequence[str], say: Callable[[str], None]) -> MobileNetV2:
@@ -412,14 +416,24 @@ def _nodes(model: MobileNetV2) -> list[list[LayerSpec]] | None:
     return nodes
 
 
-def _check_batch(model: nn.Module, recipe: Recipe, size: int) -> None:
-    """Refuse a batch whose activations exceed the memory there is, or leave a batch norm one value a channel.
+def _check_batch(model: nn.Module, recipe: Recipe, side: int) -> None:
+    """Refuse pixels that photos do not have, and a batch that does not fit or gives a batch norm one value.
 
-    Of other models the first step tells. Without memory Linux would end the process there instead.
+    Of other models the first step tells of batches. Without memory Linux would end the process there instead.
+
+    Args:
+        model: to train.
+        recipe: with all that it leaves open settled.
+        side: pixels of a resized photo's shorter one.
 
     Raises:
         UserError: as said there.
     """
+    size = recipe.train_size or side
+    if size > side:
+        raise UserError(
+            f"train_size={size} for photos of {side} pixels: use at most that, or raise image_size"
+        )
     if not isinstance(model, MobileNetV2) or recipe.freeze_epochs == recipe.epochs:
         return
     nodes = _nodes(model.train())
@@ -449,7 +463,7 @@ def _loaders(
             preprocessing,
             recipe.batch_size,
             transform=loading.augmentation(
-                replace(preprocessing, crop=_train_size(recipe, preprocessing)),
+                replace(preprocessing, crop=recipe.train_size or preprocessing.crop),
                 recipe.augment,
                 (recipe.crop_scale, 1.0),
             ),

@@ -330,8 +330,8 @@ def test_predict_without_weights_takes_the_flowers_and_says_so(
     assert "set MNV2_WEIGHTS to it; until then flowers answers" in err
     assert "knows daisy, dandelion, roses, sunflowers and tulips" in err
     for asked in (["--model", "IMAGENET1K_V1"], ["--dtype", "fp32"]):
-        assert "IMAGENET1K_V1 is not here" in _fails(capsys, "predict", photos, *asked)
-    assert "IMAGENET1K_V1 is not here" in _fails(capsys, "demo", "--model", "IMAGENET1K_V1")
+        assert "IMAGENET1K_V1 is not here" in fails(capsys, "predict", photos, *asked)
+    assert "IMAGENET1K_V1 is not here" in fails(capsys, "demo", "--model", "IMAGENET1K_V1")
     folder = photos.parent / "weights"
     folder.mkdir()
     state = MobileNetV2().state_dict()
@@ -366,7 +366,7 @@ def test_the_flowers_have_a_name(
     assert cli.main(["evaluate", "--model", "flowers", "--data", str(photos), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["photos"] == 1
     for verb in (["export", "m.onnx"], ["quantize", "--data", ".", "--out", "m.safetensors"]):
-        assert "flowers is an engine" in _fails(capsys, *verb, "--model", "flowers")
+        assert "flowers is an engine" in fails(capsys, *verb, "--model", "flowers")
 
 
 def test_help_names_what_is_in_the_package(capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,12 +387,12 @@ def test_bench_times_an_engine_beside_a_network_like_it(
         facts = json.loads(capsys.readouterr().out)
         assert f"5 classes, {dtype}" in facts["engine"]
         assert set(facts["milliseconds"]) == {demo.ENGINE, demo.TORCHVISION}
-    assert "is an engine, which has no model" in _fails(
+    assert "is an engine, which has no model" in fails(
         capsys, "bench", "--model", "flowers", "--dtype", "int8", "--calibration", photos
     )
     setting = [[1, 16, 1, 1], [6, 24, 1, 2]]
     compile(MobileNetV2(5, inverted_residual_setting=setting).eval()).save(photos / "short.safetensors")
-    assert "of a standard width" in _fails(capsys, "bench", "--model", photos / "short.safetensors")
+    assert "of a standard width" in fails(capsys, "bench", "--model", photos / "short.safetensors")
 
 
 @pytest.mark.usefixtures("hurried")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mnv2_fast import MobileNetV2, Predictor, UserError, fit, lenet, machine, photos
 from mnv2_fast.lenet import LeNet5
-from mnv2_fast.train import FitResult
+from mnv2_fast.train import FitResult, usual_train_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -498,3 +498,4 @@ def test_training_may_see_fewer_pixels_than_validation(folder: Path) -> None:
     assert seen == {True: {24}, False: {32}}
     assert result.preprocessing.crop == 32
     assert "use at most that" in _refused(folder, train_size=4096)
+    assert [usual_train_size(size) for size in (16, 32, 160, 224, 448)] == [16, 32, 128, 192, 384]

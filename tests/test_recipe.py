@@ -75,7 +75,7 @@ def test_what_makes_no_sense_is_refused_with_the_cure(options: dict[str, Any], c
 
 
 def test_the_learning_rate_grows_with_the_photos_of_a_step() -> None:
-    assert Recipe().peak_lr(64) == pytest.approx(2e-3)
+    assert Recipe().peak_lr(64) == pytest.approx(6e-4)
     assert Recipe(optimizer="sgd").peak_lr(16) == pytest.approx(5e-3)
     assert Recipe(lr=0.3).peak_lr(64) == 0.3
 

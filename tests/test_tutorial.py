@@ -45,6 +45,7 @@ OTHER_EPOCHS = 1
 REPLACED = {
     "pip install ": f"cd {shlex.quote(str(ROOT))} && pip install --dry-run --no-index --no-build-isolation ",
     "--image-size 160": "--image-size 40",  # the weights made here are for 32 pixels, so that all is quick
+    "--train-size 160": "--train-size 28",
     "RandomResizedCrop(224)": "RandomResizedCrop(32)",
 }
 # So that bash finds this Python's programs.

@@ -80,10 +80,13 @@ def main(words: Sequence[str]) -> int:
     """Fine-tune torchvision's model as `mnv2 finetune` would ours."""
     from mnv2_fast import fit, photos
     from mnv2_fast.recipe import Recipe
+    from mnv2_fast.train import usual_train_size
+    from mnv2_fast.weights import Preprocessing
 
     from ..workers import isa
 
     args, given = parse(words)
+    given.setdefault("train_size", usual_train_size(given.get("image_size") or Preprocessing().crop))
     recipe = Recipe.of(given)
     folder = photos.find(args.data, recipe.val_share, recipe.split_seed)
     model = torchs(args.weights, len(folder.classes), recipe.seed)
