@@ -9,7 +9,6 @@ import contextlib
 import io
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
@@ -261,4 +260,4 @@ def test_troubles_are_said_as_it_shows() -> None:
         kind = "warning" if code == cli.OK else "error"
         assert code in (cli.OK, cli.USER_ERROR)
         assert is_shown(f"mnv2: {kind}: {shown}", said), f"shown:\n{shown}\nprinted:\n{said}"
-    assert not os.path.exists("new/run")
+    assert not Path("new/last.pt").exists()
