@@ -74,7 +74,7 @@ _NUMBER = r"-?[\d?][\d.,:e+-]*"
 # What may differ between the output that is shown and that of a run, and what it then has to look like.
 _FREE = {
     "rate": (r"[\d.?]+(?:s/batch|batch/s)", r"[\d.?]+(?:s/batch|batch/s)"),
-    "bar": (r"\|[^|]{10}\|", r"\|[^|]*\|"),
+    "bar": (r"(?<=%)\|[^|]+\|", r"\|[^|]*\|"),
     "share": (rf"(?<![\w-]){_NUMBER}%", rf"(?:{_NUMBER}%|-)"),  # a dash: of nothing
     "number": (rf"(?<![\w-]){_NUMBER}", _NUMBER),
     "name": (rf"\b(?:{'|'.join(CLASSES)})\b", f"(?:{'|'.join(CLASSES)})"),
