@@ -128,13 +128,13 @@ def _robustness(out: Path, found: Comparison, shown: Sequence[Contender]) -> lis
         for c in shown:
             values = _by_strength(found, c, corruption.name)
             rows.append([corruption.name, c.title, *(percent(mean(step)) for step in values)])
-        lost = {}
+        change = {}
         for c in shown:
             clean, *_, worst = map(mean, _by_strength(found, c, corruption.name))
-            lost[c.title] = 100 * (clean - worst)
-        most, least = max(lost, key=lost.__getitem__), min(lost, key=lost.__getitem__)
-        line = f"{corruption.name} of strength {STRENGTHS[-1]}: {most} changes by {-lost[most]:+.1f} points"
-        said.append(line + (f", {least} by {-lost[least]:+.1f}." if least != most else "."))
+            change[c.title] = round(100 * (worst - clean), 1) + 0.0  # no -0.0
+        most, least = min(change, key=change.__getitem__), max(change, key=change.__getitem__)
+        line = f"{corruption.name} of strength {STRENGTHS[-1]}: {most} changes by {change[most]:+.1f} points"
+        said.append(line + (f", {least} by {change[least]:+.1f}." if least != most else "."))
     levels = [[c.name, c.unit, *(f"{level:g}" for level in c.levels)] for c in CORRUPTIONS]
     return [
         "## Robustness",

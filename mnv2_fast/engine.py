@@ -233,7 +233,7 @@ class Engine:
             UserError: the folder is not there, or path is a folder itself.
             OSError: the file cannot be written.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         target = weights.output_file(path)
         metadata = {
@@ -253,7 +253,7 @@ class Engine:
                 tensors[f"{spec.conv}.weight"], tensors[f"{spec.conv}.bias"] = weight, bias
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             beside = Path(folder) / target.name
-            save_file(tensors, beside, metadata)
+            beside.write_bytes(save(tensors, metadata))  # save_file would leave it to its owner alone
             os.replace(beside, target)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -39,6 +39,9 @@ GREEN, GREY, RED = "#1f6f4a", "#9aa5b1", "#b3402e"
 # Okabe and Ito's, which differ for the colour-blind too; black last.
 COLOURS = ("#009e73", "#d55e00", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#8c6d31", "#7f7f7f", "#000000")
 
+# Figures of results.csv, less their kind, in words.
+_FIGURES = {"train": "training", "val": "validation", "ema_val": "validation, averaged weights"}
+
 _DPI = 130
 _COLUMNS = 5  # of photos in a row
 _BOX = (256, 200)  # pixels for each: most photos lie
@@ -102,7 +105,8 @@ def curves(
             drawn = [name for name in names if name.endswith(kind)]
             for i, (run, seeds) in enumerate(runs.items()):
                 for j, name in enumerate(drawn):
-                    what = name.removesuffix(f"_{kind}").replace("_", " ")
+                    what = name.removesuffix(f"_{kind}")
+                    what = _FIGURES.get(what, what.replace("_", " "))
                     label = what if len(runs) == 1 else f"{run}, {what}" if len(drawn) > 1 else run
                     colour = COLOURS[(i if len(runs) > 1 else j) % len(COLOURS)]
                     style = "--" if len(runs) > 1 and j > 0 else "-"

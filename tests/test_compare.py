@@ -341,6 +341,9 @@ def test_what_changes_most_is_named(tmp_path: Path, undrawn: None) -> None:
     found[lenet.name] = [made(lenet, 0, 0.5, -0.1)]
     text = told(tmp_path, {lenet.name: [], mobilenet.name: []}, results=found)
     assert "MobileNetV2 fine-tuned changes by -30.0 points, LeNet-5 by +10.0." in text
+    found[lenet.name] = [made(lenet, 0, 0.5, 0.0)]
+    text = told(tmp_path, {lenet.name: [], mobilenet.name: []}, results=found)
+    assert "MobileNetV2 fine-tuned changes by -30.0 points, LeNet-5 by +0.0." in text
 
 
 def test_the_ablation(tmp_path: Path, undrawn: None) -> None:

@@ -145,7 +145,7 @@ def test_curves_of_one_run(tmp_path: Path, drawn: list[Any]) -> None:
     plots.curves(tmp_path / "k.png", {"": [history()]})
     loss, top1 = drawn[0].axes
     (train, val) = loss.lines
-    assert (train.get_label(), val.get_label()) == ("train", "val")
+    assert (train.get_label(), val.get_label()) == ("training", "validation")
     np.testing.assert_allclose(train.get_xydata(), [(1, 1), (2, 1 / 2), (3, 1 / 3)])
     assert not len(val.get_xdata())  # an empty cell is no number
     np.testing.assert_allclose(top1.lines[0].get_ydata(), [50, 60, 70])
