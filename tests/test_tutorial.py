@@ -22,14 +22,13 @@ import pytest
 import torch
 from colours import PREPROCESSING, picture, settle
 from conftest import ROOT
-from helpers import one_thread  # noqa: F401 (a fixture)
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 from mnv2_fast import MobileNetV2, cli, costs, plots
 
-pytestmark = pytest.mark.usefixtures("native", "one_thread")
+pytestmark = pytest.mark.usefixtures("native")
 
 TUTORIAL = ROOT / "docs" / "finetune.md"
 TEXT = TUTORIAL.read_text(encoding="utf-8")
@@ -211,6 +210,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setenv("MNV2_WEIGHTS", str(folder / "weights"))
         patch.setenv("OMP_NUM_THREADS", "1")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         # No other weights are here, and nothing is fetched.
         patch.setenv("TORCH_HOME", str(folder))
         patch.setenv("https_proxy", "http://127.0.0.1:9")
@@ -219,6 +220,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         # torch.compile takes half a minute; test_costs.py has the real one.
         patch.setattr(costs, "_compiled", lambda network, x: network)
         yield folder
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +244,26 @@ def test_all_blocks_are_of_a_kind_that_is_run() -> None:
         assert f"mnv2 {words} " in commands
     for words in REPLACED:
         assert words in TEXT
+
+
+def test_another_form_is_not_what_is_shown() -> None:
+    assert is_shown("top-1: 78.3%\nroses 9", "said before\r  top-1: 5.0%\n 50%|##  | 1/2\ntulips   12\n")
+    assert not is_shown("top-1: 78.3%", "top-5: 78.3%\n")
+    assert not is_shown("top-1: 78.3%", "top-1: 0.783\n")
+    assert not is_shown("roses 9\nloss 2", "roses 9\nand more\nloss 2\n")
+    assert is_shown("roses 9\n...\nloss 2", "roses 9\nand more\nloss 2\n")
+    assert is_shown("epoch 1: 10%|##   | 7/70", "epoch 1: 90%|#### | 9/10\n")
+    assert not is_shown("epoch 1: 10%|##   | 7/70", "epoch 1: 9/10\n")
+
+
+def test_a_command_that_fails_is_not_passed_over() -> None:
+    for block in (
+        "true\nfalse",
+        "mnv2 predict nowhere.jpg --model nowhere.safetensors",
+        "true | false | true",
+    ):
+        with pytest.raises(AssertionError):
+            run_commands(block)
 
 
 def test_it_prints_what_it_shows(printed: list[tuple[str, str]]) -> None:
