@@ -27,6 +27,10 @@ OPTIONS: dict[str, Any] = {
     "preprocessing": SEEN,
     "workers": 0,
     "progress": False,
+    "amp": "none",
+    "augment": ("crop", "flip"),
+    "crop_scale": 0.35,
+    "train_size": SEEN.crop,
 }
 PLAIN = {"optimizer": "sgd", "lr": 0.01, "warmup_epochs": 0, "weight_decay": 0.0, "head_lr_factor": 1}
 FROZEN = {"freeze_bn": True, "dropout": 0.0}

@@ -25,7 +25,7 @@ from bench.training.contenders import BEST, OURS, TUNED
 from mnv2_fast import MobileNetV2, UserError, train
 from mnv2_fast.recipe import Recipe
 
-TINY = "--epochs 2 --image-size 32 --batch-size 8 --workers 0 --augment none"
+TINY = "--epochs 2 --image-size 32 --batch-size 8 --workers 0 --augment none --amp none"
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_the_table_is_written_into_the_readme(tmp_path: Path, monkeypatch: pytes
 
 def test_both_begin_with_the_same_weights(published: Path) -> None:
     recipe = Recipe(seed=3)
-    ours = train._network(None, "IMAGENET1K_V1", recipe, ("a", "b", "c"), lambda text: None)
+    ours = train._network(None, "IMAGENET1K_V1", recipe, ("a", "b", "c"), None, lambda text: None)
     theirs = contenders.torchs("IMAGENET1K_V1", 3, 3)
     assert type(theirs).__module__.startswith("torchvision.")
     for (name, mine), (other, its) in zip(

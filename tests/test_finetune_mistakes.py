@@ -124,7 +124,7 @@ def test_a_batch_of_one_with_maps_of_one_pixel(
     assert (out / LAST).read_text() == "of another run"
     pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten())
     assert LONE in _refused(folder, model=nn.Sequential(*pooled, nn.Linear(8, 3)), batch_size=1)
-    for options in ({"freeze_bn": True}, {"image_size": 33}, {"freeze_epochs": 1}):
+    for options in ({"freeze_bn": True}, {"image_size": 33, "train_size": 33}, {"freeze_epochs": 1}):
         model = MobileNetV2(3, width_mult=0.25)
         assert len(fit(folder, model=model, **{**QUICK, "batch_size": 1, **options}).history) == 1
 
@@ -173,7 +173,7 @@ def test_a_batch_is_refused_by_what_its_step_keeps(
     folder: Path, monkeypatch: pytest.MonkeyPatch, amp: str
 ) -> None:
     """Of a width of 0.25, whose expansions of 224 x 224 are made again: half as much in bf16."""
-    options = {"amp": amp, "image_size": 224, "batch_size": 24}
+    options = {"amp": amp, "image_size": 224, "train_size": 224, "batch_size": 24}
     monkeypatch.setattr(machine, "_SMALL", 0)
     model = MobileNetV2(3, width_mult=0.25).train()
     nodes = [[layer.spec for layer in block.train_chain().layers] for block in model.features]

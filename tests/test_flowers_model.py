@@ -20,7 +20,10 @@ sys.path.insert(0, str(ROOT / "tools"))  # not installed
 import flowers_model
 
 BOX = weights.boxed("flowers")
-TINY = "--epochs 1 --image-size 32 --batch-size 8 --threads 1 --workers 0 --augment none --freeze-bn"
+TINY = (
+    "--epochs 1 --image-size 32 --batch-size 8 --threads 1 --workers 0 --augment none --freeze-bn --amp none "
+    "--train-size 32"
+)
 
 
 def test_the_card_is_of_the_file_and_says_what_it_answers(flowers: Path) -> None:
@@ -62,7 +65,8 @@ def test_the_model_is_made_once_with_its_card(made: list[str], tmp_path: Path) -
     for said in (
         "MobileNetV2 1.0, 32x32",
         "36 photos of `tf_flowers`",
-        "-out run --epochs 1 --batch-size 8 --freeze-bn --image-size 32 --augment none\n",
+        "-out run --epochs 1 --batch-size 8 --freeze-bn --amp none --image-size 32 --train-size 32 "
+        "--augment none\n",
         "augment none,",
         "int8 was calibrated on 15 of them",
         hashlib.sha256((tmp_path / "out" / BOX.file).read_bytes()).hexdigest(),

@@ -10,6 +10,7 @@ import importlib
 import logging
 import math
 import os
+import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ log = logging.getLogger("mnv2_fast")
 Served = TypeVar("Served")  # what a call of the extension gives
 
 # Of the tensors that the operators take, and what a network of them is called.
+_MODULE = "mnv2_fast._C"
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 DTYPE_NAMES = " or ".join(map(str, DTYPES))
 
@@ -42,7 +44,7 @@ def _load() -> tuple[types.ModuleType | None, str]:
     """The extension, or None and the reason why it is not there."""
     try:
         # After torch: whichever OpenMP runtime torch brought is the one the extension then finds.
-        module = importlib.import_module("mnv2_fast._C")
+        module = importlib.import_module(_MODULE)
     except ImportError as error:
         return (
             None,
@@ -72,6 +74,11 @@ def extension() -> types.ModuleType:
 def available() -> bool:
     """Whether the extension is there."""
     return _load()[0] is not None
+
+
+def loaded() -> bool:
+    """Whether something has used the extension."""
+    return _MODULE in sys.modules
 
 
 def unavailable_reason() -> str:

@@ -106,7 +106,9 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def release() -> int:
     """Give back to the system the memory that waits for a next `empty`; how many bytes that was."""
-    released: int = cpu.extension().TrainBuffer.release() if cpu.available() else 0
+    if not cpu.loaded():  # and so nothing waits
+        return 0
+    released: int = cpu.extension().TrainBuffer.release()
     return released
 
 
