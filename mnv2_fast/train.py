@@ -382,7 +382,7 @@ def usual_train_size(size: int) -> int:
     On the flower photos it is as accurate so as with 224, in three quarters of the time.
     """
     step = 32  # the network's stride
-    return max(step, round(size * 6 / 7 / step) * step) if size >= step else size
+    return min(size, max(step, round(size * 6 / 7 / step) * step))
 
 
 def _reheaded(weights: Any, classes: Sequence[str], say: Callable[[str], None]) -> MobileNetV2:

@@ -498,4 +498,5 @@ def test_training_may_see_fewer_pixels_than_validation(folder: Path) -> None:
     assert seen == {True: {24}, False: {32}}
     assert result.preprocessing.crop == 32
     assert "use at most that" in _refused(folder, train_size=4096)
+    assert all(usual_train_size(size) <= size for size in range(1, 300))
     assert [usual_train_size(size) for size in (16, 32, 160, 224, 448)] == [16, 32, 128, 192, 384]
