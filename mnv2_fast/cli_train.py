@@ -71,6 +71,11 @@ def _argument(option: Option) -> Callable[[str], Any]:
     return check
 
 
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a `Recipe` that the command line names."""
+    return {option.name: getattr(args, option.name) for option in OPTIONS if hasattr(args, option.name)}
+
+
 def finetune(args: argparse.Namespace) -> int:
     """Train as the command line says; the exit code."""
     from . import distributed
@@ -107,7 +112,7 @@ def _finetune(args: argparse.Namespace, group: Group) -> int:
         out=args.out,
         resume=args.resume,
         overwrite=args.overwrite,
-        **{option.name: getattr(args, option.name) for option in OPTIONS if hasattr(args, option.name)},
+        **given(args),
     )
     if group.first:
         print(

@@ -26,6 +26,14 @@ def head_of(model: nn.Module) -> nn.Linear | None:
     return linear[-1] if linear else None
 
 
+def new_head(head: nn.Linear, classes: int) -> nn.Linear:
+    """One for so many classes in its place, initialised as torchvision does it."""
+    fresh = nn.Linear(head.in_features, classes)
+    nn.init.normal_(fresh.weight, 0, 0.01)
+    nn.init.zeros_(fresh.bias)
+    return fresh
+
+
 def _of_head(model: nn.Module) -> set[nn.Parameter]:
     head = head_of(model)
     return set() if head is None else set(head.parameters())

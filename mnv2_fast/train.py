@@ -351,17 +351,23 @@ def _settled(recipe: Recipe, model: nn.Module, size: int, group: Group) -> Recip
         size: height and width in validation.
         group: in which all do the same.
     """
-    ours, amp = isinstance(model, MobileNetV2), recipe.amp
+    amp, train_size = recipe.amp, recipe.train_size
     if amp == "auto":
-        fast = False
-        if isinstance(model, MobileNetV2):
-            with contextlib.suppress(Declined):  # then torch trains it
-                model.decline_backend()
-                fast = cpu_train.prefers_bfloat16()
-        amp = "bf16" if all(group.gather(fast)) else "none"
-    return replace(
-        recipe, amp=amp, train_size=recipe.train_size or (usual_train_size(size) if ours else size)
-    )
+        amp = "bf16" if all(group.gather(_prefers_bfloat16(model))) else "none"
+    if train_size is None:
+        train_size = usual_train_size(size) if isinstance(model, MobileNetV2) else size
+    return replace(recipe, amp=amp, train_size=train_size)
+
+
+def _prefers_bfloat16(model: nn.Module) -> bool:
+    """Whether it trains on our kernels, and these are fastest in bfloat16."""
+    if not isinstance(model, MobileNetV2):
+        return False
+    try:
+        model.decline_backend()
+    except Declined:
+        return False
+    return cpu_train.prefers_bfloat16()
 
 
 def _preprocessing(
@@ -396,10 +402,7 @@ def _reheaded(weights: Any, classes: Sequence[str], say: Callable[[str], None]) 
     say(
         f"{weights}: its classifier of {head.out_features} classes is replaced by a new one of {len(classes)}"
     )
-    fresh = nn.Linear(head.in_features, len(classes))
-    nn.init.normal_(fresh.weight, 0, 0.01)
-    nn.init.zeros_(fresh.bias)
-    model.classifier[-1] = fresh
+    model.classifier[-1] = optim.new_head(head, len(classes))
     return model
 
 
@@ -429,7 +432,8 @@ def _check_batch(model: nn.Module, recipe: Recipe, side: int) -> None:
     Raises:
         UserError: as said there.
     """
-    size = recipe.train_size or side
+    size = recipe.train_size
+    assert size is not None
     if size > side:
         raise UserError(
             f"train_size={size} for photos of {side} pixels: use at most that, or raise image_size"
@@ -455,6 +459,7 @@ def _check_batch(model: nn.Module, recipe: Recipe, side: int) -> None:
 def _loaders(
     folder: LabelledFolder, preprocessing: Preprocessing, recipe: Recipe, group: Group
 ) -> tuple[Loader, Loader]:
+    assert recipe.train_size is not None
     with warnings.catch_warnings():
         if not group.first:  # all would say the same of the cache
             warnings.simplefilter("ignore")
@@ -463,7 +468,7 @@ def _loaders(
             preprocessing,
             recipe.batch_size,
             transform=loading.augmentation(
-                replace(preprocessing, crop=recipe.train_size or preprocessing.crop),
+                replace(preprocessing, crop=recipe.train_size),
                 recipe.augment,
                 (recipe.crop_scale, 1.0),
             ),

@@ -49,8 +49,8 @@ def torchs(weights: str, classes: int, seed: int) -> Any:
         seed: of the classifier.
     """
     import torch
-    from torch import nn
 
+    from mnv2_fast import optim
     from mnv2_fast._torchvision import torchvision
     from mnv2_fast.weights import load_state_dict
 
@@ -58,22 +58,18 @@ def torchs(weights: str, classes: int, seed: int) -> Any:
         torch.manual_seed(seed)
         model = torchvision().models.mobilenet_v2()
         model.load_state_dict(load_state_dict(weights)[0])
-        fresh = nn.Linear(model.last_channel, classes)
-        nn.init.normal_(fresh.weight, 0, 0.01)
-        nn.init.zeros_(fresh.bias)
-    model.classifier[-1] = fresh
+        model.classifier[-1] = optim.new_head(model.classifier[-1], classes)
     return model.to(memory_format=torch.channels_last)
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The words of `mnv2 finetune`, and those of its recipe that are given."""
     from mnv2_fast import cli_train
-    from mnv2_fast.recipe import OPTIONS
 
     parser = argparse.ArgumentParser(prog="mnv2 finetune", allow_abbrev=False)
     cli_train.add_options(parser)
     args = parser.parse_args(words)
-    return args, {option.name: getattr(args, option.name) for option in OPTIONS if hasattr(args, option.name)}
+    return args, cli_train.given(args)
 
 
 def main(words: Sequence[str]) -> int:

@@ -30,8 +30,9 @@ OPERATORS = ("stem", "depthwise", "pointwise", "head")
 log = logging.getLogger("mnv2_fast")
 Served = TypeVar("Served")  # what a call of the extension gives
 
-# Of the tensors that the operators take, and what a network of them is called.
 _MODULE = "mnv2_fast._C"
+
+# Of the tensors that the operators take, and what a network of them is called.
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 DTYPE_NAMES = " or ".join(map(str, DTYPES))
 
