@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .recipe import DEFAULT_WEIGHTS
+from .recipe import DEFAULT_WEIGHTS, Recipe
 from .terminal import BAD_FILES, OK, count, share
 
 
@@ -22,7 +22,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=count, default=3, metavar="N", help="runs of each contender (3)")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--epochs", type=count, default=10, metavar="N", help="of each run (10)")
+    budget.add_argument(
+        "--epochs", type=count, default=Recipe().epochs, metavar="N", help="of each run (%(default)s)"
+    )
     budget.add_argument(
         "--seconds", type=count, metavar="N", help="of training each run, as many whole epochs as fit"
     )

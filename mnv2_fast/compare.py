@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from . import corruptions, costs, files, imagecache
+from . import __version__, corruptions, costs, files, imagecache
 from .contenders import CONTENDERS, Contender
 from .corruptions import CORRUPTIONS
 from .costs import Cost
@@ -30,15 +30,15 @@ from .imagecache import ImageCache
 from .loading import PhotoDataset
 from .model import mobilenet_v2
 from .photos import LabelledFolder, Photo
-from .recipe import DEFAULT_WEIGHTS
-from .runs import BEST, FINAL, LAST, Row
+from .recipe import DEFAULT_WEIGHTS, OPTIONS, Recipe
+from .runs import BEST, FINAL, LAST, Row, Run
 from .train import FitResult, fit, on_threads
 from .weights import Preprocessing
 
 RUNS, RESULT, SETTINGS, EPOCHS, COSTS = "runs", "result.json", "settings.json", "epochs.json", "costs.json"
 CACHE = ".cache"
-_LR_OF_NEW = 1e-3 / 32  # for each photo of a step
 _OF_PHOTOS = ("train", "val", "photos")  # of `Settings`
+_OPTIONS = {option.name for option in OPTIONS if not option.free}
 
 Say = Callable[[str], object]
 
@@ -49,9 +49,10 @@ class Settings:
 
     data, train, val, photos: the folder, how many photos there are, and which, by a digest. epochs: of each
     run, unless `seconds`, of wall time for training a run, says how many fit. Others: of `Recipe`, and the
-    weights of `fit`.
+    weights of `fit`. version: of this package, whose recipes and kernels may be others.
     """
 
+    version: str
     data: str
     classes: tuple[str, ...]
     train: int
@@ -68,11 +69,13 @@ class Settings:
 class Result:
     """One run. Shares are from 0 to 1.
 
-    confusion: as `Evaluation.confusion`. robustness: corruption's name -> top-1 at each strength.
+    recipe: the options that it was trained by, none left open. confusion: as `Evaluation.confusion`.
+    robustness: corruption's name -> top-1 at each strength.
     """
 
     contender: str
     seed: int
+    recipe: dict[str, Any]
     epochs: int
     top1: float
     loss: float
@@ -101,7 +104,7 @@ def compare(
     *,
     contenders: Sequence[Contender] = CONTENDERS,
     seeds: int = 3,
-    epochs: int = 10,
+    epochs: int = Recipe().epochs,
     seconds: float | None = None,
     weights: str = DEFAULT_WEIGHTS,
     batch_size: int = 32,
@@ -132,6 +135,7 @@ def compare(
     caches = _Caches(out / CACHE, folder)
     usable = _usable(folder, caches)
     settings = Settings(
+        __version__,
         str(folder.root.absolute()),
         usable.classes,
         len(usable.train),
@@ -299,10 +303,6 @@ class _Run:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 model, size = network.make(len(settings.classes)), None
-        # All of a network is new, or its head alone.
-        options = (
-            {} if contender.pretrained else {"head_lr_factor": 1.0, "lr": _LR_OF_NEW * settings.batch_size}
-        )
         return fit(
             self.photos,
             model=model,
@@ -316,7 +316,8 @@ class _Run:
             workers=self.workers,
             charts=False,
             cache=str(self.caches.place),
-            **{**options, **network.options, **keep},
+            **network.options,
+            **keep,
         )
 
     def _epochs(self) -> int:
@@ -349,6 +350,7 @@ class _Run:
         return Result(
             contender=self.contender.name,
             seed=self.seed,
+            recipe={name: value for name, value in Run(self.folder).args().items() if name in _OPTIONS},
             epochs=len(trained.history),
             top1=found.top1,
             loss=found.loss,

@@ -41,6 +41,7 @@ def write(out: Path, found: Comparison, facts: Mapping[str, str]) -> None:
         parts += _robustness(out, found, shown)
     parts += _augmentation(out, found)
     parts += _costs(found)
+    parts += _recipes(found)
     if shown:
         parts += _curves(out, found, shown)
         parts += _confusions(out, found, shown)
@@ -208,6 +209,32 @@ def _costs(found: Comparison) -> list[str]:
             f"{slow / quick:.1f} times as long."
         )
     return parts
+
+
+def _recipes(found: Comparison) -> list[str]:
+    """What differs from contender to contender in how they were trained, as the first seed's run has it."""
+    rows = []
+    for c in found.contenders:
+        recipe = found.results[c.name][0].recipe
+        rate, factor = recipe["lr"], recipe["head_lr_factor"]
+        rows.append(
+            [
+                c.title,
+                found.settings.weights if c.pretrained else "random",
+                f"{rate:g}" if factor == 1 else f"{rate:g}, last layer {rate * factor:g}",
+                str(recipe["train_size"]),
+                ", ".join(recipe["augment"]) or "none",
+                "bf16" if recipe["amp"] == "bf16" else "fp32",
+            ]
+        )
+    heading = ["", "begins with", "learning rate", "pixels in training", "augmentation", "arithmetic"]
+    options = found.results[found.contenders[0].name][0].recipe
+    return [
+        "## Recipes",
+        f"All else is the same for all: {options['optimizer']}, weight decay {options['weight_decay']:g}, "
+        f"label smoothing {options['label_smoothing']:g}, weights averaged with decay {options['ema']:g}.",
+        table(heading, [[escape(cell) for cell in row] for row in rows]),
+    ]
 
 
 def _curves(out: Path, found: Comparison, shown: Sequence[Contender]) -> list[str]:

@@ -39,21 +39,23 @@ def _of_head(model: nn.Module) -> set[nn.Parameter]:
     return set() if head is None else set(head.parameters())
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe, photos: int) -> Optimizer:
+def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     """The optimizer: the head has a learning rate of its own, norms and biases have no weight decay.
 
     Args:
         model: to train, with all parameters that are to be trained at some time.
-        recipe: says which optimizer.
-        photos: of a step.
+        recipe: says which optimizer, and its rates, as `Recipe.with_rates` gives it.
     """
-    lr = recipe.peak_lr(photos)
+    lr, factor, weight_decay = recipe.lr, recipe.head_lr_factor, recipe.weight_decay
+    assert lr is not None
+    assert factor is not None
+    assert weight_decay is not None
     of_head = _of_head(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            rate = lr * recipe.head_lr_factor if parameter in of_head else lr
-            decay = recipe.decay if parameter.ndim > 1 else 0.0
+            rate = lr * factor if parameter in of_head else lr
+            decay = weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     rows = [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
     # Fused: one pass over each parameter, several times as fast as the loop on CPUs.

@@ -11,7 +11,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .errors import UserError
@@ -21,7 +21,9 @@ DEFAULT_WEIGHTS = "IMAGENET1K_V1"
 AUGMENTATIONS = ("crop", "flip", "rotation", "colour", "randaugment", "erasing")
 # What an optimizer has where nothing is given. Learning rates are for 32 photos a step.
 _LR = {"adamw": 3e-4, "sgd": 1e-2}
+_LR_OF_NEW = {"adamw": 1e-3, "sgd": 1e-2}  # where all weights are random
 _LR_PHOTOS = 32
+_HEAD_LR_FACTOR, _HEAD_LR_FACTOR_OF_NEW = 10.0, 1.0
 _WEIGHT_DECAY = {"adamw": 0.05, "sgd": 1e-4}
 
 Check = Callable[[Any], Any]  # of a value or a word of the command line; ValueError with the cure
@@ -113,6 +115,7 @@ class Option:
         default.
     section: of the help.
     free: may be another where a run is resumed, since it changes no weight.
+    open: its default leaves the choice to `fit`, which makes it once for the whole run.
     """
 
     name: str
@@ -121,6 +124,7 @@ class Option:
     check: Check
     section: str
     free: bool
+    open: bool
 
     @property
     def metavar(self) -> str:
@@ -132,8 +136,11 @@ class Option:
         return "NAMES" if isinstance(self.check, Several) else "DIR"
 
 
-def _option(default: Any, check: Check, text: str, section: str, *, free: bool = False) -> Any:
-    return field(default=default, metadata={"help": text, "check": check, "section": section, "free": free})
+def _option(
+    default: Any, check: Check, text: str, section: str, *, free: bool = False, open: bool = False
+) -> Any:
+    metadata = {"help": text, "check": check, "section": section, "free": free, "open": open}
+    return field(default=default, metadata=metadata)
 
 
 def _by_optimizer(values: Mapping[str, float]) -> str:
@@ -155,17 +162,24 @@ class Recipe:
         None,
         Number(float, 0, above=True),
         f"peak learning rate; by default, for {_LR_PHOTOS} photos a step and in proportion to them, "
-        + _by_optimizer(_LR),
+        f"{_by_optimizer(_LR)}, from random weights {_by_optimizer(_LR_OF_NEW)}",
         _TRAINING,
+        open=True,
     )
-    head_lr_factor: float = _option(
-        10.0, Number(float, 0, above=True), "the last layer learns as many times as fast", _TRAINING
+    head_lr_factor: float | None = _option(
+        None,
+        Number(float, 0, above=True),
+        f"the last layer learns as many times as fast; by default {_HEAD_LR_FACTOR:g}, from random weights "
+        f"{_HEAD_LR_FACTOR_OF_NEW:g}",
+        _TRAINING,
+        open=True,
     )
     weight_decay: float | None = _option(
         None,
         Number(float, 0),
         f"of weights, by default {_by_optimizer(_WEIGHT_DECAY)}; norms and biases have none",
         _TRAINING,
+        open=True,
     )
     momentum: float = _option(0.9, Number(float, 0, 1), "of sgd, with Nesterov's form", _TRAINING)
     warmup_epochs: float = _option(
@@ -195,6 +209,7 @@ class Recipe:
         Choice(("auto", "bf16", "none")),
         "bf16: train under autocast to it; auto: if the network is a MobileNetV2 and the processor has AMX",
         _TRAINING,
+        open=True,
     )
     seed: int = _option(0, Number(int, 0, 2**63 - 1), "of everything random but the split", _TRAINING)
 
@@ -204,9 +219,11 @@ class Recipe:
     train_size: int | None = _option(
         None,
         _COUNT,
-        "height and width in training; by default for a MobileNetV2 6/7 of validation's, in whole 32, else "
-        "the same. Crops enlarge what is on a photo, so that fewer pixels answer as well (arXiv:1906.06423)",
+        "height and width in training; by default for a MobileNetV2 trained on crops 6/7 of validation's, in "
+        "whole 32, else the same. Crops enlarge what is on a photo, so that fewer pixels answer as well "
+        "(arXiv:1906.06423)",
         _PHOTOS,
+        open=True,
     )
     val_share: float = _option(
         0.2, Number(float, 0, 0.9, above=True), "of photos without train/ and val/ to validate on", _PHOTOS
@@ -278,14 +295,20 @@ class Recipe:
         values = {option.name: getattr(self, option.name) for option in OPTIONS}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
-    def peak_lr(self, photos: int) -> float:
-        """The learning rate after the warm-up, where a step sees so many photos."""
-        return self.lr if self.lr is not None else _LR[self.optimizer] * photos / _LR_PHOTOS
+    def with_rates(self, photos: int, *, new: bool = False) -> Recipe:
+        """With numbers for `lr`, `head_lr_factor` and `weight_decay`, where it leaves them open.
 
-    @property
-    def decay(self) -> float:
-        """The weight decay of weights."""
-        return self.weight_decay if self.weight_decay is not None else _WEIGHT_DECAY[self.optimizer]
+        Args:
+            photos: that a step sees.
+            new: whether all weights are random.
+        """
+        rate, factor = (_LR_OF_NEW, _HEAD_LR_FACTOR_OF_NEW) if new else (_LR, _HEAD_LR_FACTOR)
+        usual: dict[str, Any] = {
+            "lr": rate[self.optimizer] * photos / _LR_PHOTOS,
+            "head_lr_factor": factor,
+            "weight_decay": _WEIGHT_DECAY[self.optimizer],
+        }
+        return replace(self, **{name: v for name, v in usual.items() if getattr(self, name) is None})
 
 
 OPTIONS = tuple(Option(f.name, f.default, **f.metadata) for f in fields(Recipe))

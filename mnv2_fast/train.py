@@ -87,7 +87,7 @@ def fit(
         model: any module from [N, 3, H, W] to logits, one a class; it is trained in place. By default a
             MobileNetV2 with `weights`.
         weights: a name of published weights or a file, whose classifier is replaced where its classes are
-            others; None: random weights.
+            others; None: random weights, which a `model` then has too: its learning rates are for that.
         preprocessing: of photos; by default that of the weights or the model.
         out: the run folder, see `runs`; None: nothing is written.
         resume: go on with the run in `out`, from its last checkpoint, for which `weights` are not read again.
@@ -120,7 +120,7 @@ def fit(
             seen = _preprocessing(network, preprocessing, recipe.image_size, state)
             if isinstance(network, MobileNetV2):
                 network.labels, network.preprocessing = list(folder.classes), seen
-            recipe = _settled(recipe, network, seen.crop, group)
+            recipe = _settled(recipe, network, seen.crop, group, torch.device(device), new=weights is None)
 
             def make() -> Trainer:
                 _check_model(network, recipe, folder.classes, run)
@@ -140,7 +140,7 @@ def fit(
 
             trainer = group.together(make)
             if state is not None:
-                trainer.load_state(state)
+                group.together(partial(trainer.load_state, state))
             elif run is not None:  # only now: what has failed so far leaves a run that was to be replaced
                 group.on_first(partial(run.begin, {**args, **recipe.to_dict()}))
             try:
@@ -253,7 +253,8 @@ def _resumed(run: Run | None, args: Mapping[str, Any], options: Mapping[str, Any
         raise UserError("resume needs the run's folder: give it as out")
     then = run.args()
     before = Recipe.of({option.name: then[option.name] for option in OPTIONS if option.name in then})
-    given = {name: value for name, value in options.items() if (name, value) != ("amp", "auto")}
+    chosen_by_fit = {option.name: option.default for option in OPTIONS if option.open}
+    given = {name: v for name, v in options.items() if name not in chosen_by_fit or v != chosen_by_fit[name]}
     recipe = replace(before, **given)
     now, was = {**args, **recipe.to_dict()}, {**then, **before.to_dict()}
     fixed = [*args, *(option.name for option in OPTIONS if not option.free)]
@@ -342,7 +343,9 @@ def _check_model(model: nn.Module, recipe: Recipe, classes: Sequence[str], run: 
         check_storable(model)
 
 
-def _settled(recipe: Recipe, model: nn.Module, size: int, group: Group) -> Recipe:
+def _settled(
+    recipe: Recipe, model: nn.Module, size: int, group: Group, device: torch.device, *, new: bool
+) -> Recipe:
     """The recipe with what it leaves open, so that a run goes on with the same on any machine.
 
     Args:
@@ -350,24 +353,27 @@ def _settled(recipe: Recipe, model: nn.Module, size: int, group: Group) -> Recip
         model: to train.
         size: height and width in validation.
         group: in which all do the same.
+        device: to train on.
+        new: whether all weights are random.
     """
     amp, train_size = recipe.amp, recipe.train_size
     if amp == "auto":
-        amp = "bf16" if all(group.gather(_prefers_bfloat16(model))) else "none"
+        amp = "bf16" if all(group.gather(_prefers_bfloat16(model, device))) else "none"
     if train_size is None:
-        train_size = usual_train_size(size) if isinstance(model, MobileNetV2) else size
-    return replace(recipe, amp=amp, train_size=train_size)
+        train_size = usual_train_size(size, recipe) if isinstance(model, MobileNetV2) else size
+    photos = recipe.batch_size * recipe.accumulate * group.world
+    return replace(recipe.with_rates(photos, new=new), amp=amp, train_size=train_size)
 
 
-def _prefers_bfloat16(model: nn.Module) -> bool:
-    """Whether it trains on our kernels, and these are fastest in bfloat16."""
-    if not isinstance(model, MobileNetV2):
+def _prefers_bfloat16(model: nn.Module, device: torch.device) -> bool:
+    """Whether all of it trains on our kernels, and these are fastest in bfloat16."""
+    if device.type != "cpu" or not isinstance(model, MobileNetV2):
         return False
     try:
         model.decline_backend()
     except Declined:
         return False
-    return cpu_train.prefers_bfloat16()
+    return cpu_train.prefers_bfloat16() and _nodes(model.train()) is not None
 
 
 def _preprocessing(
@@ -382,11 +388,13 @@ def _preprocessing(
     return replace(found, crop=size, resize=max(size, round(found.resize * size / found.crop)))
 
 
-def usual_train_size(size: int) -> int:
-    """Height and width to train a MobileNetV2 on that is validated on `size`: 192 of 224.
+def usual_train_size(size: int, recipe: Recipe) -> int:
+    """Height and width to train a MobileNetV2 on that is validated on `size`: 192 of 224, if on crops.
 
     On the flower photos it is as accurate so as with 224, in three quarters of the time.
     """
+    if "crop" not in recipe.augment:  # which alone makes things larger than validation shows them
+        return size
     step = 32  # the network's stride
     return min(size, max(step, round(size * 6 / 7 / step) * step))
 

@@ -70,7 +70,7 @@ class Trainer:
     Args:
         model: on `device`.
         loaders: of training and validation photos.
-        recipe: how to train.
+        recipe: how to train, nothing left open.
         preprocessing: of the photos, for checkpoints.
         group: the processes that train together.
         run: where to save; None: nowhere.
@@ -100,9 +100,8 @@ class Trainer:
         self.progress = Progress()
         self.classes = self.train_loader.dataset.classes
         self.batches = self.train_loader.sampler.batches
-        photos = recipe.batch_size * recipe.accumulate * group.world
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = optim.make_optimizer(model, recipe, photos)
+        self.optimizer = optim.make_optimizer(model, recipe)
         self.schedule = optim.make_schedule(self.optimizer, recipe, -(-self.batches // recipe.accumulate))
         self.average = optim.make_average(model, recipe.ema)
         labels = torch.tensor([photo.label for photo in self.train_loader.dataset.photos])

@@ -25,7 +25,7 @@ from bench.training.contenders import BEST, OURS, TUNED
 from mnv2_fast import MobileNetV2, UserError, train
 from mnv2_fast.recipe import Recipe
 
-TINY = "--epochs 2 --image-size 32 --batch-size 8 --workers 0 --augment none --amp none"
+TINY = "--epochs 2 --image-size 32 --batch-size 8 --workers 0 --augment none"
 
 
 @pytest.fixture
@@ -46,15 +46,23 @@ def row(contender: str, seed: int, top1: float, seconds: float, **more: Any) -> 
 
 def rows() -> list[results.Row]:
     """A run of three seeds."""
-    ours = [row(OURS, seed, top1, 200.0 + seed) for seed, top1 in enumerate((0.90, 0.92, 0.925))]
-    return ours + [row(BEST, seed, 0.91, 502.5) for seed in range(3)]
+    ours = [
+        row(OURS, seed, top1, 200.0 + seed, dtype="bf16") for seed, top1 in enumerate((0.90, 0.92, 0.925))
+    ]
+    torchs = [row(BEST, seed, 0.91, 502.5, dtype="fp32") for seed in range(3)]
+    return ours + torchs + [row(BEST, seed, 0.90, 402.0, dtype="bf16") for seed in range(3)]
 
 
 def test_bars_are_of_the_mean_and_the_slowest() -> None:
     assert bars.verdicts(rows()) == [
         "mnv2_fast: top-1 91.5% in the mean of 3 seeds, asked 91%: reached; "
         "202 s at most, asked 300: reached",
-        "mnv2_fast 2.50x torch channels_last, tuned in wall time, top-1 +0.5 points",
+        "mnv2_fast in bf16 2.00x torch channels_last, tuned in bf16 in wall time, top-1 +1.5 points",
+        "mnv2_fast in bf16 2.50x torch channels_last, tuned in fp32 in wall time, top-1 +0.5 points",
+    ]
+    assert bars.verdicts(rows()[:-1])[1:] == [  # torch's last is not there: the same seeds are compared
+        "mnv2_fast in bf16 2.00x torch channels_last, tuned in bf16 in wall time, top-1 +1.0 points",
+        "mnv2_fast in bf16 2.50x torch channels_last, tuned in fp32 in wall time, top-1 +0.5 points",
     ]
     worse = [row(OURS, seed, 0.90, 301.0) for seed in range(3)]
     assert bars.verdicts(worse) == [
@@ -66,10 +74,14 @@ def test_bars_are_of_the_mean_and_the_slowest() -> None:
 def test_the_table_says_what_the_rows_do(tmp_path: Path) -> None:
     results.save(tmp_path / "f.csv", rows(), results.context())
     table = plot.table(results.read_last_run(tmp_path / "f.csv"))
-    assert "| fp32 | mnv2_fast | 91.5% | 90.0%, 92.0%, 92.5% | 92.5% | 201 | 202 | 90.0 |" in table
+    assert "| bf16 | mnv2_fast | 91.5% | 90.0%, 92.0%, 92.5% | 92.5% | 201 | 202 | 90.0 |" in table
     assert "| fp32 | torch channels_last, tuned | 91.0% |" in table
+    assert "| bf16 | torch channels_last, tuned | 90.0% |" in table
     assert "default options of `mnv2 finetune`, 8 epochs" in table
-    assert table.endswith("mnv2_fast is 2.50 times as fast as torch channels_last, tuned.")
+    assert table.endswith(
+        "mnv2_fast, in bf16 by its default on this processor, is 2.00 times as fast as torch's fastest, "
+        "which is in bf16."
+    )
     results.save(
         tmp_path / "f.csv",
         [row(OURS, 0, 0.5, 9.0, note="9 photos; --epochs 1")],
@@ -116,19 +128,21 @@ def test_everyone_trains_in_a_process_of_its_own_and_is_kept(
     asked += ["--output", str(output), *TINY.split()]
     assert run.main(asked) == 0
     found = results.read_last_run(output)
-    assert [one["contender"] for one in found] == [OURS, BEST]
+    assert [one["contender"] for one in found] == [OURS, BEST, BEST]
+    assert [one["dtype"] for one in found][1:] == ["fp32", "bf16"]
     for one in found:
         assert (one["seed"], one["epochs"], one["batch"], one["threads"]) == ("0", "2", "8", "1")
-        assert one["dtype"] == "fp32"
         assert one["note"] == f"30 photos, 6 to validate; {TINY}"
         assert 0 <= float(one["top1"]) <= float(one["best_top1"]) <= 1
         assert float(one["seconds"]) > 1
         assert float(one["images_per_s"]) > 1
-    assert sorted(path.name for path in keep.iterdir()) == ["ours-0.json", "torch-0.json"]
+    kept = ["ours-0.json", "torch-bf16-0.json", "torch-none-0.json"]
+    assert sorted(path.name for path in keep.iterdir()) == kept
     printed = capsys.readouterr().out.splitlines()
     assert printed[1].split() == ["seed", "epochs", "top-1", "best", "seconds", "images/s"]
-    assert printed[-2] == "mnv2_fast: 1 of 3 seeds measured"
-    assert f"x {BEST} in wall time, top-1 " in printed[-1]
+    assert printed[-3] == "mnv2_fast: 1 of 3 seeds measured"
+    assert f"x {BEST} in bf16 in wall time, top-1 " in printed[-2]
+    assert f"x {BEST} in fp32 in wall time, top-1 " in printed[-1]
 
     def never(*args: object) -> float:
         raise AssertionError(args)
@@ -137,7 +151,7 @@ def test_everyone_trains_in_a_process_of_its_own_and_is_kept(
     assert run.main(asked) == 0
     assert [one["seconds"] for one in results.read_last_run(output)] == [one["seconds"] for one in found]
     capsys.readouterr()
-    assert run.main([*asked, "--torch-amp"]) == 2
+    assert run.main([*asked, "--ema", "0"]) == 2
     assert "is of other photos, options or versions: give another --keep" in capsys.readouterr().err
 
 
@@ -147,9 +161,9 @@ def test_a_run_that_is_cut_off_goes_on(
     done: list[tuple[str, int]] = []
 
     def quick(contender: contenders.Contender, seed: int, *args: object) -> dict[str, Any]:
-        if len(done) == 3 and cut:
+        if len(done) == 4 and cut:
             raise KeyboardInterrupt
-        done.append((contender.name, seed))
+        done.append((contender.key, seed))
         return {"contender": contender.name, "seed": seed, "epochs": 1, "top1": 0.5, "best_top1": 0.5} | {
             "dtype": "fp32",
             "seconds": 9.0,
@@ -162,10 +176,14 @@ def test_a_run_that_is_cut_off_goes_on(
     cut = True
     with pytest.raises(KeyboardInterrupt):
         run.main(asked)
-    assert len(results.read_last_run(tmp_path / "f.csv")) == 3
+    assert len(results.read_last_run(tmp_path / "f.csv")) == 4
     cut = False
     assert run.main(asked) == 0
-    assert done == [(OURS, 0), (BEST, 0), (BEST, 1), (OURS, 1)]
+    first, second = (
+        [("ours", 0), ("torch-none", 0), ("torch-bf16", 0)],
+        [("torch-none", 1), ("torch-bf16", 1)],
+    )
+    assert done == [*first, *second, ("ours", 1)]
     assert len(json.loads((tmp_path / "keep" / "ours-1.json").read_text())["asked"]["photos"]) == 64
 
 
@@ -174,7 +192,7 @@ def words_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -
     asked: dict[str, Sequence[str]] = {}
 
     def finetune(contender: contenders.Contender, words: Sequence[str], *args: object) -> float:
-        asked[contender.name] = words
+        asked[contender.key] = contender.command(words)[1:]
         raise UserError("no further")
 
     options = run.parse(["--data", str(tmp_path), "--threads", "1", *arguments])
@@ -186,16 +204,18 @@ def words_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -
 
 
 def test_only_torchs_arithmetic_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Ours has the default options alone; torch has its allocator tuned, and fp32 unless asked."""
-    for arguments, amp in (((), "none"), (("--torch-amp",), "bf16")):
-        found = words_of(monkeypatch, tmp_path, *arguments)
-        assert found[OURS][-2:] == ["--seed", "2"]
-        assert "--amp" not in found[OURS]
-        assert found[BEST][-2:] == ["--amp", amp]
-        assert list(found[BEST])[:4] == list(found[OURS])[:4]
-    ours, theirs = CONTENDERS
-    assert (ours.env, theirs.env) == ({}, TUNED)
-    assert ours.command(["--x"])[1:] == ["-m", "mnv2_fast", "finetune", "--x"]
+    """Ours has the default options alone; torch has its allocator tuned, and both arithmetics."""
+    found = words_of(monkeypatch, tmp_path)
+    ours = list(found["ours"])
+    assert ours[:3] == ["-m", "mnv2_fast", "finetune"]
+    assert ours[-2:] == ["--seed", "2"]
+    assert "--amp" not in ours
+    for amp in ("none", "bf16"):
+        theirs = list(found[f"torch-{amp}"])
+        assert theirs[:2] == ["-m", "bench.flowers.contenders"]
+        assert theirs[-2:] == ["--amp", amp]
+        assert theirs[2:6] == ours[3:7]
+    assert [contender.env for contender in CONTENDERS] == [{}, TUNED, TUNED]
 
 
 def test_what_is_wrong_is_one_line(
@@ -213,6 +233,7 @@ def test_what_is_wrong_is_one_line(
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--threads", "100000"], "cores may be used here"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--seed=3", "--amp", "none"], "--amp, --seed: bench.flowers sets it itself, leave it out"),
     ):
         with pytest.raises(SystemExit):
             run.parse(["--data", str(published), *arguments])

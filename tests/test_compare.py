@@ -15,12 +15,14 @@ import torch
 from colours import save_weights
 from helpers import colour_photos, one_thread  # noqa: F401
 
-from mnv2_fast import UserError, cli, compare, compare_report, contenders, costs, plots
+import mnv2_fast
+from mnv2_fast import UserError, cli, compare, compare_report, contenders, costs, plots, report
 from mnv2_fast.compare import Comparison, Result, Settings
 from mnv2_fast.contenders import AUGMENT, CONTENDERS, Contender
 from mnv2_fast.corruptions import CORRUPTIONS
 from mnv2_fast.costs import Cost
 from mnv2_fast.errors import Interrupted
+from mnv2_fast.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,6 +106,13 @@ def test_a_whole_comparison(
             f"| blur | {contender.title} | {' | '.join(f'{100 * share:.1f}%' for share in shares)} |" in text
         )
     assert found["lenet-with-flip"][0]["robustness"] == {}
+    recipes = {name: of[0]["recipe"] for name, of in found.items()}
+    assert [recipes[name]["lr"] for name in names] == pytest.approx([2.5e-4, 2.5e-4, 2.5e-4, 7.5e-5, 2.5e-4])
+    assert [recipes[name]["head_lr_factor"] for name in names] == [1, 1, 1, 10, 1]
+    assert recipes["mobilenetv2-finetuned"]["augment"] == list(contenders.USUAL)
+    begun = report.escape(str(weights))
+    assert f"\n| MobileNetV2 fine-tuned | {begun} | 7.5e-05, last layer 0.00075 | 32 | crop, flip," in text
+    assert "\n| LeNet-5 | random | 0.00025 | 32 | none | fp32 |\n" in text
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert len(links) == 8
     assert all((out / link).exists() for link in links)
@@ -215,6 +224,8 @@ def test_damaged_photos_are_named_once(
 def test_other_settings_are_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--data", folder, "--out", tmp_path / "out", "--seeds", 1, "--only", "lenet", "--workers", 0]
     assert run(capsys, *args, "--epochs", 1, "--batch-size", 8)[0] == 0
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["version"] == mnv2_fast.__version__
     code, out, err = run(capsys, *args, "--epochs", 3, "--batch-size", 9)
     assert (code, out) == (2, "")
     assert "has runs with other settings: epochs is 3, not 1; batch_size is 9, not 8: give the same" in err
@@ -283,7 +294,7 @@ def test_who_takes_part() -> None:
         contenders.choose(["lenet", "x"])
 
 
-SETTINGS = Settings("/photos", ("a", "b"), 80, 20, "0f", 10, None, "IMAGENET1K_V1", 32, None)
+SETTINGS = Settings("0.1.0", "/photos", ("a", "b"), 80, 20, "0f", 10, None, "IMAGENET1K_V1", 32, None)
 
 
 def made(contender: Contender, seed: int, top1: float, worse: float = 0.2) -> Result:
@@ -291,7 +302,10 @@ def made(contender: Contender, seed: int, top1: float, worse: float = 0.2) -> Re
     history = [{"epoch": 1, "train_loss": 1.0, "train_top1": top1 + 0.1, "ema_val_top1": top1}]
     right = round(10 * top1)
     confusion = [[right, 10 - right], [10 - right, right]]
-    return Result(contender.name, seed, 1, top1, 0.5, 0.1, confusion, robustness, history, 10.0, 250_000)
+    recipe = Recipe(augment=contender.augment, amp="none", train_size=32).with_rates(32).to_dict()
+    return Result(
+        contender.name, seed, recipe, 1, top1, 0.5, 0.1, confusion, robustness, history, 10.0, 250_000
+    )
 
 
 def told(tmp_path: Path, top1: dict[str, list[float]], **more: Any) -> str:

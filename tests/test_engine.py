@@ -240,21 +240,27 @@ def test_compiling_takes_no_time() -> None:
 
 
 def test_first_answer_comes_soon(run_python) -> None:
-    """From a model in memory to its first answer in a fresh process: 60 ms of processor time (34 measured).
+    """From a model in memory to its first answer takes 4 times one of torch's answers (2 measured).
 
-    Time that other processes take does not count; the best of three.
+    In processor time, so that other processes do not count, and in a fresh process; the best of three.
     """
     code = (
         "import gc, time, torch\n"
         "from mnv2_fast import MobileNetV2, compile\n"  # Python compiling a source file is not what is timed
         "model, x = MobileNetV2().eval(), torch.zeros(1, 3, 224, 224)\n"
-        "gc.collect()\n"  # nor is Python's collector, which takes 50 ms over torch's objects
-        "start = time.process_time()\n"
-        "compile(model, threads=1)(x)\n"
-        "print(time.process_time() - start)\n"
+        "def seconds(answer):\n"
+        "    gc.collect()\n"  # nor is Python's collector, which takes 50 ms over torch's objects
+        "    start = time.process_time()\n"
+        "    answer()\n"
+        "    return time.process_time() - start\n"
+        "first = seconds(lambda: compile(model, threads=1)(x))\n"
+        "model.backend = 'eager'\n"
+        "with torch.inference_mode():\n"
+        "    model(x)\n"
+        "    print(first / min(seconds(lambda: model(x)) for _ in range(5)))\n"
     )
-    times = [float(run_python(code, env={"OMP_NUM_THREADS": "1"}).stdout) for _ in range(3)]
-    assert min(times) < 0.06, times
+    ratios = [float(run_python(code, env={"OMP_NUM_THREADS": "1"}).stdout) for _ in range(3)]
+    assert min(ratios) < 4, ratios
 
 
 def test_other_threads_go_on_during_a_call() -> None:

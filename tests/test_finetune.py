@@ -81,7 +81,7 @@ def test_ended_and_resumed(
         "mnv2: interrupted: stopped after step 2 in epoch 1 of 2, go on with "
         f"mnv2 finetune --resume --out {out}"
     )
-    assert "lr is 0.5, not None" in fails(capsys, "finetune", "--resume", "--out", out, "--lr", "0.5")
+    assert "lr is 0.5, not 7.5e-05" in fails(capsys, "finetune", "--resume", "--out", out, "--lr", "0.5")
     assert cli.main(["finetune", "--resume", "--out", out]) == 0
     for ours, theirs in zip(
         load_file(Path(out) / "final.safetensors").values(),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mnv2_fast import MobileNetV2, Predictor, UserError, fit, lenet, machine, photos
 from mnv2_fast.lenet import LeNet5
+from mnv2_fast.recipe import Recipe
 from mnv2_fast.train import FitResult, usual_train_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -498,5 +499,27 @@ def test_training_may_see_fewer_pixels_than_validation(folder: Path) -> None:
     assert seen == {True: {24}, False: {32}}
     assert result.preprocessing.crop == 32
     assert "use at most that" in _refused(folder, train_size=4096)
-    assert all(usual_train_size(size) <= size for size in range(1, 300))
-    assert [usual_train_size(size) for size in (16, 32, 160, 224, 448)] == [16, 32, 128, 192, 384]
+
+
+def test_what_it_is_trained_on_by_default() -> None:
+    assert all(usual_train_size(size, Recipe()) <= size for size in range(1, 300))
+    sizes = (16, 32, 160, 224, 448)
+    assert [usual_train_size(size, Recipe()) for size in sizes] == [16, 32, 128, 192, 384]
+    for augment in ((), ("flip", "rotation")):  # nothing is larger than validation shows it
+        assert [usual_train_size(size, Recipe(augment=augment)) for size in sizes] == list(sizes)
+
+
+def test_what_is_left_open_is_settled_once(folder: Path, tmp_path: Path) -> None:
+    """And kept; a run goes on with it where the same is left open again, given or not."""
+    options = {**QUICK, "epochs": 1, "lr": None, "train_size": None}
+    settled = {}
+    for name, weights in (("tuned", "IMAGENET1K_V1"), ("new", None)):
+        run = tmp_path / name
+        fit(folder, model=_network(), weights=weights, out=run, **options)
+        kept = yaml.safe_load((run / "args.yaml").read_text())
+        settled[name] = [kept[key] for key in ("lr", "head_lr_factor", "weight_decay", "train_size")]
+        again = fit(folder, model=_network(), weights=weights, out=run, resume=True, **options)
+        assert len(again.history) == 1
+    assert settled == {"tuned": [7.5e-5, 10.0, 0.05, 32], "new": [2.5e-4, 1.0, 0.05, 32]}
+    said = _refused(folder, out=tmp_path / "new", weights=None, resume=True, lr=0.1, train_size=None)
+    assert "lr is 0.1, not 0.00025" in said

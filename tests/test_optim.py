@@ -26,7 +26,7 @@ def network() -> MobileNetV2:
 def test_groups_of_parameters(network: MobileNetV2, name: str) -> None:
     recipe = Recipe(optimizer=name, lr=0.01, head_lr_factor=5, weight_decay=0.1)
     network.features[0].requires_grad_(False)
-    groups = optim.make_optimizer(network, recipe, 32).param_groups
+    groups = optim.make_optimizer(network, recipe).param_groups
     names = {parameter: key for key, parameter in network.named_parameters()}
     seen = set()
     for group in groups:
@@ -40,8 +40,8 @@ def test_groups_of_parameters(network: MobileNetV2, name: str) -> None:
 
 @pytest.mark.parametrize("warmup", [0, 1, 1.5, 3])
 def test_the_schedule_rises_then_falls_as_a_cosine(network: MobileNetV2, warmup: float) -> None:
-    recipe, steps = Recipe(epochs=3, warmup_epochs=warmup, lr=0.1, head_lr_factor=2), 10
-    optimizer = optim.make_optimizer(network, recipe, 32)
+    recipe, steps = Recipe(epochs=3, warmup_epochs=warmup, lr=0.1, head_lr_factor=2).with_rates(32), 10
+    optimizer = optim.make_optimizer(network, recipe)
     schedule = optim.make_schedule(optimizer, recipe, steps)
     rates = []
     for _ in range(30):

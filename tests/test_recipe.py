@@ -75,9 +75,17 @@ def test_what_makes_no_sense_is_refused_with_the_cure(options: dict[str, Any], c
 
 
 def test_the_learning_rate_grows_with_the_photos_of_a_step() -> None:
-    assert Recipe().peak_lr(64) == pytest.approx(6e-4)
-    assert Recipe(optimizer="sgd").peak_lr(16) == pytest.approx(5e-3)
-    assert Recipe(lr=0.3).peak_lr(64) == 0.3
+    assert Recipe().with_rates(64).lr == pytest.approx(6e-4)
+    assert Recipe(optimizer="sgd").with_rates(16).lr == pytest.approx(5e-3)
+    assert Recipe(lr=0.3).with_rates(64).lr == 0.3
+
+
+def test_random_weights_learn_faster_and_their_last_layer_no_faster_than_the_rest() -> None:
+    tuned, new = Recipe().with_rates(32), Recipe().with_rates(32, new=True)
+    assert (tuned.lr, tuned.head_lr_factor) == (pytest.approx(3e-4), 10)
+    assert (new.lr, new.head_lr_factor) == (pytest.approx(1e-3), 1)
+    given = Recipe(lr=0.5, head_lr_factor=2, weight_decay=0.0)
+    assert given.with_rates(32, new=True) == given
 
 
 def test_a_recipe_survives_yaml() -> None:
@@ -87,9 +95,9 @@ def test_a_recipe_survives_yaml() -> None:
 
 
 def test_the_weight_decay_is_the_optimizers_own() -> None:
-    assert Recipe().decay == pytest.approx(0.05)
-    assert Recipe(optimizer="sgd").decay == pytest.approx(1e-4)
-    assert Recipe(optimizer="sgd", weight_decay=0).decay == 0
+    assert Recipe().with_rates(32).weight_decay == pytest.approx(0.05)
+    assert Recipe(optimizer="sgd").with_rates(32).weight_decay == pytest.approx(1e-4)
+    assert Recipe(optimizer="sgd", weight_decay=0).with_rates(32).weight_decay == 0
     (option,) = [option for option in OPTIONS if option.name == "weight_decay"]
     assert "0.05 with adamw, 0.0001 with sgd" in option.help
 

@@ -193,7 +193,7 @@ def _of_run(run: Run, then: Mapping[str, Any], folder: LabelledFolder, model: Pa
     """What the card says of how the model was made."""
     start = weights.find_weights(then["weights"])
     recipe = Recipe.of({name: then[name] for name in _LEARNT_BY})
-    options = {**recipe.to_dict(), "lr": recipe.peak_lr(recipe.batch_size * recipe.accumulate)}
+    options = recipe.to_dict()
     said = ", ".join(f"{name} {_word(options[name])}" for name in _LEARNT_BY)
     preprocessing = weights.preprocessing_of(weights.read_metadata(model))
     found = info.collect()["versions"]
@@ -220,7 +220,9 @@ def _of_run(run: Run, then: Mapping[str, Any], folder: LabelledFolder, model: Pa
 
 def _commands(then: Mapping[str, Any]) -> list[str]:
     """What makes the model, with every option that was not the default one."""
-    defaults = Recipe().to_dict()
+    photos_a_step = then["batch_size"] * then["accumulate"]
+    usual = Recipe(optimizer=then["optimizer"]).with_rates(photos_a_step)
+    defaults = {**usual.to_dict(), "optimizer": Recipe().optimizer}
     train = ["mnv2", "finetune", "--data", "photos", "--weights", str(then["weights"]), "--out", "run"]
     for name in _LEARNT_BY:
         if then[name] != defaults[name]:

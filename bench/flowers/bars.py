@@ -25,7 +25,7 @@ BAR = Bar(top1=0.91, seconds=300, seeds=3)
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """A line for the bar, and one for the ratios to torch."""
+    """A line for the bar, and one for the ratios to torch in each arithmetic."""
     ours = [row for row in rows if row.contender == OURS]
     torchs = [row for row in rows if row.contender != OURS]
     if len(ours) < BAR.seeds:
@@ -37,10 +37,17 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             f"{word(top1 >= BAR.top1)}; {slowest:.0f} s at most, asked {BAR.seconds:.0f}: "
             f"{word(slowest <= BAR.seconds)}"
         ]
-    if ours and torchs:
-        ratio = mean(torchs, "seconds") / mean(ours, "seconds")
-        points = 100 * (mean(ours, "top1") - mean(torchs, "top1"))
-        lines.append(f"{OURS} {ratio:.2f}x {torchs[0].contender} in wall time, top-1 {points:+.1f} points")
+    for dtype in sorted({row.dtype for row in torchs}):
+        theirs = [row for row in torchs if row.dtype == dtype]
+        same = {row.seed for row in theirs}
+        mine = [row for row in ours if row.seed in same]
+        if len(mine) == len(theirs):  # the last seed may have been cut off
+            ratio = mean(theirs, "seconds") / mean(mine, "seconds")
+            points = 100 * (mean(mine, "top1") - mean(theirs, "top1"))
+            lines.append(
+                f"{OURS} in {mine[0].dtype} {ratio:.2f}x {theirs[0].contender} in {dtype} in wall time, "
+                f"top-1 {points:+.1f} points"
+            )
     return lines
 
 

@@ -20,23 +20,37 @@ class Contender:
     """One way to fine-tune.
 
     Attributes:
-        name: of the way.
+        name: of the way; with `amp` it is one contender's.
         module: that `python -m` runs with the words of `mnv2 finetune`.
+        amp: what it is told of arithmetic; None: nothing.
         env: environment of its processes.
     """
 
     name: str
     module: tuple[str, ...]
+    amp: str | None = None
     env: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this project's."""
+        return self.name == OURS
+
+    @property
+    def key(self) -> str:
+        """Of its files."""
+        return "ours" if self.ours else f"torch-{self.amp}"
 
     def command(self, words: Sequence[str]) -> list[str]:
         """Its process's command line."""
-        return [sys.executable, "-m", *self.module, *words]
+        arithmetic = [] if self.amp is None else ["--amp", self.amp]
+        return [sys.executable, "-m", *self.module, *words, *arithmetic]
 
 
+_TORCHS = ("bench.flowers.contenders",)
 CONTENDERS = (
     Contender(OURS, ("mnv2_fast", "finetune")),
-    Contender(BEST, ("bench.flowers.contenders",), TUNED),
+    *(Contender(BEST, _TORCHS, amp, TUNED) for amp in ("none", "bf16")),
 )
 
 
@@ -82,8 +96,8 @@ def main(words: Sequence[str]) -> int:
     from ..workers import isa
 
     args, given = parse(words)
-    given.setdefault("train_size", usual_train_size(given.get("image_size") or Preprocessing().crop))
     recipe = Recipe.of(given)
+    given.setdefault("train_size", usual_train_size(recipe.image_size or Preprocessing().crop, recipe))
     folder = photos.find(args.data, recipe.val_share, recipe.split_seed)
     model = torchs(args.weights, len(folder.classes), recipe.seed)
     fit(folder, model=model, out=args.out, **given)

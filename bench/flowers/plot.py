@@ -16,21 +16,22 @@ def table(rows: Sequence[CsvRow]) -> str:
     """Everyone's accuracy and time, as Markdown."""
     heads = ("top-1", "of each seed", "of its best epoch", "wall time, s", "at most, s", "images/s")
     lines = [f"| | | {' | '.join(heads)} |", "|---|---|---:|---|---:|---:|---:|---:|"]
-    times = {}
-    for who in CONTENDERS:
-        mine = [row for row in rows if row["contender"] == who.name]
-        if not mine:
-            continue
-        times[who.name] = _mean(mine, "seconds")
+    times: dict[tuple[str, str], float] = {}
+    names = [contender.name for contender in CONTENDERS]
+    for who in sorted(
+        {(row["contender"], row["dtype"]) for row in rows}, key=lambda w: (names.index(w[0]), w[1])
+    ):
+        mine = [row for row in rows if (row["contender"], row["dtype"]) == who]
+        times[who] = _mean(mine, "seconds")
         cells = [
             f"{_mean(mine, 'top1'):.1%}",
             ", ".join(f"{float(row['top1']):.1%}" for row in mine),
             f"{_mean(mine, 'best_top1'):.1%}",
-            f"{times[who.name]:.0f}",
+            f"{times[who]:.0f}",
             f"{max(float(row['seconds']) for row in mine):.0f}",
             f"{_mean(mine, 'images_per_s'):.1f}",
         ]
-        lines.append(f"| {mine[0]['dtype']} | {who.name} | {' | '.join(cells)} |")
+        lines.append(f"| {who[1]} | {who[0]} | {' | '.join(cells)} |")
     first = rows[0]
     photos, _, options = first["note"].partition("; ")
     how = f"{DEFAULTS} of `mnv2 finetune`" if options == DEFAULTS else f"`mnv2 finetune {options}`"
@@ -41,9 +42,14 @@ def table(rows: Sequence[CsvRow]) -> str:
         f"of the whole command, on {first['threads']} cores of {first['processor']}; {first['versions']}; "
         f"commit {first['commit']}, {first['run'][:10]}. Tuned: the allocator is told to keep its memory.",
     ]
-    if len(times) == len(CONTENDERS):
-        ((other, theirs),) = ((name, seconds) for name, seconds in times.items() if name != OURS)
-        lines[-1] += f" {OURS} is {theirs / times[OURS]:.2f} times as fast as {other}."
+    ours = [who for who in times if who[0] == OURS]
+    others = [who for who in times if who[0] != OURS]
+    if ours and others:
+        (us,), best = ours, min(others, key=lambda who: times[who])
+        lines[-1] += (
+            f" {OURS}, in {us[1]} by its default on this processor, is {times[best] / times[us]:.2f} times "
+            f"as fast as torch's fastest, which is in {best[1]}."
+        )
     return "\n".join(lines)
 
 

@@ -28,7 +28,7 @@ from mnv2_fast.runs import RESULTS, Run, top1_of
 
 from .. import limits, results
 from ..contenders import environment
-from ..training.contenders import OURS, THREADS
+from ..training.contenders import THREADS
 from .bars import verdicts
 from .contenders import CONTENDERS, Contender
 from .contenders import parse as parse_finetune
@@ -37,6 +37,7 @@ OUTPUT = results.FOLDER / "flowers.csv"
 SEEDS = 3
 WEIGHTS = "IMAGENET1K_V1"
 DEFAULTS = "default options"
+SET_HERE = ("--weights", "--model", "--out", "--seed", "--resume", "--overwrite", "--amp")
 
 
 def finetune(contender: Contender, words: Sequence[str], cores: Sequence[int], folder: str) -> float:
@@ -74,8 +75,6 @@ def train(contender: Contender, seed: int, options: argparse.Namespace, folder: 
         run = Run(f"{beside}/run")
         words = ["--data", str(options.data.resolve()), "--weights", WEIGHTS, "--out", str(run.folder)]
         words += [*options.more, "--seed", str(seed)]
-        if contender.name != OURS:
-            words += ["--amp", "bf16" if options.torch_amp else "none"]
         seconds = finetune(contender, words, limits.cores(options.threads), beside)
         with (run.folder / RESULTS).open(newline="", encoding="utf-8") as file:
             history = [{name: float(text) for name, text in row.items()} for row in csv.DictReader(file)]
@@ -99,8 +98,9 @@ def runs(options: argparse.Namespace, folder: Path, asked: dict[str, Any]) -> It
         UserError: what it keeps was asked otherwise, or a run fails.
     """
     for seed in range(options.seeds):
-        for contender in CONTENDERS if seed % 2 == 0 else reversed(CONTENDERS):
-            kept = folder / f"{'ours' if contender.name == OURS else 'torch'}-{seed}.json"
+        turn = seed % len(CONTENDERS)
+        for contender in (*CONTENDERS[turn:], *CONTENDERS[:turn]):
+            kept = folder / f"{contender.key}-{seed}.json"
             if kept.exists():
                 found = json.loads(kept.read_text(encoding="utf-8"))
                 if found["asked"] != asked:
@@ -119,11 +119,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled photos")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each (%(default)s)")
     parser.add_argument("--threads", type=int, default=THREADS, help="and cores of each (%(default)s)")
-    parser.add_argument("--torch-amp", action="store_true", help="torch under autocast to bf16, not in fp32")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where done runs are kept, to go on from")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="CSV file that the rows are added to")
     options, more = parser.parse_known_args(arguments)
     options.more = more
+    taken = sorted({word.partition("=")[0] for word in more} & set(SET_HERE))
+    if taken:
+        parser.error(f"{', '.join(taken)}: bench.flowers sets it itself, leave it out")
     _, options.given = parse_finetune(["--out", "run", *options.more])
     for name in ("seeds", "threads"):
         if getattr(options, name) < 1:
@@ -137,12 +139,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def show(row: results.Row) -> str:
     """A run as a line, under `HEAD`."""
     return (
-        f"{row.seed:4} {row.contender:28} {row.epochs:6} {row.top1:7.1%} {row.best_top1:7.1%} "
+        f"{row.seed:4} {row.contender:28} {row.dtype:5} {row.epochs:6} {row.top1:7.1%} {row.best_top1:7.1%} "
         f"{row.seconds:8.1f} {row.images_per_s:9.1f}"
     )
 
 
-HEAD = f"{'seed':>4} {'':28} {'epochs':>6} {'top-1':>7} {'best':>7} {'seconds':>8} {'images/s':>9}"
+HEAD = f"{'seed':>4} {'':28} {'':5} {'epochs':>6} {'top-1':>7} {'best':>7} {'seconds':>8} {'images/s':>9}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,7 +175,7 @@ def measure(options: argparse.Namespace, shared: dict[str, str]) -> Iterator[res
     folder = photos.find(options.data, recipe.val_share, recipe.split_seed)
     asked = {
         "photos": folder.digest(),
-        "options": [*options.more, f"threads {options.threads}", f"torch amp {options.torch_amp}"],
+        "options": [*options.more, f"threads {options.threads}"],
         **{name: shared[name] for name in ("processor", "commit", "versions")},
     }
     note = f"{len(folder.train)} photos, {len(folder.val)} to validate; {' '.join(options.more) or DEFAULTS}"
