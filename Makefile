@@ -3,6 +3,7 @@
 #   make bench   measure against other engines                     make test-all   the wider sweep too
 #   make lint    formatters, linters, type checker                 make wheel      dist/
 #   make flowers-model DATA=photos/    the classifier in the package; without DATA its photos are fetched
+#   make flowers-report DATA=photos/   docs/comparison, LeNet-5 and MobileNetV2 on the same photos
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,10 +23,10 @@ INPUTS := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find cs
 CPP_SOURCES := $(filter %.h %.cpp,$(INPUTS))
 
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-all bench flowers-model lint format wheel clean
+.PHONY: help build demo test test-all bench bench-flowers flowers-model flowers-report lint format wheel clean
 
 help:
-	@sed -n '2,5s/^# *//p' Makefile
+	@sed -n '2,6s/^# *//p' Makefile
 
 build: $(VENV)/.demo
 
@@ -46,6 +47,15 @@ bench: $(VENV)/.bench
 	$(PY) -m bench.training
 	$(PY) -m bench.training --losses
 	$(PY) -m bench.plot --readme
+
+# An hour: whole trainings, ours and torch's. It needs photos, so `bench` is without it.
+bench-flowers: $(VENV)/.bench
+	$(PY) -m bench.flowers --data $(DATA)
+	$(PY) -m bench.plot --readme
+
+# Some hours. One that was cut off goes on.
+flowers-report: $(VENV)/.dev
+	$(PY) -m mnv2_fast compare --data $(DATA) --epochs 16 --out runs/comparison --report docs/comparison
 
 # About as long as the training takes, some minutes. One that was cut off goes on.
 flowers-model: $(VENV)/.dev

@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mnv2",
         description="MobileNetV2 on fast kernels of its own.",
-        epilog="Exit codes: 0 done; 1 photos that could not be used, or answers that differ (then quantize "
-        "writes no file); 2 a mistake; 130 and 143 ended by Ctrl-C and SIGTERM.",
+        epilog="Exit codes: 0 done; 1 photos that could not be used (which finetune only names), or answers "
+        "that differ (then quantize writes no file); 2 a mistake; 130 and 143 ended by Ctrl-C and SIGTERM.",
     )
     parser.add_argument("--version", action="version", version=f"mnv2-fast {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
@@ -143,7 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     export = verb("export", _export, "write a model in another format")
     _add_model(export, _WEIGHTS)
     export.add_argument("--format", choices=("onnx",), default="onnx", help="onnx, the default")
-    export.add_argument("--size", type=count, default=224, metavar="PIXELS", help="height and width (224)")
+    export.add_argument(
+        "--size",
+        type=count,
+        metavar="PIXELS",
+        help="height and width; by default what the weights' photos have",
+    )
     export.add_argument("output", metavar="FILE", help="file to write")
 
     quantize = verb("quantize", _quantize, "write a model as an int8 engine, calibrated on photos")
@@ -217,10 +222,12 @@ def _add_evaluation(evaluate: argparse.ArgumentParser) -> None:
         "--val-share",
         type=share,
         metavar="SHARE",
-        help="judge by this share of each class, the one that training with it and --seed left out; by all "
-        "photos by default",
+        help="judge by this share of each class, the one that training with it and --split-seed left out; by "
+        "all photos by default, which is worth little where the model was trained on some of them",
     )
-    evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice (0)")
+    evaluate.add_argument(
+        "--split-seed", "--seed", dest="seed", type=int, default=0, metavar="N", help="of that choice (0)"
+    )
     evaluate.add_argument("--batch-size", type=count, default=32, metavar="N", help="photos per call (32)")
     evaluate.add_argument("--json", action="store_true", help="as JSON")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 from .recipe import DEFAULT_WEIGHTS, Recipe
@@ -15,11 +16,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="DIR",
-        help="photos in one subfolder a class, or those in train/ and val/",
+        help="photos in one subfolder a class, or those in train/ and val/; flowers: fetch the flower photos "
+        "(229 MB)",
     )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder for the report and the runs; done ones are kept"
     )
+    parser.add_argument("--report", metavar="DIR", help="another folder for the report")
     parser.add_argument("--seeds", type=count, default=3, metavar="N", help="runs of each contender (3)")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
@@ -40,31 +43,47 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help=f"that fine-tuning begins with ({DEFAULT_WEIGHTS})",
     )
-    parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="photos in a step (32)")
+    parser.add_argument(
+        "--batch-size",
+        type=count,
+        default=Recipe().batch_size,
+        metavar="N",
+        help="photos in a step (%(default)s)",
+    )
     parser.add_argument(
         "--image-size", type=count, metavar="PIXELS", help="of MobileNetV2's photos; by default the weights'"
     )
     parser.add_argument(
         "--val-share",
         type=share,
-        default=0.2,
+        default=Recipe().val_share,
         metavar="SHARE",
-        help="of photos without train/ and val/ (0.2)",
+        help="of photos without train/ and val/ (%(default)s)",
     )
-    parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="which ones those are (0)")
+    parser.add_argument(
+        "--split-seed",
+        type=int,
+        default=Recipe().split_seed,
+        metavar="N",
+        help="which ones those are (%(default)s)",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that read photos")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare, write the report, and print where it is."""
-    from . import __version__, compare_report, files, info, photos, plots
+    from . import __version__, compare_report, files, flowers, info, photos, plots
     from .compare import compare
     from .contenders import choose
 
     contenders = choose(args.only or ())
     plots.check()
-    folder = photos.find(args.data, args.val_share, args.split_seed)
-    with files.output_folder(args.out) as out:
+    data = flowers.fetch() if flowers.meant(args.data) else args.data
+    folder = photos.find(data, args.val_share, args.split_seed)
+    with contextlib.ExitStack() as stack:
+        out = report = stack.enter_context(files.output_folder(args.out))
+        if args.report is not None:
+            report = stack.enter_context(files.output_folder(args.report))
         found = compare(
             folder,
             out,
@@ -81,12 +100,12 @@ def run(args: argparse.Namespace) -> int:
         facts = info.collect()
         machine, versions = facts["processor"], facts["versions"]
         compare_report.write(
-            out,
+            report,
             found,
             {
                 "machine": f"{machine['name']}, {machine['cores']} cores",
                 "versions": f"mnv2-fast {__version__}, torch {versions['torch']}",
             },
         )
-        print(out / compare_report.REPORT)
+        print(report / compare_report.REPORT)
     return BAD_FILES if found.skipped else OK

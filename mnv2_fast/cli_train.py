@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from .distributed import Group
 
 _NO_WEIGHTS = "none"
-_FLOWERS = "flowers"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +87,7 @@ def finetune(args: argparse.Namespace) -> int:
 
 
 def _finetune(args: argparse.Namespace, group: Group) -> int:
+    from . import flowers
     from .runs import BEST, FINAL, Run
     from .train import fit
 
@@ -101,9 +101,7 @@ def _finetune(args: argparse.Namespace, group: Group) -> int:
         return data, weights or DEFAULT_WEIGHTS
 
     data, weights = group.together(asked)
-    if data == _FLOWERS and not os.path.isdir(data):
-        from . import flowers
-
+    if flowers.meant(data):
         group.on_first(flowers.fetch)
         data = str(flowers.folder())
     result = fit(

@@ -31,6 +31,7 @@ from .loading import PhotoDataset
 from .model import mobilenet_v2
 from .photos import LabelledFolder, Photo
 from .recipe import DEFAULT_WEIGHTS, OPTIONS, Recipe
+from .reporting import counting
 from .runs import BEST, FINAL, LAST, Row, Run
 from .train import FitResult, fit, on_threads
 from .weights import Preprocessing
@@ -107,7 +108,7 @@ def compare(
     epochs: int = Recipe().epochs,
     seconds: float | None = None,
     weights: str = DEFAULT_WEIGHTS,
-    batch_size: int = 32,
+    batch_size: int = Recipe().batch_size,
     image_size: int | None = None,
     workers: int | None = None,
     say: Say = print,
@@ -190,7 +191,10 @@ class _Caches:
     def get(self, preprocessing: Preprocessing) -> ImageCache | None:
         key = (preprocessing.resize, preprocessing.interpolation)
         if key not in self._open:
-            self._open[key] = imagecache.open_cache(self.place, self._root, self._paths, preprocessing)
+            progress = counting("photos decoded", shown=True)
+            self._open[key] = imagecache.open_cache(
+                self.place, self._root, self._paths, preprocessing, progress=progress
+            )
         return self._open[key]
 
 
@@ -200,13 +204,13 @@ def _usable(folder: LabelledFolder, caches: _Caches) -> LabelledFolder:
     Raises:
         UserError: a class is left without a photo to train on.
     """
-    cache = caches.get(corruptions.at_side(Preprocessing()))
-    if cache is None:  # each run finds them
-        return folder
+    seen = corruptions.at_side(Preprocessing())
+    cache = caches.get(seen)
 
     def good(photo: Photo) -> bool:
         try:
-            cache.get(photo.path)
+            if cache is None or cache.get(photo.path) is None:  # where there is no room
+                imagecache.load_resized(photo.path, seen)
         except ImageError as error:
             warnings.warn(f"photo skipped: {error}", stacklevel=2)
             return False

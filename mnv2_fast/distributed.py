@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -23,13 +24,15 @@ class LostError(UserError):
 
 
 class Group:
-    """All processes of a training: number `rank` of `world`. Each has to make the same calls in one order.
+    """All processes of a training: number `rank` of `world`, `here` of them on this machine.
+
+    Each has to make the same calls in one order.
 
     A call that waits for the others is a `LostError` where one of them is gone.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int = 0, world: int = 1, here: int = 1) -> None:
+        self.rank, self.world, self.here = rank, world, here
 
     @property
     def first(self) -> bool:
@@ -133,7 +136,8 @@ def joined() -> Iterator[Group]:
         distributed.init_process_group("gloo")
     try:
         if distributed.is_initialized():
-            yield Group(distributed.get_rank(), distributed.get_world_size())
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun sets it
+            yield Group(distributed.get_rank(), distributed.get_world_size(), here)
         else:
             yield Group()
     finally:

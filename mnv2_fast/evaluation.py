@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import photos
 from .engine import Engine
 from .errors import UserError
-from .loading import EpochSampler, Loader, PhotoDataset
+from .loading import EpochSampler, Loader, PhotoDataset, worker_errors
 from .metrics import Evaluation
 from .photos import LabelledFolder
 from .weights import Preprocessing
@@ -126,7 +126,7 @@ def evaluate(
     probabilities: list[Tensor] = []
     targets: list[Tensor] = []
     numbers: list[int] = []
-    with _eval_mode(model), torch.no_grad():
+    with worker_errors(), _eval_mode(model), torch.no_grad():
         for batch in loader.epoch():
             logits = model(batch.images.to(device)).double().cpu()
             if matching is None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import UserError
-from .weights import output_file
+from .weights import Preprocessing, output_file
 
 FORMATS = ("onnx",)
 
@@ -20,12 +20,17 @@ FORMATS = ("onnx",)
 _AGREEMENT = 1e-3
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike[str], size: int = 224) -> float | None:
+def export_onnx(model: nn.Module, path: str | os.PathLike[str], size: int | None = None) -> float | None:
     """Write a model as ONNX: `images` [batch, 3, size, size] -> `logits` [batch, classes], any batch.
 
     The graph is the plain torch one, in eval mode, so that every runtime loads it; the model itself is
     untouched. The file appears whole or not at all, and only after onnxruntime, where it is installed, has
     given the same logits.
+
+    Args:
+        model: from images to logits.
+        path: of the file.
+        size: height and width; by default those of the model's preprocessing.
 
     Returns:
         The largest difference of onnxruntime's logits on a random batch, or None where it is not installed.
@@ -39,6 +44,8 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], size: int = 224)
     if missing:
         raise UserError(f"export to ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     target = output_file(path)
+    if size is None:
+        size = (getattr(model, "preprocessing", None) or Preprocessing()).crop
     training = model.training
     parameter = next(model.parameters())
     # A batch of 2: torch.export takes a dimension of 1 for a constant.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import os
@@ -17,7 +18,13 @@ from .errors import UserError
 URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
 # As TensorFlow Datasets has it, tensorflow_datasets/datasets/tf_flowers/checksums.tsv.
 SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
+WORD = "flowers"  # for these photos, on command lines
 NAME = "flower_photos"  # of the folder in the archive
+
+
+def meant(data: str | os.PathLike[str]) -> bool:
+    """Whether `data` is the word for these photos, and not a folder that is here."""
+    return os.fspath(data) == WORD and not os.path.isdir(data)
 
 
 def folder() -> Path:
@@ -83,4 +90,6 @@ def _unpack(archive: Path, target: Path) -> None:
                 if not target.is_dir():  # else another process was faster
                     raise
     except (tarfile.TarError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UserError(f"there is no room in {target.parent} to unpack {archive}: make some") from error
         raise UserError(f"{archive} cannot be unpacked ({error}): remove it to fetch it again") from error

@@ -6,6 +6,7 @@ augmentation. So training can begin again anywhere, and neither workers nor a ca
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from . import data, imagecache, machine
 from ._torchvision import torchvision, transforms_v2
 from .data import ImageError
 from .errors import UserError
-from .imagecache import ImageCache
+from .imagecache import ImageCache, Progress
 from .photos import LabelledFolder, Photo
 from .recipe import AUGMENTATIONS
 from .weights import Preprocessing
@@ -84,6 +85,7 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
         transform: to a uint8 or float tensor.
         seed: of the augmentation, at least 0.
         cache: of the resized photos.
+        every_class: one without a usable photo is an error, as it is in training.
 
     Attributes:
         skipped: the photos found unusable so far, and why. Each was warned of when it was found.
@@ -101,6 +103,7 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
         *,
         seed: int = 0,
         cache: ImageCache | None = None,
+        every_class: bool = False,
     ) -> None:
         if cache is not None and not cache.fits(preprocessing):
             raise UserError(
@@ -109,7 +112,7 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
         self.photos, self.classes = list(photos), list(classes)
         self.preprocessing, self.transform, self.seed = preprocessing, transform, seed
         self.skipped: dict[Path, str] = {}
-        self._cache = cache
+        self._cache, self._every_class = cache, every_class
         self._members: list[list[int]] = [[] for _ in classes]
         for i, photo in enumerate(self.photos):
             self._members[photo.label].append(i)
@@ -149,7 +152,7 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
         """Take note that a photo cannot be used: warn of it the first time.
 
         Raises:
-            UserError: it was the last one of its class.
+            UserError: it was the last one of its class, and each needs one.
         """
         photo = self.photos[i]
         if photo.path in self.skipped:
@@ -157,7 +160,7 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
         self.skipped[photo.path] = why
         self._usable[photo.label] -= 1
         warnings.warn(f"photo skipped: {why}", stacklevel=2)
-        if not self._usable[photo.label]:
+        if self._every_class and not self._usable[photo.label]:
             raise UserError(
                 f"no photo of class {self.classes[photo.label]!r} in {photo.path.parent} can be used, the "
                 f"last one: {why}"
@@ -329,7 +332,7 @@ class Loader:
         """The batches of an epoch, from batch `start` on.
 
         Raises:
-            UserError: no photo of a class can be used.
+            UserError: no photo of a class can be used that needs one, or a worker process has ended.
         """
         self.sampler.set_epoch(epoch, start)
         for fetched in self._loader:
@@ -341,6 +344,24 @@ class Loader:
             if images.dtype == torch.uint8:
                 images = data.normalize(images, self.dataset.preprocessing)
             yield Batch(images, torch.tensor(fetched.labels), torch.tensor(fetched.indices))
+
+
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """Within, a worker process that has ended is the user's to know of. torch tells of it anywhere.
+
+    Raises:
+        UserError: one has ended, or there is no room for what it makes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("DataLoader worker", "shared memory")):
+            raise
+        raise UserError(
+            f"a process that makes batches has ended ({str(error).splitlines()[0]}): use workers=0, or a "
+            "smaller batch_size"
+        ) from error
 
 
 def _as_it_is(fetched: Any) -> Any:
@@ -368,6 +389,7 @@ def make_loaders(
     drop_last: bool = False,
     rank: int = 0,
     world: int = 1,
+    progress: Progress | None = None,
 ) -> tuple[Loader, Loader]:
     """The loaders of a folder's training and validation photos.
 
@@ -383,6 +405,7 @@ def make_loaders(
         drop_last: leave out a last batch of training photos that is not full.
         rank: of this process.
         world: processes that train together.
+        progress: called with the number of photos done and of all while the cache is made.
 
     Raises:
         UserError: as `augmentation`, `imagecache.open_cache`, `PhotoDataset`, `EpochSampler` and `Loader`.
@@ -390,11 +413,15 @@ def make_loaders(
     cache = None
     if cache_folder is not None:
         paths = [photo.path for photo in (*folder.train, *folder.val)]
-        cache = imagecache.open_cache(cache_folder, folder.root, paths, preprocessing, most_bytes=cache_bytes)
+        cache = imagecache.open_cache(
+            cache_folder, folder.root, paths, preprocessing, most_bytes=cache_bytes, progress=progress
+        )
     loaders = []
     for training, photos in ((True, folder.train), (False, folder.val)):
         use = (transform or augmentation(preprocessing)) if training else None
-        dataset = PhotoDataset(photos, folder.classes, preprocessing, use, seed=seed, cache=cache)
+        dataset = PhotoDataset(
+            photos, folder.classes, preprocessing, use, seed=seed, cache=cache, every_class=training
+        )
         sampler = EpochSampler(
             len(dataset),
             batch_size,

@@ -83,9 +83,7 @@ def evaluation_plots(folder: Path, evaluation: Evaluation) -> None:
     mistakes(folder / "mistakes.png", evaluation)
 
 
-def curves(
-    path: Path, runs: Mapping[str, Sequence[History]], columns: Sequence[str] | None = None, title: str = ""
-) -> None:
+def curves(path: Path, runs: Mapping[str, Sequence[History]], columns: Sequence[str] | None = None) -> None:
     """Loss and accuracy over epochs.
 
     Args:
@@ -93,14 +91,11 @@ def curves(
         runs: name -> the histories of its seeds. Of several the mean is drawn, in a band from the least to
             the most. One name has a colour for each figure, several a colour each.
         columns: which figures; by default all that end in "loss" or "top1".
-        title: above both panels.
     """
     first = next((row for seeds in runs.values() for history in seeds for row in history), {})
     names = columns or [name for name in first if name.endswith(("loss", "top1"))]
     with _drawing() as new_figure:
         figure = new_figure(14 if len(runs) > 1 else 11, 4.4)
-        if title:
-            figure.suptitle(title)
         for axes, kind, factor in zip(figure.subplots(1, 2), ("loss", "top1"), (1, 100), strict=True):
             drawn = [name for name in names if name.endswith(kind)]
             for i, (run, seeds) in enumerate(runs.items()):
@@ -319,13 +314,12 @@ class Bar(NamedTuple):
     colour: str = GREEN
 
 
-def bars(path: Path, panels: Mapping[str, Sequence[Bar]], form: str = "{:.1f}") -> None:
+def bars(path: Path, panels: Mapping[str, Sequence[Bar]]) -> None:
     """Horizontal bars, one panel beside another, with the same labels in the same order.
 
     Args:
         path: of the PNG file.
         panels: heading -> its bars. A bar without values is said to be missing.
-        form: of the numbers written beside the bars.
     """
     labels = [shorten(bar.label, 40) for bar in next(iter(panels.values()))]
     with _drawing() as new_figure:
@@ -341,7 +335,7 @@ def bars(path: Path, panels: Mapping[str, Sequence[Bar]], form: str = "{:.1f}") 
                 if len(bar.values) > 1:
                     axes.hlines(i, min(bar.values), end, color="black", linewidth=1)
                     axes.scatter(bar.values, [i] * len(bar.values), s=9, color="black", zorder=3)
-                text = form.format(mean) if bar.values else "none"
+                text = f"{mean:.1f}" if bar.values else "none"
                 axes.text(end + 0.02 * most, i, text, va="center", fontsize=9)
             axes.set_xlim(0, 1.2 * most)
             axes.set_title(heading, fontsize=10)

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 _LINE_SECONDS = 60  # between two plain lines within an epoch,
@@ -28,13 +28,8 @@ class Reporter:
         self._begun, self._at_begin = time.monotonic(), done
         self._said, self._said_at = time.monotonic(), done
         self._bar: Any = None
-        if shown and sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self._bar = tqdm(
-                    total=epochs * batches, initial=done, unit="batch", file=sys.stderr, dynamic_ncols=True
-                )
+        if shown:
+            self._bar = _bar(total=epochs * batches, initial=done, unit="batch")
 
     def say(self, text: str) -> None:
         """A line, above the bar."""
@@ -93,6 +88,36 @@ class Reporter:
         """Leave the bar where it is."""
         if self._bar is not None:
             self._bar.close()
+
+
+def counting(what: str, shown: bool) -> Callable[[int, int], None]:
+    """A function that says how many photos are done, called with that and the number of all."""
+    bar: Any = None
+    said = time.monotonic()
+
+    def count(done: int, of: int) -> None:
+        nonlocal bar, said
+        if done == 1:
+            bar = _bar(total=of, unit="photo", desc=what)
+        if bar is not None:
+            bar.update(done - bar.n)
+            if done == of:
+                bar.close()
+        elif time.monotonic() - said >= _LINE_SECONDS:
+            print(f"{what}: {done} of {of}", file=sys.stderr, flush=True)
+            said = time.monotonic()
+
+    return count if shown else lambda done, of: None
+
+
+def _bar(**facts: Any) -> Any:
+    """tqdm's bar at a terminal; None elsewhere, and where it is not installed."""
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            return tqdm(file=sys.stderr, dynamic_ncols=True, **facts)
+    return None
 
 
 def _duration(seconds: float) -> str:

@@ -36,6 +36,7 @@ ARGS, RESULTS, BEST, FINAL, LAST = (
     "final.safetensors",
     "last.pt",
 )
+_STATE = {"identity", "preprocessing", "progress", "skipped"}  # among what `last.pt` has
 TENSORBOARD = "tensorboard"
 PLOTS = ("curves.png", "confusion.png", "mistakes.png")
 
@@ -168,8 +169,8 @@ class Run:
             )
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-            if "identity" not in state:
-                raise ValueError("no training is in it")
+            if not state.keys() >= _STATE:
+                raise ValueError("no training of this version is in it")
         except Exception as error:  # a damaged archive fails in many ways, each with its own exception
             raise UserError(
                 f"{file} is damaged or not of a run ({str(error).strip().splitlines()[0]}): begin again with "
@@ -194,9 +195,10 @@ class Run:
             os.replace(beside, target)
         except OSError as error:
             before = "the one before is untouched, " if target.exists() else ""
+            then = "go on with --resume" if (self.folder / LAST).exists() else "start it again"
             raise UserError(
-                f"cannot save {target} ({error.strerror}): {before}make room or check permissions, then go "
-                "on with --resume"
+                f"cannot save {target} ({error.strerror}): {before}make room or check permissions, then "
+                f"{then}"
             ) from error
         finally:
             beside.unlink(missing_ok=True)

@@ -16,22 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import arch, distributed, loading, machine, optim, photos, plots
-from .arch import LayerSpec
-from .backends import cpu_train
+from . import distributed, loading, machine, optim, photos, plots, settle
 from .distributed import Group
 from .errors import UserError
 from .evaluation import evaluate
 from .loading import Loader
 from .model import MobileNetV2, mobilenet_v2
-from .nn import Trained
 from .photos import LabelledFolder
-from .reading import Declined
 from .recipe import DEFAULT_WEIGHTS, OPTIONS, Recipe
-from .reporting import Reporter
+from .reporting import Reporter, counting
 from .runs import FINAL, LAST, Row, Run, check_storable, summary_writer, top1_of
-from .trainer import LONE_VALUE, Trainer
-from .training import kept_bytes, release_training_memory
+from .trainer import Trainer
+from .training import release_training_memory
 from .weights import Preprocessing, infer_width
 
 
@@ -120,14 +116,16 @@ def fit(
             seen = _preprocessing(network, preprocessing, recipe.image_size, state)
             if isinstance(network, MobileNetV2):
                 network.labels, network.preprocessing = list(folder.classes), seen
-            recipe = _settled(recipe, network, seen.crop, group, torch.device(device), new=weights is None)
+            recipe = settle.settled(
+                recipe, network, seen.crop, group, torch.device(device), new=weights is None
+            )
 
             def make() -> Trainer:
                 _check_model(network, recipe, folder.classes, run)
-                _check_batch(network, recipe, seen.resize)
+                settle.check_batch(network, recipe, seen.resize, group.here)
                 return Trainer(
                     network,
-                    _loaders(folder, seen, recipe, group),
+                    _loaders(folder, seen, recipe, group, shown=progress and group.first),
                     recipe,
                     preprocessing=seen,
                     group=group,
@@ -343,39 +341,6 @@ def _check_model(model: nn.Module, recipe: Recipe, classes: Sequence[str], run: 
         check_storable(model)
 
 
-def _settled(
-    recipe: Recipe, model: nn.Module, size: int, group: Group, device: torch.device, *, new: bool
-) -> Recipe:
-    """The recipe with what it leaves open, so that a run goes on with the same on any machine.
-
-    Args:
-        recipe: as it was given.
-        model: to train.
-        size: height and width in validation.
-        group: in which all do the same.
-        device: to train on.
-        new: whether all weights are random.
-    """
-    amp, train_size = recipe.amp, recipe.train_size
-    if amp == "auto":
-        amp = "bf16" if all(group.gather(_prefers_bfloat16(model, device))) else "none"
-    if train_size is None:
-        train_size = usual_train_size(size, recipe) if isinstance(model, MobileNetV2) else size
-    photos = recipe.batch_size * recipe.accumulate * group.world
-    return replace(recipe.with_rates(photos, new=new), amp=amp, train_size=train_size)
-
-
-def _prefers_bfloat16(model: nn.Module, device: torch.device) -> bool:
-    """Whether all of it trains on our kernels, and these are fastest in bfloat16."""
-    if device.type != "cpu" or not isinstance(model, MobileNetV2):
-        return False
-    try:
-        model.decline_backend()
-    except Declined:
-        return False
-    return cpu_train.prefers_bfloat16() and _nodes(model.train()) is not None
-
-
 def _preprocessing(
     model: nn.Module, given: Preprocessing | None, size: int | None, state: Mapping[str, Any] | None
 ) -> Preprocessing:
@@ -386,17 +351,6 @@ def _preprocessing(
     if size is None:
         return found
     return replace(found, crop=size, resize=max(size, round(found.resize * size / found.crop)))
-
-
-def usual_train_size(size: int, recipe: Recipe) -> int:
-    """Height and width to train a MobileNetV2 on that is validated on `size`: 192 of 224, if on crops.
-
-    On the flower photos it is as accurate so as with 224, in three quarters of the time.
-    """
-    if "crop" not in recipe.augment:  # which alone makes things larger than validation shows them
-        return size
-    step = 32  # the network's stride
-    return min(size, max(step, round(size * 6 / 7 / step) * step))
 
 
 def _reheaded(weights: Any, classes: Sequence[str], say: Callable[[str], None]) -> MobileNetV2:
@@ -414,58 +368,8 @@ def _reheaded(weights: Any, classes: Sequence[str], say: Callable[[str], None]) 
     return model
 
 
-def _nodes(model: MobileNetV2) -> list[list[LayerSpec]] | None:
-    """The layers of each element of `features`; None where one of them trains in plain torch."""
-    nodes = []
-    for block in model.features:
-        if not isinstance(block, Trained):
-            return None
-        try:
-            nodes.append([layer.spec for layer in block.train_chain().layers])
-        except Declined:
-            return None
-    return nodes
-
-
-def _check_batch(model: nn.Module, recipe: Recipe, side: int) -> None:
-    """Refuse pixels that photos do not have, and a batch that does not fit or gives a batch norm one value.
-
-    Of other models the first step tells of batches. Without memory Linux would end the process there instead.
-
-    Args:
-        model: to train.
-        recipe: with all that it leaves open settled.
-        side: pixels of a resized photo's shorter one.
-
-    Raises:
-        UserError: as said there.
-    """
-    size = recipe.train_size
-    assert size is not None
-    if size > side:
-        raise UserError(
-            f"train_size={size} for photos of {side} pixels: use at most that, or raise image_size"
-        )
-    if not isinstance(model, MobileNetV2) or recipe.freeze_epochs == recipe.epochs:
-        return
-    nodes = _nodes(model.train())
-    if nodes is None:
-        return
-    last = arch.layers(size=size, specs=list(chain(*nodes)))[-1]
-    if recipe.batch_size * last.ho * last.wo == 1 and not recipe.freeze_bn:
-        raise UserError(LONE_VALUE)
-    dtype = torch.bfloat16 if recipe.amp == "bf16" else torch.float32
-    need = kept_bytes(nodes, recipe.batch_size, size, dtype)
-    if not machine.fits_memory(need):
-        have = machine.available_memory() or 0
-        raise UserError(
-            f"batch_size={recipe.batch_size} at {size} x {size} pixels needs more than {need / 1e9:.1f} GB, "
-            f"{have / 1e9:.1f} GB are left: lower batch_size, and raise accumulate for steps as large"
-        )
-
-
 def _loaders(
-    folder: LabelledFolder, preprocessing: Preprocessing, recipe: Recipe, group: Group
+    folder: LabelledFolder, preprocessing: Preprocessing, recipe: Recipe, group: Group, *, shown: bool
 ) -> tuple[Loader, Loader]:
     assert recipe.train_size is not None
     with warnings.catch_warnings():
@@ -487,6 +391,7 @@ def _loaders(
             drop_last=True,
             rank=group.rank,
             world=group.world,
+            progress=counting("photos decoded", shown),
         )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import optim
 from .distributed import Group, LostError
 from .errors import Interrupted, UserError
-from .loading import Batch, Loader, random_seed
+from .loading import Batch, Loader, random_seed, worker_errors
 from .recipe import Recipe
 from .reporting import Reporter
 from .runs import BEST, LAST, Row, Run, top1_of
@@ -109,6 +109,7 @@ class Trainer:
         self.loss = optim.make_loss(recipe, counts).to(device)
         self.mixing = optim.make_mixing(recipe, len(self.classes))
         self._make_reporter = reporter
+        self._skipped: set[str] = set()
         self._stop = Stop()
 
     @property
@@ -133,6 +134,7 @@ class Trainer:
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "skipped": sorted(self._skipped),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -144,18 +146,24 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self._skipped = set(state["skipped"])
 
     def train(self) -> None:
         """Train to the end.
 
         Raises:
-            UserError: a loss is not finite, memory or disk is full, a class has no usable photo, or another
-                process is gone.
+            UserError: a loss is not finite, memory or disk is full, a class has no usable photo, a process
+                that makes batches or another one that trains is gone.
             Interrupted: by Ctrl-C or SIGTERM, after saving.
         """
         done = self.progress.epoch * self.batches + self.progress.batch
         self.reporter = self._make_reporter(self.batches, done)
-        with self._stop.listening(), contextlib.closing(self.reporter), self.reporter.warnings_above():
+        with (
+            worker_errors(),
+            self._stop.listening(),
+            contextlib.closing(self.reporter),
+            self.reporter.warnings_above(),
+        ):
             try:
                 while not self.finished:
                     self._epoch()
@@ -180,7 +188,7 @@ class Trainer:
             "train_loss": sums.loss / sums.photos,
             "train_top1": sums.correct / sums.photos,
             **found,
-            "skipped": self._skipped(),
+            "skipped": self._count_skipped(),
             "images_per_second": sums.photos / sums.seconds,
             "seconds": sums.seconds + time.perf_counter() - begin,
         }
@@ -317,6 +325,8 @@ class Trainer:
         )
         if ended:
             self._stop_here()
+        if not photos:
+            raise self.group.error("none of the photos to validate on can be used: give others")
         row = {}
         for i, name in enumerate(models):
             row[f"{name}_loss"], row[f"{name}_top1"] = found[2 * i] / photos, found[2 * i + 1] / photos
@@ -344,12 +354,13 @@ class Trainer:
             sums[1] = 1
         return sums
 
-    def _skipped(self) -> int:
-        """How many photos could not be used so far, in all processes."""
+    def _count_skipped(self) -> int:
+        """How many photos could not be used so far, in all processes and before the training was resumed."""
         mine = {
             str(path) for loader in (self.train_loader, self.val_loader) for path in loader.dataset.skipped
         }
-        return len(set().union(*self.group.gather(mine)))
+        self._skipped = self._skipped.union(*self.group.gather(mine))
+        return len(self._skipped)
 
     def _check_finite(self, what: str, value: float, step: int) -> None:
         if math.isfinite(value):
@@ -366,6 +377,7 @@ class Trainer:
     def _stop_here(self) -> NoReturn:
         """Save between two steps, and end; all processes together."""
         run = self.run
+        self._count_skipped()
         if run is not None:
             self.group.on_first(lambda: run.save_state(self.state()))
         self._interrupt()
@@ -376,12 +388,12 @@ class Trainer:
             self.run.save_state(self.state())
 
     def _interrupt(self) -> NoReturn:
-        done, run = self.progress, self.run
+        done, run, epochs = self.progress, self.run, self.recipe.epochs
         how = "nothing is saved without a run folder"
         if run is not None:
             how = f"go on with mnv2 finetune --resume --out {shlex.quote(str(run.folder))}"
         raise Interrupted(
-            f"stopped after step {done.step} in epoch {done.epoch + 1} of {self.recipe.epochs}, {how}"
+            f"stopped after step {done.step} in epoch {min(done.epoch + 1, epochs)} of {epochs}, {how}"
             if self.group.first
             else "",
             self._stop.asked or signal.SIGTERM,  # asked of another process

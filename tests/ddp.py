@@ -13,7 +13,7 @@ import torch
 from helpers import calibrate
 from torch import Tensor, distributed, nn
 
-from mnv2_fast import MobileNetV2, UserError, fit, loading, photos, trainer
+from mnv2_fast import MobileNetV2, UserError, fit, loading, optim, photos, trainer
 from mnv2_fast._torchvision import torchvision
 from mnv2_fast.distributed import Group, SaidElsewhereError, joined
 from mnv2_fast.errors import Interrupted
@@ -82,6 +82,33 @@ def over_torchvision(folder: photos.LabelledFolder, group: Group) -> list[float]
             schedule.step()
             losses.append(sum(group.gather(loss.item())) / group.world)
     return losses
+
+
+def over_ours(group: Group) -> tuple[str, list[Tensor]]:
+    """DistributedDataParallel over our model, batch norms frozen: what made its first block's output, and the
+    gradients of a step."""
+    model = frozen_network()
+    network = nn.parallel.DistributedDataParallel(model)
+    images, labels = batch()
+    mine = slice(group.rank, None, group.world)
+    nn.functional.cross_entropy(network(images[mine]), labels[mine]).backward()
+    block = model.features[1](model.features[0](images[mine]))
+    assert block.grad_fn is not None
+    return block.grad_fn.name(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def frozen_network() -> MobileNetV2:
+    """A network in train mode but for its batch norms and without dropout."""
+    model = small_network()
+    optim.set_mode(model, freeze_bn=True, head_only=False)
+    model.classifier[0].p = 0.0
+    return model
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Eight images with labels, the same ones in every process."""
+    torch.manual_seed(1)
+    return torch.randn(8, 3, SEEN.crop, SEEN.crop), torch.arange(8) % 3
 
 
 def refusal(group: Group, **options: Any) -> tuple[str, str]:
@@ -172,6 +199,7 @@ def main(root: Path) -> None:
         whole = fit(folder, model=small_network("eager"), out=root / "whole", **options)
         found["losses"] = [sum(group.gather(sums.loss / sums.photos)) / group.world for sums, _ in trace]
         found["torchvision"] = over_torchvision(folder, group)
+        found["ours"] = over_ours(group)
         found["history"] = whole.history
         found["equal"] = all(
             torch.equal(value, other)

@@ -432,6 +432,13 @@ def test_export_to_onnx_is_checked_and_atomic(
         torch.testing.assert_close(torch.from_numpy(logits), model.eval()(x), atol=1e-4, rtol=1e-4)
     assert "batch" in str(session.get_inputs()[0].shape[0])
 
+    seen = json.dumps(weights.Preprocessing(resize=48, crop=40).to_dict())
+    save_file(model.state_dict(), path, {"preprocessing": seen})
+    assert cli.main(["export", "--weights", str(path), str(target)]) == 0
+    capsys.readouterr()
+    session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[2:] == [40, 40]  # that of the photos it was trained on
+
     before = target.read_bytes()
     monkeypatch.setattr(export, "_AGREEMENT", -1.0)
     assert "no file is written" in fails(capsys, "export", "--weights", path, "--size", "64", target)

@@ -125,7 +125,7 @@ def test_only_what_training_left_out(weights: str, folder: Path, capsys: pytest.
     args = ["--model", weights, "--data", folder, "--val-share", 0.5, "--json"]
     tops = {}
     for seed in range(8):
-        found = json.loads(run(capsys, *args, "--seed", seed)[1])
+        found = json.loads(run(capsys, *args, "--split-seed", seed)[1])
         assert found["photos"] == 5
         left_out = {photo.path for photo in photos.find(folder, 0.5, seed).val}
         tops[seed] = (found["top1"], folder / "black" / "4.png" in left_out)

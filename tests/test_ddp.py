@@ -69,6 +69,18 @@ def test_gradients_are_those_of_one_process(
         assert (mine - theirs).abs().max() <= 1e-5 * mine.abs().max()
 
 
+@pytest.mark.usefixtures("native")
+def test_our_model_trains_under_torchs_ddp(found: dict[str, Any]) -> None:
+    made_by, theirs = found["ours"]
+    assert "ChainTraining" in made_by
+    model = ddp.frozen_network()
+    images, labels = ddp.batch()
+    torch.nn.functional.cross_entropy(model(images), labels).backward()
+    for mine, other in zip(model.parameters(), theirs, strict=True):
+        assert mine.grad is not None
+        assert (mine.grad - other).abs().max() <= 1e-5 * mine.grad.abs().max()
+
+
 def test_losses_are_those_of_torchvision_under_ddp(found: dict[str, Any]) -> None:
     assert len(found["losses"]) == len(found["torchvision"]) == 6
     assert found["losses"] == pytest.approx(found["torchvision"], rel=1e-4)

@@ -136,7 +136,7 @@ def test_damaged_photos_are_named_once_and_counted(model: MobileNetV2, tmp_path:
             path.write_bytes(b"")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(UserError, match="no photo of class 'black'"):
+        with pytest.raises(UserError, match="none of the photos can be used"):
             evaluate(model, folder, workers=0)
 
 

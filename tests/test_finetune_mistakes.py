@@ -17,7 +17,8 @@ from helpers import colour_photos, one_thread  # noqa: F401 (a fixture)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mnv2_fast import MobileNetV2, UserError, cli, fit, machine, training
+from mnv2_fast import MobileNetV2, UserError, cli, fit, machine, settle, training
+from mnv2_fast.recipe import Recipe
 from mnv2_fast.runs import ARGS, LAST, Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,6 +198,11 @@ def test_a_batch_is_refused_by_what_its_step_keeps(
     assert "lower batch_size" in _refused(folder, model=model, **options)
     with pytest.raises(BeganError):  # nothing of it is kept where the last layer trains alone
         fit(folder, model=model, **{**QUICK, **options, "freeze_epochs": 1})
+    settled = Recipe(**options).with_rates(24)
+    with pytest.raises(UserError, match="GB in each of 2 processes, "):
+        settle.check_batch(model, settled, 224, 2)
+    model.features[:-1].requires_grad_(False)
+    settle.check_batch(model, settled, 224, 2)  # nor of what nobody trains
 
 
 class _CutError(Exception):

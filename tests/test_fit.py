@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib
 import json
 import math
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from mnv2_fast import MobileNetV2, Predictor, UserError, fit, lenet, machine, photos
 from mnv2_fast.lenet import LeNet5
 from mnv2_fast.recipe import Recipe
-from mnv2_fast.train import FitResult, usual_train_size
+from mnv2_fast.settle import usual_train_size
+from mnv2_fast.train import FitResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -452,11 +454,20 @@ def test_a_full_disk_leaves_the_checkpoint_before(folder: Path, tmp_path: Path, 
     assert len(rows) == 1
     assert "cannot save" in message
     assert "the one before is untouched" in message
-    assert "make room" in message
+    assert message.endswith("make room or check permissions, then go on with --resume")
     # The results, of a few bytes, could still be written.
     assert {file.name for file in out.iterdir()} == set(kept)
     for name in ("last.pt", "best.safetensors"):
         assert (out / name).read_bytes() == kept[name]
+
+
+def test_a_full_disk_at_the_beginning(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = _refused(folder, out=tmp_path / "run")
+    assert message.endswith("(No space left on device): make room or check permissions, then start it again")
 
 
 def test_tensorboard(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

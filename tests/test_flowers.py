@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import tarfile
@@ -12,7 +13,7 @@ import pytest
 import torch
 from helpers import colour_photos
 
-from mnv2_fast import UserError, cli, env, flowers
+from mnv2_fast import UserError, cli, costs, env, flowers
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,20 @@ def test_no_network_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.
     assert "put flower_photos.tgz in a folder and set MNV2_DATA to it" in message
 
 
+def test_no_room_to_unpack_is_no_fault_of_the_archive(
+    publish: Callable[..., None], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish()
+
+    def full(*args: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extractall", full)
+        assert _refused(data).endswith(f"to unpack {data / 'flower_photos.tgz'}: make some")
+    assert len(list(flowers.fetch().glob("*/*.png"))) == 4
+
+
 @pytest.mark.parametrize("name", ["../escaped", "flower_photos/../../escaped"])
 def test_an_archive_writes_nowhere_else(
     publish: Callable[..., None], data: Path, tmp_path: Path, name: str
@@ -108,6 +123,20 @@ def test_the_command_takes_its_name(
     assert cli.main(["finetune", "--data", "flowers", "--out", "run", *words.split()]) == 0
     assert torch.get_num_threads() == threads
     assert str(data / "flower_photos") in (tmp_path / "run" / "args.yaml").read_text(encoding="utf-8")
+
+
+def test_a_comparison_takes_their_name_and_puts_its_report_elsewhere(
+    publish: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(costs, "_compiled", lambda network, x: network)  # half a minute
+    publish()
+    words = "--seeds 1 --epochs 1 --batch-size 2 --workers 0 --only lenet --out runs --report report"
+    assert cli.main(["compare", "--data", "flowers", *words.split()]) == 0
+    assert "daisy, tulips" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "report" / "curves.png").exists()
+    assert not list((tmp_path / "runs").glob("*.png"))
+    assert (tmp_path / "runs" / "settings.json").exists()
 
 
 def test_the_checksum_is_whole() -> None:

@@ -64,7 +64,7 @@ def test_the_model_is_made_once_with_its_card(made: list[str], tmp_path: Path) -
     card = (tmp_path / "out" / "flowers-int8.md").read_text(encoding="utf-8")
     for said in (
         "MobileNetV2 1.0, 32x32",
-        "36 photos of `tf_flowers`",
+        "36 of the 3,670 photos of `tf_flowers`",
         "-out run --epochs 1 --batch-size 8 --freeze-bn --amp none --image-size 32 --train-size 32 "
         "--augment none\n",
         "augment none,",

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("blocks", "demo", "info"),
     ("report", "terminal"),
     ("train", "predict", "export", "quantize"),
+    ("settle",),
     ("trainer",),
     ("evaluation",),
     ("engine",),

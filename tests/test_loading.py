@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mnv2_fast import UserError, data, imagecache, loading, photos
-from mnv2_fast.loading import Batch, EpochSampler, Loader, PhotoDataset
+from mnv2_fast.loading import Batch, EpochSampler, Loader, PhotoDataset, worker_errors
 from mnv2_fast.photos import LabelledFolder
 from mnv2_fast.weights import Preprocessing
 
@@ -43,7 +44,9 @@ def _dataset(folder: LabelledFolder, seed: int = 0, cache: bool = False) -> Phot
         assert opened is not None
     names = ("crop", "flip", "rotation", "colour", "erasing")
     transform = loading.augmentation(SMALL, names)
-    return PhotoDataset(folder.train, folder.classes, SMALL, transform, seed=seed, cache=opened)
+    return PhotoDataset(
+        folder.train, folder.classes, SMALL, transform, seed=seed, cache=opened, every_class=True
+    )
 
 
 def _epochs(loader: Loader, epochs: Sequence[int] = (0, 1), start: int = 0) -> list[Batch]:
@@ -272,6 +275,25 @@ def test_a_class_without_a_usable_photo_is_an_error(
     with pytest.raises(UserError, match=r"no photo of class 'b b' in .* can be used") as caught:
         _epochs(Loader(_dataset(folder, cache=cache), EpochSampler(12, 2), workers=workers))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:photo skipped")
+def test_validation_goes_on_without_a_whole_class(folder: LabelledFolder) -> None:
+    for photo in folder.val[2:4]:
+        photo.path.write_bytes(b"")
+    _, val = loading.make_loaders(folder, SMALL, 4, workers=0)
+    assert torch.cat([batch.labels for batch in val.epoch()]).tolist() == [0, 0, 2, 2]
+    assert len(val.dataset.skipped) == 2
+
+
+def test_a_worker_that_has_ended_is_one_line(folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading._Batches, "_fetch", lambda self, keys: os._exit(9))
+    _, val = loading.make_loaders(folder, SMALL, 4, workers=1)
+    with pytest.raises(UserError, match="a process that makes batches has ended") as caught, worker_errors():
+        list(val.epoch())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="another mistake"), worker_errors():
+        raise RuntimeError("another mistake")
 
 
 def test_loaders_of_a_folder(folder: LabelledFolder, tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import colour_photos, one_thread  # noqa: F401 (a fixture)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mnv2_fast import MobileNetV2, UserError, fit, trainer
+from mnv2_fast import MobileNetV2, UserError, fit, photos, trainer
 from mnv2_fast.errors import Interrupted
 from mnv2_fast.train import FitResult
 from mnv2_fast.weights import Preprocessing
@@ -235,6 +236,23 @@ def test_a_finished_run_is_there_again(folder: Path, whole: FitResult) -> None:
     _same(dict(again.model.state_dict()), dict(whole.model.state_dict()))
 
 
+@pytest.mark.filterwarnings("ignore:photo skipped")
+def test_photos_that_could_not_be_used_stay_counted(
+    folder: Path, tmp_path: Path, end_at: Callable[..., None]
+) -> None:
+    """One of the first epoch's first half, whose warning is not said again."""
+    data = shutil.copytree(folder, tmp_path / "photos")
+    options = {**OPTIONS, "epochs": 1, "freeze_epochs": 0}
+    order = np.random.default_rng([0, 0]).permutation(24)
+    photos.find(data).train[order[0]].path.write_bytes(b"")
+    whole = fit(data, model=_network(), out=tmp_path / "whole", **options)
+    end_at(8, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        fit(data, model=_network(), out=tmp_path / "run", **options)
+    again = fit(data, model=_network(), out=tmp_path / "run", resume=True, progress=False)
+    assert [row["skipped"] for row in again.history] == [row["skipped"] for row in whole.history] == [1]
+
+
 @pytest.fixture
 def copy(whole: FitResult, tmp_path: Path) -> Iterator[Path]:
     """A copy of the run, which has to stay as it is."""
@@ -283,7 +301,9 @@ def test_nothing_to_resume(folder: Path, whole: FitResult, tmp_path: Path) -> No
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:999])
     assert "last.pt is damaged" in _refused(folder, out)
     torch.save({"a": 1}, out / "last.pt")
-    assert "last.pt is damaged or not of a run (no training is in it)" in _refused(folder, out)
+    assert "last.pt is damaged or not of a run (no training of this version is in it)" in _refused(
+        folder, out
+    )
     (out / "last.pt").unlink()
     message = _refused(folder, out)
     assert "has no last.pt" in message

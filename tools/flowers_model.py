@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import shlex
 import shutil
 import sys
@@ -39,7 +38,6 @@ from mnv2_fast.recipe import DEFAULT_WEIGHTS, OPTIONS, Recipe
 from mnv2_fast.runs import FINAL, LAST, Run
 
 (BOX,) = weights.BOXED
-FETCHED = "flowers"  # as `mnv2 finetune --data` has it
 _LEARNT_BY = [option.name for option in OPTIONS if not option.free]
 CARD = """\
 # {name}: five kinds of flowers, int8
@@ -74,14 +72,15 @@ gets one of the five names, often with a high score. It is no guide to plants, a
 
 ## Photos
 
-{photos} photos of `tf_flowers`, the flower photos of TensorFlow's tutorials, which are from Flickr:
-{train} to train on, {val} to validate. Digest of their names, classes and sides:
+{photos} of the 3,670 photos of `tf_flowers`, the flower photos of TensorFlow's tutorials, which are from
+Flickr: {train} to train on, {val} to validate. Digest of their names, classes and sides:
 `{digest}`.
 Each photo is CC BY 2.0 by its author; the archive's `LICENSE.txt` names them all. No photo is in the file.
 
 ## Recipe
 
-`make flowers-model` makes model and card again. The commands:
+`make flowers-model DATA=photos` makes model and card again, of the photos in a folder or, without `DATA`, of
+all 3,670. The commands:
 
 ```sh
 {commands}
@@ -107,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tools/flowers_model.py", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--data", default=FETCHED, metavar="DIR", help="photos; flowers: fetch them")
+    parser.add_argument("--data", default=flowers.WORD, metavar="DIR", help="photos; flowers: fetch them")
     parser.add_argument(
         "--run", type=Path, default=Path("runs/flowers"), metavar="DIR", help="of the training"
     )
@@ -130,7 +129,7 @@ def make(options: argparse.Namespace, more: Sequence[str]) -> int:
         UserError: photos or run cannot be used, or int8 is too far from its float network.
     """
     run, data = Run(options.run), options.data
-    if data == FETCHED and not os.path.isdir(data):
+    if flowers.meant(data):
         data = flowers.fetch()
     if (run.folder / FINAL).exists():
         if more:

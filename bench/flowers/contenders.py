@@ -90,7 +90,7 @@ def main(words: Sequence[str]) -> int:
     """Fine-tune torchvision's model as `mnv2 finetune` would ours."""
     from mnv2_fast import fit, photos
     from mnv2_fast.recipe import Recipe
-    from mnv2_fast.train import usual_train_size
+    from mnv2_fast.settle import usual_train_size
     from mnv2_fast.weights import Preprocessing
 
     from ..workers import isa

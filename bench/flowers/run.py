@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnv2_fast import UserError, env, files, photos, weights
+from mnv2_fast import UserError, env, files, flowers, photos, weights
 from mnv2_fast.recipe import Recipe
 from mnv2_fast.runs import RESULTS, Run, top1_of
 
@@ -73,7 +73,7 @@ def train(contender: Contender, seed: int, options: argparse.Namespace, folder: 
     """One run, in a folder that is gone afterwards: columns of its row."""
     with tempfile.TemporaryDirectory(dir=folder) as beside:
         run = Run(f"{beside}/run")
-        words = ["--data", str(options.data.resolve()), "--weights", WEIGHTS, "--out", str(run.folder)]
+        words = ["--data", os.path.abspath(options.data), "--weights", WEIGHTS, "--out", str(run.folder)]
         words += [*options.more, "--seed", str(seed)]
         seconds = finetune(contender, words, limits.cores(options.threads), beside)
         with (run.folder / RESULTS).open(newline="", encoding="utf-8") as file:
@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.flowers", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled photos")
+    parser.add_argument("--data", required=True, metavar="DIR", help="photos; flowers: fetch them")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each (%(default)s)")
     parser.add_argument("--threads", type=int, default=THREADS, help="and cores of each (%(default)s)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where done runs are kept, to go on from")
@@ -172,6 +172,8 @@ def measure(options: argparse.Namespace, shared: dict[str, str]) -> Iterator[res
         UserError: there are no such photos, no weights, or as `runs`.
     """
     recipe = Recipe.of(options.given)
+    if flowers.meant(options.data):
+        options.data = flowers.fetch()
     folder = photos.find(options.data, recipe.val_share, recipe.split_seed)
     asked = {
         "photos": folder.digest(),
