@@ -53,7 +53,7 @@ bench-flowers: $(VENV)/.bench
 	$(PY) -m bench.flowers --data $(DATA)
 	$(PY) -m bench.plot --readme
 
-# Some hours. One that was cut off goes on.
+# More than an hour. One that was cut off goes on.
 flowers-report: $(VENV)/.dev
 	$(PY) -m mnv2_fast compare --data $(DATA) --epochs 16 --out runs/comparison --report docs/comparison
 

@@ -32,14 +32,9 @@ class Contender:
     env: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
-    def ours(self) -> bool:
-        """Whether it is this project's."""
-        return self.name == OURS
-
-    @property
     def key(self) -> str:
         """Of its files."""
-        return "ours" if self.ours else f"torch-{self.amp}"
+        return "ours" if self.name == OURS else f"torch-{self.amp}"
 
     def command(self, words: Sequence[str]) -> list[str]:
         """Its process's command line."""
