@@ -60,14 +60,6 @@ int channel(const KernelTable &table, int cout, int begin, int i) {
     return begin + i - (has_half(table, cout - begin) && i >= table.lanes + half ? half : 0);
 }
 
-void pack_bias(const KernelTable &table, const float *bias, int cout, float *out) {
-    for (int n = 0; n < cout; n += table.panel)
-        for (int i = 0; i < table.panel; ++i) {
-            const int c = channel(table, cout, n, i);
-            *out++ = c < cout ? bias[c] : 0.0f;
-        }
-}
-
 Packed pack_inputs(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, int piece,
                    std::byte *memory) {
     float *const packed_bias = reinterpret_cast<float *>(memory);
@@ -105,6 +97,14 @@ Packed pack_pairs(const KernelTable &table, const float *weight, const float *bi
 }
 
 } // namespace
+
+void pack_bias(const KernelTable &table, const float *bias, int cout, float *out) {
+    for (int n = 0; n < cout; n += table.panel)
+        for (int i = 0; i < table.panel; ++i) {
+            const int c = channel(table, cout, n, i);
+            *out++ = c < cout ? bias[c] : 0.0f;
+        }
+}
 
 bf16 *pack_pairs(const KernelTable &table, const MatrixOf<bf16> &m, int cout, int depth, int from, int to, bf16 *out) {
     const auto at = [&](int c, int k) { return m.weight[c * m.channel + k * m.input]; };

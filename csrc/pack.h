@@ -59,6 +59,9 @@ using Matrix = MatrixOf<float>;
 float *pack_panels(const KernelTable &table, const Matrix &m, int cout, int begin, int end, int from, int to,
                    float *out);
 
+// A bias as pack_gemm pads it to the panels.
+void pack_bias(const KernelTable &table, const float *bias, int cout, float *out);
+
 // All inputs of the panels of channels [from, to), in pairs as pack_gemm lays them out.
 bf16 *pack_pairs(const KernelTable &table, const MatrixOf<bf16> &m, int cout, int depth, int from, int to, bf16 *out);
 

@@ -29,6 +29,15 @@ template <class T> struct TrainExpand {
     const T *x;
     const T *weight; // torch's
     int cin;
+    const double *moments; // of x, as train_moments gives them; null: nobody takes the batch's, and zeros do
+};
+
+// The gradients of an expansion as far as they are known before its norm's sums are, see train_expand_finish. g' is the
+// gradient of its normalized output, masked as ReLU6 says. dx is not rounded yet: its mean, which the rest takes away,
+// may be large, and rounding would go one way everywhere.
+struct TrainExpandGradient {
+    float *dx; // [N, H, W, cin], scale * g' through the weight; or null
+    float *dw; // [C][cin], g' * (x - mean) over all pixels; or null
 };
 
 // z = conv(act(x)). The weight is torch's, of T in 1x1 layers and of float in others. A stem's x is float.
@@ -58,7 +67,24 @@ template <class T> struct TrainBackward {
     T *dx;             // the gradient of x's normalized value, before its ReLU6; or null; not of a stem
     double *sums;      // [2][cin]: of dx, and of dx * (x - in.mean), where x is normalized; or null
     float *dw;         // or null
-    const TrainExpand<T> *expand = nullptr; // makes x; of a depthwise layer
+    const TrainExpand<T> *expand = nullptr;        // makes x; of a depthwise layer
+    const TrainExpandGradient *expanded = nullptr; // of it; or null
+};
+
+// The rest of an expansion's gradients. Its raw output's is of_g * g' + of_z * z + constant, and z = weight * x, so
+// that nothing but the first term needs a pixel of z: what the others add to dw follows from the moments of x, and what
+// they add to dx is a 1x1 convolution of x from `cin` channels to as many. of_g is the norm's scale.
+template <class T> struct TrainExpandFinish {
+    TrainExpand<T> expand;
+    std::ptrdiff_t pixels;
+    int channels;
+    const double *sums; // [channels]: of g'
+    const float *scale;
+    const float *of_z;
+    const float *constant;
+    const T *residual;         // is added to dx; or null
+    TrainExpandGradient begun; // its dw is made the weight's gradient; its dx, which is written to, has no use then
+    T *dx;                     // or null; may be that of `begun`
 };
 
 // y = act(z) + residual
@@ -109,10 +135,14 @@ void train_norm_gradient(const TrainNormGradient &n);
 
 template <class T> void train_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads);
 template <class T> void train_backward(const KernelTable &kernels, const TrainBackward<T> &b, int threads);
-// `b` is the expansion of the depthwise layer `after`, which makes its g and z: those of b are null.
+// moments [1 + channels][channels]: the mean of x [pixels][channels], and sums of products of two channels less theirs.
 template <class T>
-void train_expand_backward(const KernelTable &kernels, const TrainBackward<T> &b, const TrainBackward<T> &after,
-                           int threads);
+void train_moments(const KernelTable &kernels, const T *x, std::ptrdiff_t pixels, int channels, double *moments,
+                   int threads);
+// sums [2][channels] as TrainForward has them, of an expansion over so many pixels.
+template <class T>
+void train_expand_sums(const TrainExpand<T> &expand, std::ptrdiff_t pixels, int channels, double *sums);
+template <class T> void train_expand_finish(const KernelTable &kernels, const TrainExpandFinish<T> &f, int threads);
 template <class T> void train_activate(const KernelTable &kernels, const TrainActivate<T> &a, int threads);
 template <class T> void train_sums(const KernelTable &kernels, const TrainSums<T> &s, int threads);
 

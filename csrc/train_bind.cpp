@@ -32,13 +32,21 @@ TrainShape shape_of(TrainKind kind, const std::array<int, 6> &size, const std::a
             size[3], size[4], size[5], {strides[0], strides[1], strides[2], strides[3]}};
 }
 
-// (x, weight, inputs) of the expansion that makes a depthwise layer's input, or nothing.
-using Expansion = std::optional<std::tuple<Address, Address, int>>;
+// (x, weight, inputs, moments) of the expansion that makes a depthwise layer's input, or nothing.
+using Expansion = std::optional<std::tuple<Address, Address, int, Address>>;
+// (dx, dw) of its gradients that are begun, or nothing.
+using Expanded = std::optional<std::tuple<Address, Address>>;
+
+std::optional<TrainExpandGradient> expanded_of(const Expanded &e) {
+    if (!e)
+        return std::nullopt;
+    return TrainExpandGradient{at<float>(std::get<0>(*e)), at<float>(std::get<1>(*e))};
+}
 
 template <class T> std::optional<TrainExpand<T>> expand_of(const Expansion &e) {
     if (!e)
         return std::nullopt;
-    return TrainExpand<T>{at<T>(std::get<0>(*e)), at<T>(std::get<1>(*e)), std::get<2>(*e)};
+    return TrainExpand<T>{at<T>(std::get<0>(*e)), at<T>(std::get<1>(*e)), std::get<2>(*e), at<double>(std::get<3>(*e))};
 }
 
 template <class T>
@@ -61,10 +69,12 @@ void forward(TrainKind kind, const std::array<int, 6> &size, const std::array<st
 template <class T> struct Backward {
     TrainBackward<T> args;
     std::optional<TrainExpand<T>> expand;
+    std::optional<TrainExpandGradient> expanded;
 
     TrainBackward<T> get() const {
         TrainBackward<T> b = args;
         b.expand = expand ? &*expand : nullptr;
+        b.expanded = expanded ? &*expanded : nullptr;
         return b;
     }
 };
@@ -73,7 +83,7 @@ template <class T>
 Backward<T> make_backward(TrainKind kind, const std::array<int, 6> &size, const std::array<std::ptrdiff_t, 4> &strides,
                           Address x, Address norm, bool relu6, Address weight, Address z, Address g, Address out_norm,
                           bool mask, Address coefficients, Address residual, Address dx, Address sums, Address dw,
-                          const Expansion &expansion) {
+                          const Expansion &expansion, const Expanded &expanded) {
     const int cout = size[4];
     const float *const rows = at<float>(coefficients);
     const TrainBackward<T> b{shape_of(kind, size, strides),
@@ -90,7 +100,25 @@ Backward<T> make_backward(TrainKind kind, const std::array<int, 6> &size, const 
                              at<T>(dx),
                              at<double>(sums),
                              at<float>(dw)};
-    return {b, expand_of<T>(expansion)};
+    return {b, expand_of<T>(expansion), expanded_of(expanded)};
+}
+
+template <class T>
+void expand_finish(const Expansion &expansion, std::ptrdiff_t pixels, int channels, Address sums, Address norm,
+                   Address coefficients, Address residual, const Expanded &begun, Address dx, int threads) {
+    const float *const rows = at<float>(coefficients);
+    const TrainExpandFinish<T> f{*expand_of<T>(expansion),
+                                 pixels,
+                                 channels,
+                                 at<double>(sums),
+                                 norm_of(norm, true, channels).scale,
+                                 rows + channels,
+                                 rows + 2 * static_cast<std::ptrdiff_t>(channels),
+                                 at<T>(residual),
+                                 expanded_of(begun).value(),
+                                 at<T>(dx)};
+    const py::gil_scoped_release release;
+    train_expand_finish(kernels(), f, threads);
 }
 
 template <class T>
@@ -117,7 +145,7 @@ template <class T> void bind_of(py::module_ m) {
         .def(py::init(&make_backward<T>), py::arg("kind"), py::arg("size"), py::arg("strides"), py::arg("x"),
              py::arg("norm"), py::arg("relu6"), py::arg("weight"), py::arg("z"), py::arg("g"), py::arg("out_norm"),
              py::arg("mask"), py::arg("coefficients"), py::arg("residual"), py::arg("dx"), py::arg("sums"),
-             py::arg("dw"), py::arg("expansion"));
+             py::arg("dw"), py::arg("expansion"), py::arg("expanded"));
     m.def(
         "backward",
         [](const Backward<T> &b, int threads) {
@@ -126,12 +154,21 @@ template <class T> void bind_of(py::module_ m) {
         },
         py::arg("backward"), py::arg("threads"));
     m.def(
-        "expand_backward",
-        [](const Backward<T> &b, const Backward<T> &after, int threads) {
+        "moments",
+        [](Address x, std::ptrdiff_t pixels, int channels, Address moments, int threads) {
             const py::gil_scoped_release release;
-            train_expand_backward(kernels(), b.get(), after.get(), threads);
+            train_moments(kernels(), at<const T>(x), pixels, channels, at<double>(moments), threads);
         },
-        py::arg("backward"), py::arg("after"), py::arg("threads"));
+        py::arg("x"), py::arg("pixels"), py::arg("channels"), py::arg("moments"), py::arg("threads"));
+    m.def(
+        "expand_sums",
+        [](const Expansion &expansion, std::ptrdiff_t pixels, int channels, Address sums) {
+            train_expand_sums(*expand_of<T>(expansion), pixels, channels, at<double>(sums));
+        },
+        py::arg("expansion"), py::arg("pixels"), py::arg("channels"), py::arg("sums"));
+    m.def("expand_finish", &expand_finish<T>, py::arg("expansion"), py::arg("pixels"), py::arg("channels"),
+          py::arg("sums"), py::arg("norm"), py::arg("coefficients"), py::arg("residual"), py::arg("begun"),
+          py::arg("dx"), py::arg("threads"));
     m.def("activate", &activate<T>, py::arg("z"), py::arg("norm"), py::arg("relu6"), py::arg("residual"), py::arg("y"),
           py::arg("pixels"), py::arg("channels"), py::arg("threads"));
     m.def("sums", &sums<T>, py::arg("g"), py::arg("z"), py::arg("norm"), py::arg("relu6"), py::arg("out"),

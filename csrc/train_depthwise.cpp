@@ -1,4 +1,5 @@
 // Depthwise convolutions of a training step.
+#include "train_expand.h"
 #include "train_rows.h"
 
 namespace mnv2 {
@@ -30,31 +31,41 @@ template <class T> struct BackwardMemory {
     BackwardMemory(Carver &carver, const KernelTable &kernels, const TrainBackward<T> &b)
         : input(carver, kernels, b.shape, b.x, b.in, b.expand), gradient(carver, kernels, b),
           dx(carver.take<float>(band_floats(b.shape))), image(carver.take<float>(block_floats(kernels, b.shape.cin))),
-          dw(carver.take<double>(block_floats(kernels, b.shape.cin))), sums(carver, b.shape.cin) {}
+          dw(carver.take<double>(block_floats(kernels, b.shape.cin))), sums(carver, b.shape.cin),
+          expansion(carver, kernels, b, 2 * b.shape.w) {}
     InputRows<T> input;
     GradientRows<T> gradient;
     float *dx;    // rows of the input's gradient before they are masked, rounded and streamed, or that nobody keeps
     float *image; // the weights' gradient of the image at hand
     double *dw;   // of those before
     ChannelSums sums;
+    ExpandGradient<T> expansion;
+};
+
+template <class T> struct SharedMemory {
+    SharedMemory(Carver &carver, const KernelTable &kernels, const TrainBackward<T> &b)
+        : depthwise(carver, kernels, b.shape.cin, b.expand), expansion(carver, kernels, b) {}
+    PackedDepthwise<T> depthwise;
+    ExpandWeights<T> expansion;
 };
 
 // One member's rows of the backward pass.
 template <class T> class BackwardRows {
   public:
-    BackwardRows(const KernelTable &kernels, const TrainBackward<T> &b, const PackedDepthwise<T> &shared,
+    BackwardRows(const KernelTable &kernels, const TrainBackward<T> &b, const SharedMemory<T> &shared,
                  BackwardMemory<T> &memory)
         : kernels_(kernels), b_(b), s_(b.shape), shared_(shared), memory_(memory), taps_(block_floats(kernels, s_.cin)),
           stream_(streams(kernels, b)) {}
 
     void run(const Team &team) {
         memory_.sums.clear();
+        memory_.expansion.clear();
         std::fill_n(memory_.image, taps_, 0.0f);
         std::fill_n(memory_.dw, taps_, 0.0);
         each_band(
             team, s_, [this](long image) { new_image(image); },
             [this](long, int row, int rows) {
-                const bool for_x = b_.dx || b_.sums;
+                const bool for_x = b_.dx || b_.sums || b_.expanded;
                 if (for_x && s_.stride == 1)
                     memory_.gradient.dz(row - 1); // a ring makes its rows from top to bottom
                 if (b_.dw)
@@ -64,13 +75,15 @@ template <class T> class BackwardRows {
                     input_rows(row, rows);
             });
         end_image();
+        memory_.expansion.close();
     }
 
   private:
     void new_image(long image) {
-        memory_.input.new_image(image, &shared_.expansion);
-        memory_.gradient.new_image(image, shared_.taps.blocks());
+        memory_.input.new_image(image, &shared_.depthwise.expansion);
+        memory_.gradient.new_image(image, shared_.depthwise.taps.blocks());
         end_image();
+        image_ = image;
     }
 
     void end_image() {
@@ -102,10 +115,13 @@ template <class T> class BackwardRows {
             const std::ptrdiff_t at = i * memory_.input.row();
             const bool writes = to && (b_.in.relu6 || std::is_same_v<T, bf16>);
             if (b_.expand)
-                sums<float>(dx + at, memory_.input.expanded.at(first + i), nullptr);
+                sums<float>(dx + at, memory_.input.expanded.at(first + i), b_.expanded ? dx + at : nullptr);
             else
                 sums<T>(dx + at, memory_.input.raw(first + i), writes ? to + at : nullptr);
         }
+        if (b_.expanded)
+            memory_.expansion.add(dx, (image_ * s_.h + first) * s_.w, static_cast<std::ptrdiff_t>(count) * s_.w,
+                                  shared_.expansion);
     }
 
     template <class Z> void sums(const float *dx, const Z *x, Z *masked) {
@@ -122,10 +138,11 @@ template <class T> class BackwardRows {
     const KernelTable &kernels_;
     const TrainBackward<T> &b_;
     const TrainShape &s_;
-    const PackedDepthwise<T> &shared_;
+    const SharedMemory<T> &shared_;
     BackwardMemory<T> &memory_;
     std::size_t taps_;
     bool stream_;
+    long image_ = 0;
 };
 
 } // namespace
@@ -161,15 +178,20 @@ template <class T> void train_depthwise_forward(const KernelTable &kernels, cons
 
 template <class T> void train_depthwise_backward(const KernelTable &kernels, const TrainBackward<T> &b, int threads) {
     const TrainShape &s = b.shape;
-    const auto make_shared = [&](Carver &carver) { return PackedDepthwise<T>(carver, kernels, s.cin, b.expand); };
+    const auto make_shared = [&](Carver &carver) { return SharedMemory<T>(carver, kernels, b); };
     const auto make_own = [&](Carver &carver) { return BackwardMemory<T>(carver, kernels, b); };
     const TeamMemory of(threads, make_shared, make_own);
-    PackedDepthwise<T> shared = of.shared();
-    shared.taps.pack(kernels, static_cast<const float *>(b.weight), s.cin, s.stride == 1);
+    SharedMemory<T> shared = of.shared();
+    shared.depthwise.taps.pack(kernels, static_cast<const float *>(b.weight), s.cin, s.stride == 1);
+    shared.expansion.scale();
     parallel(threads, [&](Team &team) {
-        shared.pack_expansion(team);
+        shared.depthwise.pack_expansion(team);
+        shared.expansion.pack(team);
         BackwardMemory<T> memory = of.own(team.rank());
         BackwardRows<T>(kernels, b, shared, memory).run(team);
+        if (b.expanded && b.expanded->dw)
+            add_weights(
+                team, [&](int t) { return of.own(t).expansion.gradient(); }, b.expand->cin, s.cin, b.expanded->dw);
         if (b.sums)
             add_parts<double>(team, [&](int t) { return of.own(t).sums.total(); }, 2 * s.cin, b.sums);
         if (!b.dw)

@@ -1,65 +1,223 @@
-// The gradients of an expansion whose output nobody keeps: the depthwise layer after it makes rows of it, and of its
-// gradient, again.
-#include "train_chunks.h"
-#include "train_rows.h"
+// What becomes of an expansion whose output nobody keeps without any pixel of it: its sums, from the moments of its
+// input, and what these add to its gradients.
+#include "train_expand.h"
 
 namespace mnv2 {
 namespace {
 
-template <class T> struct SharedMemory {
-    SharedMemory(Carver &carver, const KernelTable &kernels, const TrainBackward<T> &b, const TrainBackward<T> &after)
-        : turned(carver, kernels, b.shape.cout, b.dx ? b.shape.cin : 0),
-          depthwise(carver, kernels, b.shape.cout, after.expand) {}
-    Product<T> turned; // the expansion's weights
-    PackedDepthwise<T> depthwise;
-};
+constexpr int kChunk = 224; // pixels
 
-template <class T> struct OwnMemory {
-    OwnMemory(Carver &carver, const KernelTable &kernels, const TrainBackward<T> &b, const TrainBackward<T> &after)
-        : chunks(carver, kernels, b, b.shape.w), expanded(carver, after.shape, after.expand),
-          gradient(carver, kernels, after), dx(carver.take<float>(band_floats(after.shape))) {}
-    BackwardChunks<T> chunks;
-    ExpandedRows<T> expanded;
-    GradientRows<T> gradient;
-    float *dx; // a band of the depthwise layer's input gradient
+// One member's moments of x less a number near its mean.
+template <class T> class Moments {
+  public:
+    Moments(Carver &carver, const KernelTable &kernels, int channels)
+        : kernels_(kernels), channels_(channels),
+          rows_(carver.take<float>(static_cast<std::size_t>(kChunk) * channels)), sums_(carver, channels),
+          center_(carver, channels), products_(carver, kernels, channels, channels, kChunk),
+          total_(carver.take<double>(static_cast<std::size_t>(channels) * channels)) {}
+
+    // The number: the mean of the first pixels, which every member finds.
+    void start(const T *x, std::ptrdiff_t pixels) {
+        const std::ptrdiff_t count = std::min<std::ptrdiff_t>(pixels, kChunk);
+        read(x, count, Norm());
+        sums_.clear();
+        add_sums(count);
+        double *const mean = total_; // which has room for it
+        for (int c = 0; c < channels_; ++c)
+            mean[c] = sums_.total()[c] / static_cast<double>(count);
+        center_.set(mean);
+        sums_.clear();
+        std::fill_n(total_, static_cast<std::ptrdiff_t>(channels_) * channels_, 0.0);
+    }
+
+    void add(const T *x, std::ptrdiff_t count) {
+        read(x, count, center_.norm());
+        add_sums(count);
+        products_.add(rows_, rows_, Norm(), count, true);
+        for (int row = 0; row < channels_; ++row)
+            for (int c = 0; c < channels_; ++c)
+                total_[static_cast<std::ptrdiff_t>(row) * channels_ + c] += products_.row(row)[c];
+    }
+
+    double center(int c) const { return center_.of(c); }
+    const double *sums() const { return sums_.total(); }
+    const double *products() const { return total_; }
+
+  private:
+    void read(const T *x, std::ptrdiff_t count, const Norm &norm) {
+        run(kernels_, Activate<T, float>{x, channels_, norm, nullptr, 0, rows_, channels_, count, channels_});
+    }
+    void add_sums(std::ptrdiff_t count) {
+        kernels_.train_moments({rows_, channels_, sums_.first, sums_.second, count, channels_});
+        sums_.add_moments(rows_, count);
+    }
+
+    const KernelTable &kernels_;
+    int channels_;
+    float *rows_;
+    ChannelSums sums_;
+    Center center_;
+    WeightGradient<float> products_; // of a chunk
+    double *total_;
 };
 
 } // namespace
 
 template <class T>
-void train_expand_backward(const KernelTable &kernels, const TrainBackward<T> &b, const TrainBackward<T> &after,
-                           int threads) {
+void train_moments(const KernelTable &kernels, const T *x, std::ptrdiff_t pixels, int channels, double *moments,
+                   int threads) {
     threads = usable_threads(threads);
-    const TrainShape &s = b.shape;
-    const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(s.w) * s.cout;
-    const auto make_shared = [&](Carver &carver) { return SharedMemory<T>(carver, kernels, b, after); };
-    const auto make_own = [&](Carver &carver) { return OwnMemory<T>(carver, kernels, b, after); };
-    const TeamMemory of(threads, make_shared, make_own);
-    SharedMemory<T> shared = of.shared();
-    shared.depthwise.taps.pack(kernels, static_cast<const float *>(after.weight), s.cout, after.shape.stride == 1);
+    const auto none = [](Carver &) { return nullptr; };
+    const auto make = [&](Carver &carver) { return Moments<T>(carver, kernels, channels); };
+    const TeamMemory of(threads, none, make);
+    double *const mean = moments, *const products = moments + channels;
     parallel(threads, [&](Team &team) {
-        if (b.dx)
-            shared.turned.pack(team, {static_cast<const T *>(b.weight), 1, s.cin});
-        shared.depthwise.pack_expansion(team);
-        OwnMemory<T> memory = of.own(team.rank());
-        memory.chunks.clear();
-        const auto new_image = [&](long image) {
-            memory.expanded.new_image(image, &shared.depthwise.expansion);
-            memory.gradient.new_image(image, shared.depthwise.taps.blocks());
-        };
-        each_band(team, after.shape, new_image, [&](long image, int at, int rows) {
-            const int first = memory.gradient.first(at), count = memory.gradient.count(at, rows);
-            memory.gradient.input(at, rows, memory.dx);
-            for (int i = 0; i < count; ++i)
-                memory.chunks.run((image * s.h + first + i) * s.w, s.w, memory.dx + i * row,
-                                  memory.expanded.at(first + i), shared.turned);
-        });
-        add_gradients(team, b, memory.chunks, [&](int t) { return of.own(t).chunks; });
+        Moments<T> own = of.own(team.rank());
+        own.start(x, pixels);
+        long begin, end;
+        team.share(static_cast<long>(pixels), 1, begin, end);
+        for (std::ptrdiff_t at = begin; at < end; at += kChunk)
+            own.add(x + at * channels, std::min<std::ptrdiff_t>(kChunk, end - at));
+        add_parts<double>(team, [&](int t) { return of.own(t).sums(); }, channels, mean);
+        add_parts<double>(
+            team, [&](int t) { return of.own(t).products(); }, static_cast<std::ptrdiff_t>(channels) * channels,
+            products);
+    });
+    const double count = static_cast<double>(pixels);
+    for (int row = 0; row < channels; ++row)
+        for (int c = 0; c < channels; ++c)
+            products[static_cast<std::ptrdiff_t>(row) * channels + c] -= mean[row] * mean[c] / count;
+    const Moments<T> any = of.own(0);
+    for (int c = 0; c < channels; ++c)
+        mean[c] = any.center(c) + mean[c] / count;
+}
+
+template <class T>
+void train_expand_sums(const TrainExpand<T> &expand, std::ptrdiff_t pixels, int channels, double *sums) {
+    const int cin = expand.cin;
+    const double *const mean = expand.moments, *const products = mean + cin;
+    const double count = static_cast<double>(pixels);
+    for (int c = 0; c < channels; ++c) {
+        const T *const weight = expand.weight + static_cast<std::ptrdiff_t>(c) * cin;
+        double at = 0, spread = 0;
+        for (int row = 0; row < cin; ++row) {
+            double through = 0;
+            for (int k = 0; k < cin; ++k)
+                through += products[static_cast<std::ptrdiff_t>(row) * cin + k] * to_float(weight[k]);
+            at += mean[row] * to_float(weight[row]);
+            spread += through * to_float(weight[row]);
+        }
+        sums[c] = count * at;
+        sums[channels + c] = spread + count * at * at;
+    }
+}
+
+namespace {
+
+// What the terms of z and the constant add to the weight's gradient, and g' scaled.
+template <class T> void finish_weight(const TrainExpandFinish<T> &f) {
+    const int cin = f.expand.cin;
+    const double *const mean = f.expand.moments, *const products = mean ? mean + cin : nullptr;
+    for (int c = 0; c < f.channels; ++c) {
+        const T *const weight = f.expand.weight + static_cast<std::ptrdiff_t>(c) * cin;
+        float *const dw = f.begun.dw + static_cast<std::ptrdiff_t>(c) * cin;
+        double at = 0; // the mean of z
+        for (int k = 0; mean && k < cin; ++k)
+            at += mean[k] * to_float(weight[k]);
+        const double all = f.scale[c] * f.sums[c] + static_cast<double>(f.pixels) * (f.of_z[c] * at + f.constant[c]);
+        for (int k = 0; k < cin; ++k) {
+            double sum = static_cast<double>(f.scale[c]) * dw[k];
+            if (mean) {
+                double through = 0;
+                for (int row = 0; row < cin; ++row)
+                    through += products[static_cast<std::ptrdiff_t>(row) * cin + k] * to_float(weight[row]);
+                sum += f.of_z[c] * through + all * mean[k];
+            }
+            dw[k] = static_cast<float>(sum);
+        }
+    }
+}
+
+template <class T> struct FinishMemory {
+    FinishMemory(Carver &carver, const KernelTable &kernels, int cin)
+        : matrix(carver.take<T>(static_cast<std::size_t>(cin) * cin)), sum(carver.take<float>(cin)),
+          bias(carver.take<float>(round_up(cin, kernels.panel))), product(carver, kernels, cin, cin) {}
+    T *matrix; // weight' of_z weight
+    float *sum, *bias;
+    Product<T> product;
+
+    // In float64. What rounding of the matrix and of the scaled weight takes from the mean of dx goes to the bias.
+    void make(const KernelTable &kernels, const TrainExpandFinish<T> &f) {
+        const int cin = f.expand.cin;
+        for (int row = 0; row < cin; ++row) {
+            double constant = 0;
+            for (int c = 0; c < f.channels; ++c) {
+                const float weight = to_float(f.expand.weight[static_cast<std::ptrdiff_t>(c) * cin + row]);
+                const double exact = static_cast<double>(weight) * f.scale[c];
+                constant += static_cast<double>(weight) * f.constant[c] +
+                            (exact - to_float(scaled(f.expand.weight[static_cast<std::ptrdiff_t>(c) * cin + row],
+                                                     f.scale[c]))) *
+                                f.sums[c] / static_cast<double>(f.pixels);
+            }
+            for (int k = 0; k < cin; ++k) {
+                double of_x = 0;
+                for (int c = 0; c < f.channels; ++c) {
+                    const T *const weight = f.expand.weight + static_cast<std::ptrdiff_t>(c) * cin;
+                    of_x += static_cast<double>(to_float(weight[row])) * f.of_z[c] * to_float(weight[k]);
+                }
+                T &to = matrix[static_cast<std::ptrdiff_t>(row) * cin + k];
+                round_to(to, of_x);
+                constant += (of_x - to_float(to)) * f.expand.moments[k];
+            }
+            sum[row] = static_cast<float>(constant);
+        }
+        pack_bias(kernels, sum, cin, bias);
+    }
+};
+
+template <class T> void finish_input(const KernelTable &kernels, const TrainExpandFinish<T> &f, int threads) {
+    const int cin = f.expand.cin;
+    const auto make_shared = [&](Carver &carver) { return FinishMemory<T>(carver, kernels, cin); };
+    const auto none = [](Carver &) { return nullptr; };
+    const TeamMemory of(threads, make_shared, none);
+    FinishMemory<T> memory = of.shared();
+    const bool moments = f.expand.moments;
+    if (moments)
+        memory.make(kernels, f);
+    parallel(threads, [&](Team &team) {
+        Product<T> product = memory.product;
+        if (moments)
+            product.pack(team, {memory.matrix, cin, 1});
+        long begin, end;
+        team.share(static_cast<long>(f.pixels), kernels.tile_rows, begin, end);
+        for (std::ptrdiff_t pixel = begin; pixel < end; pixel += kChunk) {
+            const std::ptrdiff_t at = pixel * cin, count = std::min<std::ptrdiff_t>(kChunk, end - pixel);
+            float *const made = f.begun.dx + at;
+            T *const dx = f.dx + at;
+            if (moments)
+                product.add_sums(f.expand.x + at, count, memory.bias, made);
+            if constexpr (std::is_same_v<T, bf16>)
+                kernels.narrow({made, cin, dx, cin, count, cin});
+            if (f.residual)
+                run(kernels, Activate<T, T>{dx, cin, Norm(), f.residual + at, cin, dx, cin, count, cin});
+        }
     });
 }
 
-template void train_expand_backward(const KernelTable &, const TrainBackward<float> &, const TrainBackward<float> &,
-                                    int);
-template void train_expand_backward(const KernelTable &, const TrainBackward<bf16> &, const TrainBackward<bf16> &, int);
+} // namespace
+
+template <class T> void train_expand_finish(const KernelTable &kernels, const TrainExpandFinish<T> &f, int threads) {
+    if (f.begun.dw)
+        finish_weight(f);
+    if (f.dx)
+        finish_input(kernels, f, usable_threads(threads));
+}
+
+template void train_moments(const KernelTable &, const float *, std::ptrdiff_t, int, double *, int);
+template void train_moments(const KernelTable &, const bf16 *, std::ptrdiff_t, int, double *, int);
+template void train_expand_sums(const TrainExpand<float> &, std::ptrdiff_t, int, double *);
+template void train_expand_sums(const TrainExpand<bf16> &, std::ptrdiff_t, int, double *);
+template void train_expand_finish(const KernelTable &, const TrainExpandFinish<float> &, int);
+template void train_expand_finish(const KernelTable &, const TrainExpandFinish<bf16> &, int);
 
 } // namespace mnv2

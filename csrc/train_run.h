@@ -202,14 +202,23 @@ template <class T> class Product {
     }
 
     // The sums as they are.
-    void sums(const T *x, std::ptrdiff_t pixels, float *y) const {
-        if constexpr (std::is_same_v<T, bf16>)
-            kernels_.pointwise_bf16_float(args(x, pixels, static_cast<const float *>(nullptr), y));
-        else
-            run(x, pixels, nullptr, y);
+    void sums(const T *x, std::ptrdiff_t pixels, float *y) const { multiply(args(x, pixels, no_residual(), y)); }
+
+    // y += x w + bias, which is padded to the panels.
+    void add_sums(const T *x, std::ptrdiff_t pixels, const float *bias, float *y) const {
+        Pointwise<T, T, float> a = args(x, pixels, static_cast<const float *>(y), y);
+        a.bias = bias;
+        multiply(a);
     }
 
   private:
+    static const float *no_residual() { return nullptr; }
+    void multiply(const Pointwise<T, T, float> &a) const {
+        if constexpr (std::is_same_v<T, bf16>)
+            kernels_.pointwise_bf16_float(a);
+        else
+            kernels_.pointwise(a);
+    }
     int panels() const { return mnv2::panels(kernels_, cout_); }
     template <class Y> Pointwise<T, T, Y> args(const T *x, std::ptrdiff_t pixels, const Y *residual, Y *y) const {
         const float *const bias = std::is_same_v<T, bf16> ? bias_ : nullptr; // whose kernels want one

@@ -19,7 +19,7 @@ from . import arch, packs
 from .arch import LayerSpec
 from .autograd import TWICE, gradients
 from .backends import cpu_train, eager
-from .backends.cpu_train import Conv, Expansion, Gradient, Norm, Step
+from .backends.cpu_train import Conv, Expansion, ExpansionGradient, Gradient, Norm, Step
 from .chain import Chain, Link
 from .reading import Declined, Reading
 
@@ -144,6 +144,7 @@ class ChainTraining(torch.autograd.Function):
         first = x.detach().float() if stem else _nhwc(x.detach().to(dtype))
         read: Tensor | Expansion = first
         norm: Norm | None = None
+        moments: Tensor | None = None  # of an expansion's input
         saved: list[Tensor | None] = []
         norms = []
         for i, layer in enumerate(layers):
@@ -154,7 +155,8 @@ class ChainTraining(torch.autograd.Function):
             batch = layer.batch_moments
             z: Tensor | Expansion
             if i == 0 and _is_remade(specs, math.prod(first.shape[:3])):
-                z = Expansion(first, weight)
+                moments = cpu_train.moments(first) if batch else None
+                z = Expansion(first, weight, moments)
                 total = cpu_train.expansion_sums(z) if batch else None
             else:
                 conv = Conv(layer.spec.kind, weight, layer.spec.stride)
@@ -174,7 +176,7 @@ class ChainTraining(torch.autograd.Function):
         assert isinstance(read, Tensor)
         y = cpu_train.activate(read, norm, first if residual else None)
         ctx.layers, ctx.residual, ctx.norms = specs, residual, norms
-        ctx.save_for_backward(first, *saved)
+        ctx.save_for_backward(first, moments, *saved)
         return y.permute(0, 3, 1, 2).data  # no view for autograd, which would forbid to write in place
 
     @staticmethod
@@ -182,12 +184,12 @@ class ChainTraining(torch.autograd.Function):
         """Gradients of what asked for one; layers before the first that did are not visited."""
         if torch.is_grad_enabled():
             raise RuntimeError(TWICE)
-        x, *saved = ctx.saved_tensors
+        x, moments, *saved = ctx.saved_tensors
         layers = [
             _Kept(spec, *saved[5 * i : 5 * i + 5], *norm)
             for i, (spec, norm) in enumerate(zip(ctx.layers, ctx.norms, strict=True))
         ]
-        found = _gradients(layers, x, _nhwc(grad), ctx.residual, ctx.needs_input_grad[2:])
+        found = _gradients(layers, (x, moments), _nhwc(grad), ctx.residual, ctx.needs_input_grad[2:])
         return None, None, *found
 
 
@@ -212,36 +214,40 @@ class _Kept(NamedTuple):
     def conv(self) -> Conv:
         return Conv(self.spec.kind, self.weight, self.spec.stride)
 
-    def raw(self, x: Tensor) -> Tensor | Expansion:
-        """Its raw output; x is the first layer's input."""
-        return Expansion(x, self.weight) if self.z is None else self.z
+    def raw(self, x: Tensor, moments: Tensor | None) -> Tensor | Expansion:
+        """Its raw output; x and its moments are the first layer's."""
+        return Expansion(x, self.weight, moments) if self.z is None else self.z
 
 
 def _gradients(
-    layers: Sequence[_Kept], x: Tensor, grad: Tensor, residual: bool, needed: Sequence[bool]
+    layers: Sequence[_Kept],
+    first: tuple[Tensor, Tensor | None],
+    grad: Tensor,
+    residual: bool,
+    needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of x and of each layer's three tensors, those that are needed.
 
     Args:
         layers: what was kept of them.
-        x: the first one's input, [N, H, W, C] or a stem's image.
+        first: the first one's input, [N, H, W, C] or a stem's image, and an expansion's moments of it.
         grad: of the result, [N, H, W, C].
         residual: x was added to the result.
         needed: for x, then for weight, scale and shift of every layer.
     """
     found: list[Tensor | None] = [None] * len(needed)
-    last = layers[-1]
+    x, last = first[0], layers[-1]
     assert last.z is not None
     # Of the layer at hand: the gradient of what follows its norm, the norm whose ReLU6 has yet to mask it,
     # and the norm's sums.
     g: Tensor | None = grad
+    begun: ExpansionGradient | None = None
     mask = last.norm if last.relu6 else None
     total = cpu_train.sums(grad, last.z, last.norm)
-    step: Step | None = None
     for i in reversed(range(len(layers))):
         if not any(needed[: 3 * i + 4]):
             break
-        layer, after = layers[i], step
+        layer = layers[i]
         coefficients, *affine = cpu_train.norm_gradient(total, layer.norm, layer.gamma, layer.pixels)
         for_x, for_weight = any(needed[: 3 * i + 1]), needed[3 * i + 1]
         added = grad if residual and i == 0 and layer.spec.kind == "pointwise" else None
@@ -249,17 +255,23 @@ def _gradients(
         if not for_x and not for_weight:
             pass  # only the norm's own gradients were left
         elif layer.z is None:
-            assert after is not None
-            g, dw = cpu_train.expansion_backward(
-                after, coefficients, residual=added, for_x=for_x, for_weight=for_weight
-            )
+            assert begun is not None
+            remade = Expansion(x, layer.weight, first[1])
+            g, dw = cpu_train.expansion_finish(remade, begun, layer.norm, coefficients, added)
         else:
-            read, norm = (x, None) if i == 0 else (layers[i - 1].raw(x), layers[i - 1].norm)
+            assert g is not None
+            read, norm = (x, None) if i == 0 else (layers[i - 1].raw(*first), layers[i - 1].norm)
             step = Step(layer.conv, read, norm, layer.z, Gradient(g, mask, coefficients))
             stem = layer.spec.kind == "stem"
-            g, total, dw = cpu_train.backward(
-                step, residual=added, for_x=for_x and not stem, for_weight=for_weight
-            )
+            if isinstance(read, Expansion) and for_x:
+                begun, dw = cpu_train.expansion_backward(
+                    step, for_x=needed[0], for_weight=needed[1], for_after=for_weight
+                )
+                total = begun.total
+            else:
+                g, total, dw = cpu_train.backward(
+                    step, residual=added, for_x=for_x and not stem, for_weight=for_weight
+                )
             if stem and for_x:
                 g = _stem_input(step)
         of_layer = slice(3 * i + 1, 3 * i + 4)
@@ -316,8 +328,6 @@ def release_training_memory() -> int:
 def _stem_input(step: Step) -> Tensor:
     """The gradient of a stem's image, which training does not ask for: by torch."""
     g, z = step.gradient.g, step.z
-    assert g is not None
-    assert z is not None
     if step.gradient.mask is not None:
         _, scale, shift = step.gradient.mask.values
         at = torch.addcmul(shift, z, scale)

@@ -47,11 +47,11 @@ class Conv:
 class Gradient:
     """The gradient of a raw output, unmade.
 
-    `g`: of what follows its norm; None of an expansion's, which is never all there.
+    `g`: of what follows its norm.
     `mask`: the norm, where its ReLU6 is yet to be applied to g. `coefficients`: from `norm_gradient`.
     """
 
-    g: Tensor | None
+    g: Tensor
     mask: Norm | None
     coefficients: Tensor
 
@@ -60,11 +60,13 @@ class Gradient:
 class Expansion:
     """The raw output of a 1x1 convolution that nobody keeps: the depthwise layer after it makes it again.
 
-    `x`: [N, H, W, Cin], as it is. `weight`: [C, Cin, 1, 1], contiguous.
+    `x`: [N, H, W, Cin], as it is. `weight`: [C, Cin, 1, 1], contiguous. `moments`: of x; None where the norm
+    does not take the batch's.
     """
 
     x: Tensor
     weight: Tensor
+    moments: Tensor | None
 
     @property
     def shape(self) -> torch.Size:
@@ -79,15 +81,8 @@ class Step:
     conv: Conv
     x: Tensor | Expansion
     norm: Norm | None
-    z: Tensor | None
+    z: Tensor
     gradient: Gradient
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the step's tensors; a stem's image may be of another."""
-        if self.z is not None:
-            return self.z.dtype
-        return self.conv.weight.dtype
 
 
 def prefers_bfloat16() -> bool:
@@ -133,11 +128,15 @@ def _size(conv: Conv, x: Tensor | Expansion) -> tuple[tuple[int, ...], tuple[int
     return (n, h, w, cin, cout, conv.stride), (0, 0, 0, 0)
 
 
-def _source(x: Tensor | Expansion) -> tuple[int, tuple[int, int, int] | None]:
+def _expansion(x: Expansion) -> tuple[int, int, int, int]:
+    return x.x.data_ptr(), x.weight.data_ptr(), x.x.shape[-1], _address(x.moments)
+
+
+def _source(x: Tensor | Expansion) -> tuple[int, tuple[int, int, int, int] | None]:
     """The address of x, or what makes it."""
     if isinstance(x, Tensor):
         return x.data_ptr(), None
-    return 0, (x.x.data_ptr(), x.weight.data_ptr(), x.x.shape[-1])
+    return 0, _expansion(x)
 
 
 def _forward(
@@ -193,10 +192,28 @@ def forward(
     return z, total
 
 
+def moments(x: Tensor) -> Tensor:
+    """The mean of each channel, and the sums over pixels of products of two channels less their means.
+
+    Args:
+        x: [N, H, W, C].
+
+    Returns:
+        [1 + C, C] float64.
+    """
+    channels = x.shape[-1]
+    result = torch.empty((1 + channels, channels), dtype=torch.float64, device="cpu")
+    _kernels(x.dtype).moments(
+        x.data_ptr(), x.numel() // channels, channels, result.data_ptr(), torch.get_num_threads()
+    )
+    return result
+
+
 def expansion_sums(x: Expansion) -> Tensor:
-    """The sums that `forward` would give of an expansion."""
-    total = _sums(x.weight.shape[0])
-    _forward(Conv("pointwise", x.weight, 1), x.x, None, z=None, total=total, dtype=x.x.dtype)
+    """The sums that `forward` would give of an expansion, which follow from the moments of its input."""
+    channels = x.weight.shape[0]
+    total = _sums(channels)
+    _kernels(x.x.dtype).expand_sums(_expansion(x), math.prod(x.shape[:3]), channels, total.data_ptr())
     return total
 
 
@@ -300,12 +317,13 @@ def _backward(
     dx: Tensor | None = None,
     total: Tensor | None = None,
     dw: Tensor | None = None,
+    expanded: tuple[int, int] | None = None,
 ) -> Any:
     """The arguments of a backward pass as `_C` takes them."""
     address, expansion = _source(step.x)
     size, strides = _size(step.conv, step.x)
     norm, mask = step.norm, step.gradient.mask
-    return _kernels(step.dtype).Backward(
+    return _kernels(step.z.dtype).Backward(
         getattr(cpu.extension().TrainKind, step.conv.kind),
         size,
         strides,
@@ -313,8 +331,8 @@ def _backward(
         _address(None if norm is None else norm.values),
         norm is not None and norm.relu6,
         step.conv.weight.data_ptr(),
-        _address(step.z),
-        _address(step.gradient.g),
+        step.z.data_ptr(),
+        step.gradient.g.data_ptr(),
         _address(None if mask is None else mask.values),
         mask is not None and mask.relu6,
         step.gradient.coefficients.data_ptr(),
@@ -323,6 +341,7 @@ def _backward(
         _address(total),
         _address(dw),
         expansion,
+        expanded,
     )
 
 
@@ -339,41 +358,90 @@ def backward(
 
     Returns:
         The gradient of x, or of its normalized value if it has a norm, then masked already; its `sums`, if
-        so; the gradient of the weight. Of an `Expansion` there are the sums only, and `expansion_backward`
-        goes on.
+        so; the gradient of the weight. Of an `Expansion` there are the sums only.
     """
     x, weight = step.x, step.conv.weight
-    dx = empty(*x.shape, dtype=step.dtype) if for_x and isinstance(x, Tensor) else None
+    dx = empty(*x.shape, dtype=step.z.dtype) if for_x and isinstance(x, Tensor) else None
     dw = torch.empty_like(weight, dtype=torch.float32) if for_weight else None
     total = _sums(x.shape[1 if step.conv.kind == "stem" else -1])
     wanted = total if for_x and step.norm is not None else None
     call = _backward(step, residual=residual, dx=dx, total=wanted, dw=dw)
-    _kernels(step.dtype).backward(call, torch.get_num_threads())
+    _kernels(step.z.dtype).backward(call, torch.get_num_threads())
     return dx, total, dw
+
+
+@dataclass(frozen=True)
+class ExpansionGradient:
+    """Gradients of an expansion as far as they are known before `norm_gradient` of the sums is.
+
+    `dx`: of its input, float32. `dw`: of its weight. `total`: the sums, as `backward` has them.
+    """
+
+    dx: Tensor | None
+    dw: Tensor | None
+    total: Tensor
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        return _address(self.dx), _address(self.dw)
 
 
 def expansion_backward(
     after: Step,
-    coefficients: Tensor,
     *,
-    residual: Tensor | None = None,
     for_x: bool = True,
     for_weight: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of an expansion's input and weight, once `backward` of the layer after it has given the sums.
+    for_after: bool = True,
+) -> tuple[ExpansionGradient, Tensor | None]:
+    """Gradients of a depthwise layer and of the expansion before it, in one pass.
 
     Args:
-        after: the depthwise layer, whose x is the expansion.
-        coefficients: from `norm_gradient` of the sums.
-        residual: is added to the gradient of the expansion's input.
-        for_x: the gradient of the input is wanted.
-        for_weight: that of the expansion's weight is.
+        after: the depthwise layer, whose x is the expansion and has a norm.
+        for_x: the gradient of the expansion's input is wanted.
+        for_weight: the gradient of the expansion's weight is.
+        for_after: that of the depthwise weight is.
+
+    Returns:
+        What `expansion_finish` takes, and the gradient of the depthwise weight.
     """
     x = after.x
     assert isinstance(x, Expansion)
-    dx = empty(*x.x.shape, dtype=x.x.dtype) if for_x else None
+    dx = empty(*x.x.shape) if for_x else None
     dw = torch.empty_like(x.weight, dtype=torch.float32) if for_weight else None
-    expand = Step(Conv("pointwise", x.weight, 1), x.x, None, None, Gradient(None, after.norm, coefficients))
-    call = _backward(expand, residual=residual, dx=dx, dw=dw)
-    _kernels(x.x.dtype).expand_backward(call, _backward(after), torch.get_num_threads())
-    return dx, dw
+    of_after = torch.empty_like(after.conv.weight, dtype=torch.float32) if for_after else None
+    begun = ExpansionGradient(dx, dw, _sums(x.weight.shape[0]))
+    call = _backward(after, total=begun.total, dw=of_after, expanded=begun.addresses)
+    _kernels(x.x.dtype).backward(call, torch.get_num_threads())
+    return begun, of_after
+
+
+def expansion_finish(
+    x: Expansion, begun: ExpansionGradient, norm: Norm, coefficients: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Make whole what `expansion_backward` has begun, which is used up.
+
+    Args:
+        x: the expansion.
+        begun: its gradients.
+        norm: of the expansion.
+        coefficients: from `norm_gradient` of its sums.
+        residual: is added to the gradient of the expansion's input.
+
+    Returns:
+        The gradients of the expansion's input and of its weight.
+    """
+    channels, dtype = x.weight.shape[0], x.x.dtype
+    dx = begun.dx if begun.dx is None or dtype is torch.float32 else empty(*x.x.shape, dtype=dtype)
+    _kernels(dtype).expand_finish(
+        _expansion(x),
+        math.prod(x.shape[:3]),
+        channels,
+        begun.total.data_ptr(),
+        norm.values.data_ptr(),
+        coefficients.data_ptr(),
+        _address(residual),
+        begun.addresses,
+        _address(dx),
+        torch.get_num_threads(),
+    )
+    return dx, begun.dw
