@@ -9,10 +9,10 @@ Workspaces &Scratch::pool() {
     return workspaces;
 }
 
-int chunk_pixels(std::ptrdiff_t bytes) {
-    constexpr std::ptrdiff_t kBytes = 64 * 1024, kUnit = 56; // a multiple of every tile's height but AVX2's
-    const std::ptrdiff_t fit = kBytes / bytes / kUnit * kUnit;
-    return static_cast<int>(std::clamp<std::ptrdiff_t>(fit, kUnit, 4 * kUnit));
+int chunk_pixels(std::ptrdiff_t bytes, int tile_rows) {
+    constexpr std::ptrdiff_t kBytes = 64 * 1024;
+    const std::ptrdiff_t unit = tile_rows == 32 ? 64 : 56; // 56: a multiple of every other tile's height but AVX2's
+    return static_cast<int>(std::clamp<std::ptrdiff_t>(kBytes / bytes / unit * unit, unit, 4 * unit));
 }
 
 void ChannelSums::add() {

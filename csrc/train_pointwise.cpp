@@ -19,7 +19,8 @@ template <class T> struct ForwardMemory {
 template <class T> void train_pointwise_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads) {
     const TrainShape &s = f.shape;
     const int chunk = chunk_pixels(static_cast<std::ptrdiff_t>(sizeof(T)) * s.cin +
-                                   static_cast<std::ptrdiff_t>(sizeof(float)) * s.cout);
+                                       static_cast<std::ptrdiff_t>(sizeof(float)) * s.cout,
+                                   tile_rows<T>(kernels));
     const auto make_shared = [&](Carver &carver) { return Product<T>(carver, kernels, s.cin, s.cout); };
     const auto make_own = [&](Carver &carver) { return ForwardMemory<T>(carver, f, chunk); };
     const TeamMemory of(threads, make_shared, make_own);
@@ -47,7 +48,8 @@ template <class T> void train_pointwise_forward(const KernelTable &kernels, cons
 template <class T> void train_pointwise_backward(const KernelTable &kernels, const TrainBackward<T> &b, int threads) {
     const TrainShape &s = b.shape;
     const int chunk =
-        chunk_pixels(static_cast<std::ptrdiff_t>(sizeof(T)) * (s.cout + 2 * static_cast<std::ptrdiff_t>(s.cin)));
+        chunk_pixels(static_cast<std::ptrdiff_t>(sizeof(T)) * (s.cout + 2 * static_cast<std::ptrdiff_t>(s.cin)),
+                     tile_rows<T>(kernels));
     const auto make_shared = [&](Carver &carver) { return Product<T>(carver, kernels, s.cout, b.dx ? s.cin : 0); };
     const auto make_own = [&](Carver &carver) { return BackwardChunks<T>(carver, kernels, b, chunk); };
     const TeamMemory of(threads, make_shared, make_own);

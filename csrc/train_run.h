@@ -73,7 +73,11 @@ template <class MakeShared, class MakeOwn> class TeamMemory {
 };
 
 // Pixels that are worked on at a time, so many bytes a pixel in all buffers, so that they stay in L1 and L2.
-int chunk_pixels(std::ptrdiff_t bytes);
+int chunk_pixels(std::ptrdiff_t bytes, int tile_rows);
+// Pixels that a product of T has in a tile.
+template <class T> int tile_rows(const KernelTable &kernels) {
+    return std::is_same_v<T, bf16> ? kernels.bf16_tile_rows : kernels.tile_rows;
+}
 
 // One thread's sums over pixels, of two numbers a channel: float32 within a chunk, float64 over chunks.
 class ChannelSums {
@@ -174,8 +178,7 @@ template <class T> class Product {
   public:
     Product(Carver &carver, const KernelTable &kernels, int cin, int cout)
         : kernels_(kernels), cin_(cin), cout_(cout), depth_(std::is_same_v<T, bf16> ? cin + cin % 2 : cin),
-          packed_(carver.take<T>(static_cast<std::size_t>(packed_columns(kernels, cout)) * depth_)),
-          bias_(carver.take<float>(round_up(cout, kernels.panel))) {}
+          packed_(carver.take<T>(static_cast<std::size_t>(packed_columns(kernels, cout)) * depth_)) {}
 
     // By all members of the team, which may multiply when this returns.
     void pack(Team &team, const MatrixOf<T> &matrix) {
@@ -184,12 +187,10 @@ template <class T> class Product {
         const int from = static_cast<int>(begin) * kernels_.panel,
                   to = std::min(static_cast<int>(end) * kernels_.panel, cout_);
         T *const out = packed_ + static_cast<std::ptrdiff_t>(from) * depth_;
-        if constexpr (std::is_same_v<T, bf16>) {
-            std::fill(bias_ + from, bias_ + round_up(to, kernels_.panel), 0.0f);
+        if constexpr (std::is_same_v<T, bf16>)
             pack_pairs(kernels_, matrix, cout_, cin_, from, to, out);
-        } else {
+        else
             pack_panels(kernels_, matrix, cout_, 0, cin_, from, to, out);
-        }
         team.sync();
     }
 
@@ -221,14 +222,12 @@ template <class T> class Product {
     }
     int panels() const { return mnv2::panels(kernels_, cout_); }
     template <class Y> Pointwise<T, T, Y> args(const T *x, std::ptrdiff_t pixels, const Y *residual, Y *y) const {
-        const float *const bias = std::is_same_v<T, bf16> ? bias_ : nullptr; // whose kernels want one
-        return {x, cin_, packed_, bias, residual, cout_, y, cout_, pixels, cin_, cout_, 0, panels(), false};
+        return {x, cin_, packed_, nullptr, residual, cout_, y, cout_, pixels, cin_, cout_, 0, panels(), false};
     }
 
     const KernelTable &kernels_;
     int cin_, cout_, depth_;
     T *packed_;
-    float *bias_; // zeros
 };
 
 template <class T> void train_stem_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads);

@@ -32,8 +32,8 @@ void unfold(const TrainShape &s, const float *x, std::ptrdiff_t from, std::ptrdi
 // Inputs of an output's sum.
 int window(const TrainShape &s) { return 9 * s.cin; }
 
-int stem_chunk(const TrainShape &s) {
-    return chunk_pixels(static_cast<std::ptrdiff_t>(sizeof(float)) * (2 * window(s) + s.cout));
+int stem_chunk(const KernelTable &kernels, const TrainShape &s) {
+    return chunk_pixels(static_cast<std::ptrdiff_t>(sizeof(float)) * (2 * window(s) + s.cout), kernels.tile_rows);
 }
 
 template <class T> struct ForwardMemory {
@@ -60,7 +60,7 @@ struct BackwardMemory {
 template <class T> void train_stem_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads) {
     const TrainShape &s = f.shape;
     const float *const x = static_cast<const float *>(f.x);
-    const int chunk = stem_chunk(s);
+    const int chunk = stem_chunk(kernels, s);
     const auto make_shared = [&](Carver &carver) { return Product<float>(carver, kernels, window(s), s.cout); };
     const auto make_own = [&](Carver &carver) { return ForwardMemory<T>(carver, s, chunk); };
     const TeamMemory of(threads, make_shared, make_own);
@@ -86,7 +86,7 @@ template <class T> void train_stem_backward(const KernelTable &kernels, const Tr
     if (!b.dw)
         return;
     const float *const x = static_cast<const float *>(b.x);
-    const int chunk = stem_chunk(s);
+    const int chunk = stem_chunk(kernels, s);
     const auto make_shared = [](Carver &) { return nullptr; };
     const auto make_own = [&](Carver &carver) { return BackwardMemory(carver, kernels, s, chunk); };
     const TeamMemory of(threads, make_shared, make_own);

@@ -124,6 +124,7 @@ struct KernelTable {
     int lanes;                   // floats in a vector
     int panel;                   // output channels of a full panel of packed weights
     int tile_rows;               // pixels a full register tile computes at once
+    int bf16_tile_rows;          // the same where bf16 is multiplied
     bool dot2;                   // bf16 multiplied as it lies beats widening it to float32 first
     std::size_t bf16_ring_bytes; // kRingBytes for bf16 activations
 #define KERNEL(group, name, Args) void (*name)(const Args &);

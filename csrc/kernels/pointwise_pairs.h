@@ -66,7 +66,7 @@ inline void pairs_tile(const X *x, std::ptrdiff_t ld, const bf16 *w, const float
     Vec acc[R][V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-        const Vec b = load(bias + v * kLanes);
+        const Vec b = bias ? load(bias + v * kLanes) : zero();
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
             acc[r][v] = b;
@@ -102,7 +102,7 @@ inline void pairs_tile_halves(const X *x, std::ptrdiff_t ld, const bf16 *w, cons
     using Pixels = decltype(pixels);
     const int pairs = depth / 2;
     Vec low[R][1], high[kPairs];
-    const Vec bias_low = load(bias), bias_high = load(bias + kLanes);
+    const Vec bias_low = bias ? load(bias) : zero(), bias_high = bias ? load(bias + kLanes) : zero();
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
         low[r][0] = bias_low;
@@ -159,7 +159,7 @@ template <class X, class Y> void pointwise_pairs(const Pointwise<X, bf16, Y> &a)
                                   false};
             p += with_tile(a.pixels - p, e.channels, [&](auto rows, auto halves) {
                 pairs_tile_of<decltype(rows)::value, decltype(halves)::value>(
-                    a.x + p * a.x_ld, a.x_ld, a.weight + n * depth, a.bias + n, a.cin, e);
+                    a.x + p * a.x_ld, a.x_ld, a.weight + n * depth, a.bias ? a.bias + n : nullptr, a.cin, e);
             });
         }
     }

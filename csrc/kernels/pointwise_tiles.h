@@ -87,7 +87,7 @@ inline void tile_finish(const float *sums, int from, int to, const Pointwise<bf1
     Vec bias[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v)
-        bias[v] = load_once(a.bias + n + v * kLanes);
+        bias[v] = a.bias ? load_once(a.bias + n + v * kLanes) : zero();
     const auto part = [&](auto &acc, int r) __attribute__((always_inline)) {
         constexpr int R = sizeof acc / sizeof acc[0];
 #pragma GCC unroll 8
@@ -110,11 +110,45 @@ inline void tile_finish(const float *sums, int from, int to, const Pointwise<bf1
     }
 }
 
+// Tiles of sums to pixels from p and, of two, from q on of y.
+template <int P, int V> inline void tile_store(float *y, std::ptrdiff_t ld, std::ptrdiff_t p, std::ptrdiff_t q) {
+    const std::ptrdiff_t line = ld * static_cast<std::ptrdiff_t>(sizeof(float));
+    _tile_stored(0, y + p * ld, line);
+    if constexpr (V == 2)
+        _tile_stored(1, y + p * ld + kTileSize, line);
+    if constexpr (P == 2)
+        _tile_stored(2, y + q * ld, line);
+    if constexpr (P == 2 && V == 2)
+        _tile_stored(3, y + q * ld + kTileSize, line);
+}
+
+// The same for sums that are the output as they are, of whole tiles of channels.
+template <int V>
+inline void tile_sums(const PointwiseBf16FloatArgs &a, const bf16 *w, int n, int depth, int blocks, int rows) {
+    const auto start = [last = a.pixels - rows](std::ptrdiff_t p) { return p < last ? p : last; };
+    if (blocks == 1)
+        tile_weights<V>(w);
+    for (std::ptrdiff_t p = 0; p < a.pixels; p += 2 * kTileSize) {
+        const std::ptrdiff_t at = start(p), second = start(p + kTileSize);
+        const bf16 *const x = a.x + at * a.x_ld;
+        if (p + kTileSize < a.pixels) {
+            tile_product<2, V>(x, a.x + second * a.x_ld, a.x_ld, w, depth, blocks);
+            tile_store<2, V>(a.y + n, a.y_ld, at, second);
+        } else {
+            tile_product<1, V>(x, x, a.x_ld, w, depth, blocks);
+            tile_store<1, V>(a.y + n, a.y_ld, at, 0);
+        }
+    }
+}
+
 // All pixels for one panel, 32 at a time; the last tile begins early enough to be a whole one. Sums are finished a turn
 // after their tiles were stored, since vectors of a store under way wait for it (6% of an image).
 template <int V, class Y>
 inline void tile_panel(const Pointwise<bf16, bf16, Y> &a, const bf16 *w, int n, int depth, int blocks, int rows) {
     constexpr int kStep = 2 * kTileSize, kSums = kTileSize * V * kTileSize;
+    if constexpr (sizeof(Y) == sizeof(float))
+        if (!a.bias && !a.residual && !a.relu6 && a.cout - n >= V * kTileSize)
+            return tile_sums<V>(a, w, n, depth, blocks, rows);
     alignas(kCacheLine) float sums[2][2 * kSums];
     const auto start = [last = a.pixels - rows](std::ptrdiff_t p) { return p < last ? p : last; };
     const auto finish_step = [&](std::ptrdiff_t p, const float *done) {
