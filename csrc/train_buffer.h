@@ -13,8 +13,7 @@ struct Unmap {
 };
 using Pages = std::unique_ptr<std::byte[], Unmap>;
 
-// `bytes` on a cache line, not initialised, from those that earlier ones gave back. What is kept and what is in use
-// together are never more than what was in use at some time since the last release. Throws std::bad_alloc.
+// `bytes` on a page's border, not initialised, at the first place that earlier ones have left. Throws std::bad_alloc.
 class TrainBuffer {
   public:
     explicit TrainBuffer(std::size_t bytes);
@@ -22,7 +21,7 @@ class TrainBuffer {
     TrainBuffer(const TrainBuffer &) = delete;
     TrainBuffer &operator=(const TrainBuffer &) = delete;
 
-    std::byte *data() const { return memory_.get(); }
+    std::byte *data() const { return data_; }
     std::size_t bytes() const { return bytes_; }
 
     // Bytes that wait for a next one.
@@ -33,8 +32,8 @@ class TrainBuffer {
 
   private:
     std::size_t bytes_;
-    std::size_t capacity_;
-    Pages memory_;
+    std::byte *data_;
+    Pages own_; // in a child of fork, which leaves alone what all share
 };
 
 } // namespace mnv2

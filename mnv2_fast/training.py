@@ -433,7 +433,8 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 def _nhwc(x: Tensor) -> Tensor:
     """[N, C, H, W] of any strides -> [N, H, W, C] without gaps; a view where it is channels_last already."""
-    return x.permute(0, 2, 3, 1).contiguous()
+    x = x.permute(0, 2, 3, 1)
+    return x if x.is_contiguous() else cpu_train.empty(*x.shape, dtype=x.dtype).copy_(x)
 
 
 def _check_pixels(shape: torch.Size) -> None:
