@@ -42,6 +42,11 @@ float *pack_panels(const KernelTable &table, const Matrix &m, int cout, int begi
     for (int n = from; n < to; n += table.panel) {
         const bool halves = has_half(table, cout - n);
         const int width = cout - n > table.lanes ? table.panel : table.lanes, plain = halves ? table.lanes : width;
+        if (m.channel == 1 && !halves && n + width <= cout) { // rows as they lie
+            for (int k = begin; k < end; ++k, out += width)
+                std::copy_n(m.weight + n + k * m.input, width, out);
+            continue;
+        }
         for (int k = begin; k < end; ++k) {
             for (int i = 0; i < plain; ++i)
                 *out++ = at(n + i, k);

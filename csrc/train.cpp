@@ -15,22 +15,6 @@ int chunk_pixels(std::ptrdiff_t bytes, int tile_rows) {
     return static_cast<int>(std::clamp<std::ptrdiff_t>(kBytes / bytes / unit * unit, unit, 4 * unit));
 }
 
-void ChannelSums::add() {
-    for (int c = 0; c < channels_; ++c) {
-        total_[c] += first[c];
-        total_[channels_ + c] += second[c];
-    }
-}
-
-void ChannelSums::add_moments(const float *origin, std::ptrdiff_t pixels) {
-    const double count = static_cast<double>(pixels);
-    for (int c = 0; c < channels_; ++c) {
-        const double from = origin[c], sum = first[c];
-        total_[c] += sum + count * from;
-        total_[channels_ + c] += second[c] + from * (2 * sum + count * from);
-    }
-}
-
 namespace {
 
 constexpr long kChunk = 256; // pixels of a chunk where nothing is kept between its steps
@@ -50,7 +34,7 @@ template <class T> void train_activate(const KernelTable &kernels, const TrainAc
 template <class T> void train_sums(const KernelTable &kernels, const TrainSums<T> &s, int threads) {
     threads = usable_threads(threads);
     const auto none = [](Carver &) { return nullptr; };
-    const auto make = [&](Carver &carver) { return ChannelSums(carver, s.channels); };
+    const auto make = [&](Carver &carver) { return ChannelSums(carver, kernels, s.channels); };
     const TeamMemory memory(threads, none, make);
     parallel(threads, [&](Team &team) {
         ChannelSums sums = memory.own(team.rank());

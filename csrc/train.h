@@ -29,7 +29,7 @@ template <class T> struct TrainExpand {
     const T *x;
     const T *weight; // torch's
     int cin;
-    const double *moments; // of x, as train_moments gives them; null: nobody takes the batch's, and zeros do
+    const double *moments; // of x, as train_input_moments gives them; null: nobody takes the batch's, and zeros do
 };
 
 // The gradients of an expansion as far as they are known before its norm's sums are, see train_expand_finish. g' is the
@@ -46,7 +46,7 @@ template <class T> struct TrainForward {
     const void *x;
     Norm in;
     const void *weight;
-    T *z;                                   // null: only the sums are wanted; of a 1x1 layer
+    T *z;
     double *sums;                           // [2][cout]: of z and of its square over all pixels; or null
     const TrainExpand<T> *expand = nullptr; // makes x; of a depthwise layer
 };
@@ -137,8 +137,8 @@ template <class T> void train_forward(const KernelTable &kernels, const TrainFor
 template <class T> void train_backward(const KernelTable &kernels, const TrainBackward<T> &b, int threads);
 // moments [1 + channels][channels]: the mean of x [pixels][channels], and sums of products of two channels less theirs.
 template <class T>
-void train_moments(const KernelTable &kernels, const T *x, std::ptrdiff_t pixels, int channels, double *moments,
-                   int threads);
+void train_input_moments(const KernelTable &kernels, const T *x, std::ptrdiff_t pixels, int channels, double *moments,
+                         int threads);
 // sums [2][channels] as TrainForward has them, of an expansion over so many pixels.
 template <class T>
 void train_expand_sums(const TrainExpand<T> &expand, std::ptrdiff_t pixels, int channels, double *sums);

@@ -157,7 +157,7 @@ template <class T> void bind_of(py::module_ m) {
         "moments",
         [](Address x, std::ptrdiff_t pixels, int channels, Address moments, int threads) {
             const py::gil_scoped_release release;
-            train_moments(kernels(), at<const T>(x), pixels, channels, at<double>(moments), threads);
+            train_input_moments(kernels(), at<const T>(x), pixels, channels, at<double>(moments), threads);
         },
         py::arg("x"), py::arg("pixels"), py::arg("channels"), py::arg("moments"), py::arg("threads"));
     m.def(

@@ -21,17 +21,55 @@ template <class T> struct ForwardMemory {
         : input(carver, kernels, f.shape, f.x, f.in, f.expand),
           z(carver.take<float>(std::is_same_v<T, float> ? 0
                                                         : 2 * static_cast<std::size_t>(f.shape.out_w()) * f.shape.cin)),
-          sums(carver, f.shape.cin) {}
+          sums(carver, kernels, f.shape.cin) {}
     InputRows<T> input;
     float *z; // a band, before it is rounded
     ChannelSums sums;
+};
+
+// What the members of a team share of a forward pass. Of float an expansion's weights have its norm in them, so that
+// their product with a row is activated already (1% of a step); of bf16 they would be rounded once more.
+template <class T> class ForwardWeights {
+  public:
+    ForwardWeights(Carver &carver, const KernelTable &kernels, const TrainForward<T> &f)
+        : packed(carver, kernels, f.shape.cin, f.expand), kernels_(kernels), f_(f),
+          folds_(std::is_same_v<T, float> && f.expand && f.in.scale),
+          scaled_(carver.take<T>(folds_ ? static_cast<std::size_t>(f.shape.cin) * f.expand->cin : 0)),
+          bias_(carver.take<float>(folds_ ? round_up(f.shape.cin, kernels.panel) : 0)) {}
+
+    // By one member, before all of them pack.
+    void start() {
+        packed.taps.pack(kernels_, static_cast<const float *>(f_.weight), f_.shape.cin, false);
+        if (!folds_)
+            return;
+        const std::ptrdiff_t cin = f_.expand->cin;
+        for (std::ptrdiff_t i = 0; i < f_.shape.cin * cin; ++i)
+            scaled_[i] = scaled(f_.expand->weight[i], f_.in.scale[i / cin]);
+        pack_bias(kernels_, f_.in.shift, f_.shape.cin, bias_);
+    }
+    void pack(Team &team) {
+        if (folds_)
+            packed.expansion.pack(team, {scaled_, f_.expand->cin, 1});
+        else
+            packed.pack_expansion(team);
+    }
+    const float *bias() const { return folds_ ? bias_ : nullptr; }
+
+    PackedDepthwise<T> packed;
+
+  private:
+    const KernelTable &kernels_;
+    const TrainForward<T> &f_;
+    bool folds_;
+    T *scaled_;
+    float *bias_;
 };
 
 template <class T> struct BackwardMemory {
     BackwardMemory(Carver &carver, const KernelTable &kernels, const TrainBackward<T> &b)
         : input(carver, kernels, b.shape, b.x, b.in, b.expand), gradient(carver, kernels, b),
           dx(carver.take<float>(band_floats(b.shape))), image(carver.take<float>(block_floats(kernels, b.shape.cin))),
-          dw(carver.take<double>(block_floats(kernels, b.shape.cin))), sums(carver, b.shape.cin),
+          dw(carver.take<double>(block_floats(kernels, b.shape.cin))), sums(carver, kernels, b.shape.cin),
           expansion(carver, kernels, b, 2 * b.shape.w) {}
     InputRows<T> input;
     GradientRows<T> gradient;
@@ -150,13 +188,13 @@ template <class T> class BackwardRows {
 template <class T> void train_depthwise_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads) {
     const TrainShape &s = f.shape;
     const int c = s.cin, wo = s.out_w();
-    const auto make_shared = [&](Carver &carver) { return PackedDepthwise<T>(carver, kernels, c, f.expand); };
+    const auto make_shared = [&](Carver &carver) { return ForwardWeights<T>(carver, kernels, f); };
     const auto make_own = [&](Carver &carver) { return ForwardMemory<T>(carver, kernels, f); };
     const TeamMemory of(threads, make_shared, make_own);
-    PackedDepthwise<T> shared = of.shared();
-    shared.taps.pack(kernels, static_cast<const float *>(f.weight), c, false);
+    ForwardWeights<T> shared = of.shared();
+    shared.start();
     parallel(threads, [&](Team &team) {
-        shared.pack_expansion(team);
+        shared.pack(team);
         ForwardMemory<T> memory = of.own(team.rank());
         memory.sums.clear();
         const auto band = [&](long image, int row, int rows) {
@@ -167,10 +205,13 @@ template <class T> void train_depthwise_forward(const KernelTable &kernels, cons
                                  pixels = static_cast<std::ptrdiff_t>(rows) * wo;
             T *const z = f.z + (image * s.out_h() + row) * line;
             float *const made = in_float(z, memory.z);
-            kernels.depthwise({windows, c, shared.taps.blocks(), made, c, line, rows, s.w, s.stride, c, false});
+            kernels.depthwise({windows, c, shared.packed.taps.blocks(), made, c, line, rows, s.w, s.stride, c, false});
             keep(kernels, f, memory.sums, made, pixels, z);
         };
-        each_band(team, s, [&](long image) { memory.input.new_image(image, &shared.expansion); }, band);
+        const auto new_image = [&](long image) {
+            memory.input.new_image(image, &shared.packed.expansion, shared.bias());
+        };
+        each_band(team, s, new_image, band);
         if (f.sums)
             add_parts<double>(team, [&](int t) { return of.own(t).sums.total(); }, 2 * c, f.sums);
     });

@@ -12,7 +12,7 @@ template <class T> class Moments {
   public:
     Moments(Carver &carver, const KernelTable &kernels, int channels)
         : kernels_(kernels), channels_(channels),
-          rows_(carver.take<float>(static_cast<std::size_t>(kChunk) * channels)), sums_(carver, channels),
+          rows_(carver.take<float>(static_cast<std::size_t>(kChunk) * channels)), sums_(carver, kernels, channels),
           center_(carver, channels), products_(carver, kernels, channels, channels, kChunk),
           total_(carver.take<double>(static_cast<std::size_t>(channels) * channels)) {}
 
@@ -64,8 +64,8 @@ template <class T> class Moments {
 } // namespace
 
 template <class T>
-void train_moments(const KernelTable &kernels, const T *x, std::ptrdiff_t pixels, int channels, double *moments,
-                   int threads) {
+void train_input_moments(const KernelTable &kernels, const T *x, std::ptrdiff_t pixels, int channels, double *moments,
+                         int threads) {
     threads = usable_threads(threads);
     const auto none = [](Carver &) { return nullptr; };
     const auto make = [&](Carver &carver) { return Moments<T>(carver, kernels, channels); };
@@ -130,7 +130,7 @@ template <class T> void finish_weight(const TrainExpandFinish<T> &f) {
             if (mean) {
                 double through = 0;
                 for (int row = 0; row < cin; ++row)
-                    through += products[static_cast<std::ptrdiff_t>(row) * cin + k] * to_float(weight[row]);
+                    through += products[static_cast<std::ptrdiff_t>(k) * cin + row] * to_float(weight[row]);
                 sum += f.of_z[c] * through + all * mean[k];
             }
             dw[k] = static_cast<float>(sum);
@@ -213,8 +213,8 @@ template <class T> void train_expand_finish(const KernelTable &kernels, const Tr
         finish_input(kernels, f, usable_threads(threads));
 }
 
-template void train_moments(const KernelTable &, const float *, std::ptrdiff_t, int, double *, int);
-template void train_moments(const KernelTable &, const bf16 *, std::ptrdiff_t, int, double *, int);
+template void train_input_moments(const KernelTable &, const float *, std::ptrdiff_t, int, double *, int);
+template void train_input_moments(const KernelTable &, const bf16 *, std::ptrdiff_t, int, double *, int);
 template void train_expand_sums(const TrainExpand<float> &, std::ptrdiff_t, int, double *);
 template void train_expand_sums(const TrainExpand<bf16> &, std::ptrdiff_t, int, double *);
 template void train_expand_finish(const KernelTable &, const TrainExpandFinish<float> &, int);

@@ -96,10 +96,9 @@ template <class T> class ExpandedRows {
     }
 
     const float *at(int h) {
-        return ring_.at(h, [this](int made, float *out) {
-            weights_->sums(expand_->x + (image_ * s_.h + made) * s_.w * expand_->cin, s_.w, out);
-        });
+        return ring_.at(h, [this](int made, float *out) { weights_->sums(input(made), s_.w, out); });
     }
+    const T *input(int h) const { return expand_->x + (image_ * s_.h + h) * s_.w * expand_->cin; }
 
   private:
     const TrainShape &s_;
@@ -118,9 +117,11 @@ template <class T> class InputRows {
           expands_(expand != nullptr), as_it_is_(!norm.scale && std::is_same_v<T, float>),
           ring_(as_it_is_ ? nullptr : carver.take<float>(kRing * row()), row(), s.h) {}
 
-    // Rows are asked for from top to bottom. `weights`: the expansion's.
-    void new_image(long image, const Product<T> *weights) {
+    // Rows are asked for from top to bottom. `weights`: the expansion's; `bias`: with which they give activated rows.
+    void new_image(long image, const Product<T> *weights, const float *bias = nullptr) {
         image_ = image;
+        weights_ = weights;
+        bias_ = bias;
         expanded.new_image(image, weights);
         ring_.restart();
     }
@@ -131,7 +132,9 @@ template <class T> class InputRows {
             if (as_it_is_)
                 return h < 0 || h >= s_.h ? nullptr : raw(h);
         return ring_.at(h, [this](int made, float *out) {
-            if (expands_)
+            if (bias_)
+                weights_->activated(expanded.input(made), s_.w, bias_, norm_.relu6, out);
+            else if (expands_)
                 run(kernels_, activate(expanded.at(made), out));
             else
                 run(kernels_, activate(raw(made), out));
@@ -156,6 +159,8 @@ template <class T> class InputRows {
     Norm norm_;
     bool expands_, as_it_is_;
     Ring ring_;
+    const Product<T> *weights_ = nullptr;
+    const float *bias_ = nullptr;
     long image_ = 0;
 };
 

@@ -82,19 +82,24 @@ template <class T> int tile_rows(const KernelTable &kernels) {
 // One thread's sums over pixels, of two numbers a channel: float32 within a chunk, float64 over chunks.
 class ChannelSums {
   public:
-    ChannelSums(Carver &carver, int channels)
-        : first(carver.take<float>(channels)), second(carver.take<float>(channels)),
+    ChannelSums(Carver &carver, const KernelTable &kernels, int channels)
+        : first(carver.take<float>(channels)), second(carver.take<float>(channels)), kernels_(kernels),
           total_(carver.take<double>(2 * static_cast<std::size_t>(channels))), channels_(channels) {}
 
     float *const first; // of a chunk
     float *const second;
 
     void clear() { std::fill_n(total_, 2 * channels_, 0.0); }
-    void add();                                                   // what a kernel has left in first and second
-    void add_moments(const float *origin, std::ptrdiff_t pixels); // of values less `origin`: added as sum and square
+    // What a kernel has left in first and second.
+    void add() { kernels_.train_totals({first, second, nullptr, 0, total_, channels_}); }
+    // The same of values less `origin`: added as sum and square.
+    void add_moments(const float *origin, std::ptrdiff_t pixels) {
+        kernels_.train_totals({first, second, origin, pixels, total_, channels_});
+    }
     const double *total() const { return total_; }
 
   private:
+    const KernelTable &kernels_;
     double *total_;
     int channels_;
 };
@@ -134,7 +139,6 @@ inline void run(const KernelTable &k, const ActivateBf16Args &a) { k.train_activ
 inline void run(const KernelTable &k, const GradientArgs &a) { k.train_gradient(a); }
 inline void run(const KernelTable &k, const GradientWideArgs &a) { k.train_gradient_wide(a); }
 inline void run(const KernelTable &k, const GradientBf16Args &a) { k.train_gradient_bf16(a); }
-inline void run(const KernelTable &k, const GradientNarrowArgs &a) { k.train_gradient_narrow(a); }
 inline void run(const KernelTable &k, const SumsArgs &a) { k.train_sums(a); }
 inline void run(const KernelTable &k, const SumsNarrowArgs &a) { k.train_sums_narrow(a); }
 inline void run(const KernelTable &k, const SumsBf16Args &a) { k.train_sums_bf16(a); }
@@ -143,13 +147,10 @@ inline void run(const KernelTable &k, const SumsBf16Args &a) { k.train_sums_bf16
 inline float *in_float(float *tensor, float *) { return tensor; }
 inline float *in_float(bf16 *, float *buffer) { return buffer; }
 
-// The moments of a chunk of z, which is rounded to `tensor` where that is of bf16; null: nowhere.
+// The moments of a chunk of z, which is rounded to `tensor` where that is of bf16.
 inline void moments_and_round(const KernelTable &k, const MomentsArgs &a, float *) { k.train_moments(a); }
 inline void moments_and_round(const KernelTable &k, const MomentsArgs &a, bf16 *tensor) {
-    if (tensor)
-        k.train_moments_narrow({a, tensor, a.channels});
-    else
-        k.train_moments(a);
+    k.train_moments_narrow({a, tensor, a.channels});
 }
 
 // What a layer does with pixels of z that its kernels have made: they are rounded to the tensor, where `made` is not
@@ -204,6 +205,14 @@ template <class T> class Product {
 
     // The sums as they are.
     void sums(const T *x, std::ptrdiff_t pixels, float *y) const { multiply(args(x, pixels, no_residual(), y)); }
+
+    // act(x w + bias), the bias padded to the panels.
+    void activated(const T *x, std::ptrdiff_t pixels, const float *bias, bool relu6, float *y) const {
+        Pointwise<T, T, float> a = args(x, pixels, no_residual(), y);
+        a.bias = bias;
+        a.relu6 = relu6;
+        multiply(a);
+    }
 
     // y += x w + bias, which is padded to the panels.
     void add_sums(const T *x, std::ptrdiff_t pixels, const float *bias, float *y) const {

@@ -37,10 +37,10 @@ int stem_chunk(const KernelTable &kernels, const TrainShape &s) {
 }
 
 template <class T> struct ForwardMemory {
-    ForwardMemory(Carver &carver, const TrainShape &s, int chunk)
+    ForwardMemory(Carver &carver, const KernelTable &kernels, const TrainShape &s, int chunk)
         : rows(carver.take<float>(static_cast<std::size_t>(chunk) * window(s))),
           z(carver.take<float>(std::is_same_v<T, float> ? 0 : static_cast<std::size_t>(chunk) * s.cout)),
-          sums(carver, s.cout) {}
+          sums(carver, kernels, s.cout) {}
     float *rows;
     float *z; // before it is rounded
     ChannelSums sums;
@@ -62,7 +62,7 @@ template <class T> void train_stem_forward(const KernelTable &kernels, const Tra
     const float *const x = static_cast<const float *>(f.x);
     const int chunk = stem_chunk(kernels, s);
     const auto make_shared = [&](Carver &carver) { return Product<float>(carver, kernels, window(s), s.cout); };
-    const auto make_own = [&](Carver &carver) { return ForwardMemory<T>(carver, s, chunk); };
+    const auto make_own = [&](Carver &carver) { return ForwardMemory<T>(carver, kernels, s, chunk); };
     const TeamMemory of(threads, make_shared, make_own);
     parallel(threads, [&](Team &team) {
         Product<float> weights = of.shared();

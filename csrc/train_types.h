@@ -63,7 +63,6 @@ template <class G, class Z, class Y> struct GradientOf {
 using GradientArgs = GradientOf<float, float, float>;
 using GradientWideArgs = GradientOf<bf16, bf16, float>;
 using GradientBf16Args = GradientOf<bf16, bf16, bf16>;
-using GradientNarrowArgs = GradientOf<float, float, bf16>;
 
 // sum[c] = sum over pixels of x[p, c] - x[0, c], square[c] of its square.
 struct MomentsArgs {
@@ -80,6 +79,17 @@ struct MomentsNarrowArgs {
     MomentsArgs moments;
     bf16 *y;
     std::ptrdiff_t y_ld;
+};
+
+// Adds a chunk's sums to those of all: of a number and another one, or where there is an origin those that MomentsArgs
+// gives of `pixels` numbers less origin[c], as sums of the numbers and of their squares.
+struct TotalsArgs {
+    const float *first;
+    const float *second;
+    const float *origin; // or null
+    std::ptrdiff_t pixels;
+    double *total; // [2][channels]
+    int channels;
 };
 
 // sum[c] = sum over pixels of g', dot[c] of g' * (z - mean); g' as in GradientArgs, also written to `masked`, or

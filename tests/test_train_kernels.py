@@ -363,18 +363,19 @@ def pair_gradients(of: Pair, norm: Norm, g: Tensor, residual: Tensor, dtype: tor
 def test_expansion_that_is_made_again(
     channels: tuple[int, int], size: tuple[int, int], dtype: torch.dtype, stride: int, batch: bool
 ) -> None:
-    """Forward it gives what a kept one gives, to the bit in float32; a kept bf16 one is rounded."""
+    """Forward it gives what a kept one gives but for roundings; on the way back it is held to autograd."""
     exact = dtype is torch.float32
     of = pair(channels, size, dtype, stride, batch)
     first, second = Conv("pointwise", of.weight, 1), Conv("depthwise", of.taps, stride)
     kept, sums = cpu_train.forward(first, of.x, None, sums=True, dtype=dtype)
     norm, pixels = of.norm(sums)
-    z, of_z = cpu_train.forward(second, kept, norm, sums=True, dtype=dtype)
+    z, _ = cpu_train.forward(second, kept, norm, sums=True, dtype=dtype)
     again, of_again = cpu_train.forward(second, of.remade, norm, sums=True, dtype=dtype)
-    if exact:
-        assert torch.equal(again, z)
-        assert torch.equal(of_again, of_z)
-    assert distance(again, z.double()) <= BF16
+    assert distance(again, z.double()) <= (8 * EPS if exact else BF16)
+    flat = again.double().flatten(0, 2)
+    sizes = torch.stack((flat.abs().sum(0), 2 * flat.square().sum(0)))
+    sums = torch.stack((flat.sum(0), flat.square().sum(0)))
+    assert ((of_again - sums).abs() <= (36**0.5 * EPS if exact else BF16) * sizes + 1e-6).all()
 
     g, residual = torch.randn(z.shape).to(dtype), torch.randn(of.x.shape).to(dtype)
     coefficients = torch.tensor([1.0, 0.0, 0.0])[:, None].expand(3, channels[1]).contiguous()

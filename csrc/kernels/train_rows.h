@@ -102,7 +102,6 @@ template <class G, class Z, class Y> inline void gradient(const GradientOf<G, Z,
 void train_gradient(const GradientArgs &a) { gradient(a); }
 void train_gradient_wide(const GradientWideArgs &a) { gradient(a); }
 void train_gradient_bf16(const GradientBf16Args &a) { gradient(a); }
-void train_gradient_narrow(const GradientNarrowArgs &a) { gradient(a); }
 
 // Adds a group's sum to that of the groups before, or begins it.
 template <class V> inline void add_group(const V &vector, float *total, Vec sum, bool begin) {
@@ -136,6 +135,24 @@ void train_moments(const MomentsArgs &a) {
 void train_moments_narrow(const MomentsNarrowArgs &a) {
     moments(a.moments, [&](std::ptrdiff_t p, int c, auto vector, Vec values)
                            __attribute__((always_inline)) { vector.put(a.y + p * a.y_ld + c, values); });
+}
+
+// Loops that the compiler turns into vectors of this instruction set.
+void train_totals(const TotalsArgs &a) {
+    double *const first = a.total, *const second = a.total + a.channels;
+    if (!a.origin) {
+        for (int c = 0; c < a.channels; ++c) {
+            first[c] += a.first[c];
+            second[c] += a.second[c];
+        }
+        return;
+    }
+    const double count = static_cast<double>(a.pixels);
+    for (int c = 0; c < a.channels; ++c) {
+        const double from = a.origin[c], sum = a.first[c];
+        first[c] += sum + count * from;
+        second[c] += a.second[c] + from * (2 * sum + count * from);
+    }
 }
 
 template <bool kRelu6, class G, class Z> inline void sums(const Sums<G, Z> &a) {

@@ -139,32 +139,6 @@ def _source(x: Tensor | Expansion) -> tuple[int, tuple[int, int, int, int] | Non
     return 0, _expansion(x)
 
 
-def _forward(
-    conv: Conv,
-    x: Tensor | Expansion,
-    norm: Norm | None,
-    *,
-    z: Tensor | None,
-    total: Tensor | None,
-    dtype: torch.dtype,
-) -> None:
-    address, expansion = _source(x)
-    size, strides = _size(conv, x)
-    _kernels(dtype).forward(
-        getattr(cpu.extension().TrainKind, conv.kind),
-        size,
-        strides,
-        address,
-        _address(None if norm is None else norm.values),
-        norm is not None and norm.relu6,
-        conv.weight.data_ptr(),
-        _address(z),
-        _address(total),
-        expansion,
-        torch.get_num_threads(),
-    )
-
-
 def _sums(channels: int) -> Tensor:
     return torch.empty((2, channels), dtype=torch.float64, device="cpu")
 
@@ -185,10 +159,24 @@ def forward(
     Returns:
         The raw output [N, Ho, Wo, Cout], and [2, Cout] float64, its sum and sum of squares over all pixels.
     """
-    (n, h, w, _, cout, stride), _ = _size(conv, x)
+    size, strides = _size(conv, x)
+    n, h, w, _, cout, stride = size
     z = empty(n, (h - 1) // stride + 1, (w - 1) // stride + 1, cout, dtype=dtype)
     total = _sums(cout)
-    _forward(conv, x, norm, z=z, total=total if sums else None, dtype=dtype)
+    address, expansion = _source(x)
+    _kernels(dtype).forward(
+        getattr(cpu.extension().TrainKind, conv.kind),
+        size,
+        strides,
+        address,
+        _address(None if norm is None else norm.values),
+        norm is not None and norm.relu6,
+        conv.weight.data_ptr(),
+        z.data_ptr(),
+        _address(total if sums else None),
+        expansion,
+        torch.get_num_threads(),
+    )
     return z, total
 
 
