@@ -68,7 +68,7 @@ template <class T> struct TrainBackward {
     double *sums;      // [2][cin]: of dx, and of dx * (x - in.mean), where x is normalized; or null
     float *dw;         // or null
     const TrainExpand<T> *expand = nullptr;        // makes x; of a depthwise layer
-    const TrainExpandGradient *expanded = nullptr; // of it; or null
+    const TrainExpandGradient *expanded = nullptr; // of it; null where no sums are wanted either
 };
 
 // The rest of an expansion's gradients. Its raw output's is of_g * g' + of_z * z + constant, and z = weight * x, so

@@ -103,7 +103,7 @@ template <class T> class BackwardRows {
         each_band(
             team, s_, [this](long image) { new_image(image); },
             [this](long, int row, int rows) {
-                const bool for_x = b_.dx || b_.sums || b_.expanded;
+                const bool for_x = b_.dx || b_.sums;
                 if (for_x && s_.stride == 1)
                     memory_.gradient.dz(row - 1); // a ring makes its rows from top to bottom
                 if (b_.dw)
@@ -153,11 +153,11 @@ template <class T> class BackwardRows {
             const std::ptrdiff_t at = i * memory_.input.row();
             const bool writes = to && (b_.in.relu6 || std::is_same_v<T, bf16>);
             if (b_.expand)
-                sums<float>(dx + at, memory_.input.expanded.at(first + i), b_.expanded ? dx + at : nullptr);
+                sums<float>(dx + at, memory_.input.expanded.at(first + i), dx + at);
             else
                 sums<T>(dx + at, memory_.input.raw(first + i), writes ? to + at : nullptr);
         }
-        if (b_.expanded)
+        if (b_.expand)
             memory_.expansion.add(dx, (image_ * s_.h + first) * s_.w, static_cast<std::ptrdiff_t>(count) * s_.w,
                                   shared_.expansion);
     }

@@ -341,15 +341,16 @@ def backward(
     Args:
         step: the convolution.
         residual: is added to the gradient of x; of a pointwise layer without norm only.
-        for_x: the gradient of x is wanted; not of a stem.
+        for_x: the gradient of x is wanted; not of a stem, nor of an `Expansion`, see `expansion_backward`.
         for_weight: the gradient of the weight is.
 
     Returns:
         The gradient of x, or of its normalized value if it has a norm, then masked already; its `sums`, if
-        so; the gradient of the weight. Of an `Expansion` there are the sums only.
+        so; the gradient of the weight.
     """
     x, weight = step.x, step.conv.weight
-    dx = empty(*x.shape, dtype=step.z.dtype) if for_x and isinstance(x, Tensor) else None
+    assert not for_x or isinstance(x, Tensor)
+    dx = empty(*x.shape, dtype=step.z.dtype) if for_x else None
     dw = torch.empty_like(weight, dtype=torch.float32) if for_weight else None
     total = _sums(x.shape[1 if step.conv.kind == "stem" else -1])
     wanted = total if for_x and step.norm is not None else None
