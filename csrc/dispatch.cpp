@@ -95,6 +95,7 @@ void complete(KernelTable &row, const KernelTable &next) {
     if (!row.pointwise_bf16) {
         row.dot2 = next.dot2;
         row.bf16_ring_bytes = next.bf16_ring_bytes;
+        row.bf16_tile_rows = next.bf16_tile_rows;
     }
     bool takes = false;
     const auto take = [&takes](auto &kernel, auto other) {

@@ -49,12 +49,6 @@ template <class F> constexpr F *own(KernelGroup group, F *f) {
 
 } // namespace
 
-#ifdef MNV2_TILES
-constexpr int kBf16TileRows = 2 * kTileSize;
-#else
-constexpr int kBf16TileRows = kTileRows;
-#endif
-
 extern const KernelTable table;
 const KernelTable table = {
     MNV2_STRING(MNV2_ISA),

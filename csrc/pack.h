@@ -31,6 +31,14 @@ inline Memory allocate(std::size_t bytes) {
     return Memory(static_cast<std::byte *>(p));
 }
 
+inline float to_float(float a) { return a; }
+inline float to_float(bf16 a) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(a.bits) << 16;
+    float to;
+    std::memcpy(&to, &bits, sizeof to);
+    return to;
+}
+
 struct Packed {
     const void *weight; // float, or bf16 where `pairs`
     const float *bias;  // padded with zeros to whole panels; null for depthwise, whose blocks hold it

@@ -10,10 +10,8 @@ namespace {
 
 void to_floats(float *to, const float *from, std::ptrdiff_t count) { std::memcpy(to, from, sizeof(float) * count); }
 void to_floats(float *to, const bf16 *from, std::ptrdiff_t count) {
-    for (std::ptrdiff_t i = 0; i < count; ++i) {
-        const std::uint32_t bits = static_cast<std::uint32_t>(from[i].bits) << 16;
-        std::memcpy(to + i, &bits, sizeof bits);
-    }
+    for (std::ptrdiff_t i = 0; i < count; ++i)
+        to[i] = to_float(from[i]);
 }
 
 } // namespace

@@ -71,9 +71,10 @@ template <class T> struct TrainBackward {
     const TrainExpandGradient *expanded = nullptr; // of it; null where no sums are wanted either
 };
 
-// The rest of an expansion's gradients. Its raw output's is of_g * g' + of_z * z + constant, and z = weight * x, so
+// The rest of an expansion's gradients. Its raw output's is scale * g' + of_z * z + constant, and z = weight * x, so
 // that nothing but the first term needs a pixel of z: what the others add to dw follows from the moments of x, and what
-// they add to dx is a 1x1 convolution of x from `cin` channels to as many. of_g is the norm's scale.
+// they add to dx is a 1x1 convolution of x from `cin` channels to as many. The constant is what makes the sum over all
+// pixels zero.
 template <class T> struct TrainExpandFinish {
     TrainExpand<T> expand;
     std::ptrdiff_t pixels;
@@ -81,7 +82,6 @@ template <class T> struct TrainExpandFinish {
     const double *sums; // [channels]: of g'
     const float *scale;
     const float *of_z;
-    const float *constant;
     const T *residual;         // is added to dx; or null
     TrainExpandGradient begun; // its dw is made the weight's gradient; its dx, which is written to, has no use then
     T *dx;                     // or null; may be that of `begun`

@@ -106,14 +106,12 @@ Backward<T> make_backward(TrainKind kind, const std::array<int, 6> &size, const 
 template <class T>
 void expand_finish(const Expansion &expansion, std::ptrdiff_t pixels, int channels, Address sums, Address norm,
                    Address coefficients, Address residual, const Expanded &begun, Address dx, int threads) {
-    const float *const rows = at<float>(coefficients);
-    const TrainExpandFinish<T> f{*expand_of<T>(expansion),
+    const TrainExpandFinish<T> f{expand_of<T>(expansion).value(),
                                  pixels,
                                  channels,
                                  at<double>(sums),
                                  norm_of(norm, true, channels).scale,
-                                 rows + channels,
-                                 rows + 2 * static_cast<std::ptrdiff_t>(channels),
+                                 at<float>(coefficients) + channels,
                                  at<T>(residual),
                                  expanded_of(begun).value(),
                                  at<T>(dx)};
@@ -163,7 +161,7 @@ template <class T> void bind_of(py::module_ m) {
     m.def(
         "expand_sums",
         [](const Expansion &expansion, std::ptrdiff_t pixels, int channels, Address sums) {
-            train_expand_sums(*expand_of<T>(expansion), pixels, channels, at<double>(sums));
+            train_expand_sums(expand_of<T>(expansion).value(), pixels, channels, at<double>(sums));
         },
         py::arg("expansion"), py::arg("pixels"), py::arg("channels"), py::arg("sums"));
     m.def("expand_finish", &expand_finish<T>, py::arg("expansion"), py::arg("pixels"), py::arg("channels"),

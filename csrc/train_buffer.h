@@ -6,7 +6,7 @@
 
 namespace mnv2 {
 
-// Of pages of its own, which go back to the system at once: what the heap takes back it may keep in pieces.
+// Pages of their own, not the heap's, which keeps pieces that nothing fits.
 struct Unmap {
     std::size_t bytes = 0;
     void operator()(std::byte *pages) const;

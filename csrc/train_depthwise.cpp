@@ -42,9 +42,7 @@ template <class T> class ForwardWeights {
         packed.taps.pack(kernels_, static_cast<const float *>(f_.weight), f_.shape.cin, false);
         if (!folds_)
             return;
-        const std::ptrdiff_t cin = f_.expand->cin;
-        for (std::ptrdiff_t i = 0; i < f_.shape.cin * cin; ++i)
-            scaled_[i] = scaled(f_.expand->weight[i], f_.in.scale[i / cin]);
+        scale_weight(*f_.expand, f_.in.scale, f_.shape.cin, scaled_);
         pack_bias(kernels_, f_.in.shift, f_.shape.cin, bias_);
     }
     void pack(Team &team) {
@@ -102,7 +100,7 @@ template <class T> class BackwardRows {
         std::fill_n(memory_.dw, taps_, 0.0);
         each_band(
             team, s_, [this](long image) { new_image(image); },
-            [this](long, int row, int rows) {
+            [this](long image, int row, int rows) {
                 const bool for_x = b_.dx || b_.sums;
                 if (for_x && s_.stride == 1)
                     memory_.gradient.dz(row - 1); // a ring makes its rows from top to bottom
@@ -110,7 +108,7 @@ template <class T> class BackwardRows {
                     for (int o = row; o < row + rows; ++o)
                         weight_row(o);
                 if (for_x)
-                    input_rows(row, rows);
+                    input_rows(image, row, rows);
             });
         end_image();
         memory_.expansion.close();
@@ -121,7 +119,6 @@ template <class T> class BackwardRows {
         memory_.input.new_image(image, &shared_.depthwise.expansion);
         memory_.gradient.new_image(image, shared_.depthwise.taps.blocks());
         end_image();
-        image_ = image;
     }
 
     void end_image() {
@@ -139,7 +136,7 @@ template <class T> class BackwardRows {
             {{above, at, below}, s_.cin, memory_.gradient.dz(o), s_.cin, memory_.image, s_.w, s_.stride, s_.cin});
     }
 
-    void input_rows(int row, int rows) {
+    void input_rows(long image, int row, int rows) {
         const int first = memory_.gradient.first(row), count = memory_.gradient.count(row, rows);
         T *const to = b_.dx ? b_.dx + memory_.input.at(first) : nullptr;
         float *const dx = to && !stream_ ? in_float(to, memory_.dx) : memory_.dx;
@@ -153,12 +150,12 @@ template <class T> class BackwardRows {
             const std::ptrdiff_t at = i * memory_.input.row();
             const bool writes = to && (b_.in.relu6 || std::is_same_v<T, bf16>);
             if (b_.expand)
-                sums<float>(dx + at, memory_.input.expanded.at(first + i), dx + at);
+                sums<float>(dx + at, memory_.input.expanded.at(first + i), b_.in.relu6 ? dx + at : nullptr);
             else
                 sums<T>(dx + at, memory_.input.raw(first + i), writes ? to + at : nullptr);
         }
         if (b_.expand)
-            memory_.expansion.add(dx, (image_ * s_.h + first) * s_.w, static_cast<std::ptrdiff_t>(count) * s_.w,
+            memory_.expansion.add(dx, (image * s_.h + first) * s_.w, static_cast<std::ptrdiff_t>(count) * s_.w,
                                   shared_.expansion);
     }
 
@@ -180,7 +177,6 @@ template <class T> class BackwardRows {
     BackwardMemory<T> &memory_;
     std::size_t taps_;
     bool stream_;
-    long image_ = 0;
 };
 
 } // namespace

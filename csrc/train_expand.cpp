@@ -61,6 +61,14 @@ template <class T> class Moments {
     double *total_;
 };
 
+// What products of the input's channels add up to through a weight, for input k.
+template <class T> double through(const double *products, const T *weight, int cin, int k) {
+    double sum = 0;
+    for (int row = 0; row < cin; ++row)
+        sum += products[static_cast<std::ptrdiff_t>(k) * cin + row] * to_float(weight[row]);
+    return sum;
+}
+
 } // namespace
 
 template <class T>
@@ -100,12 +108,9 @@ void train_expand_sums(const TrainExpand<T> &expand, std::ptrdiff_t pixels, int 
     for (int c = 0; c < channels; ++c) {
         const T *const weight = expand.weight + static_cast<std::ptrdiff_t>(c) * cin;
         double at = 0, spread = 0;
-        for (int row = 0; row < cin; ++row) {
-            double through = 0;
-            for (int k = 0; k < cin; ++k)
-                through += products[static_cast<std::ptrdiff_t>(row) * cin + k] * to_float(weight[k]);
-            at += mean[row] * to_float(weight[row]);
-            spread += through * to_float(weight[row]);
+        for (int k = 0; k < cin; ++k) {
+            at += mean[k] * to_float(weight[k]);
+            spread += through(products, weight, cin, k) * to_float(weight[k]);
         }
         sums[c] = count * at;
         sums[channels + c] = spread + count * at * at;
@@ -114,25 +119,21 @@ void train_expand_sums(const TrainExpand<T> &expand, std::ptrdiff_t pixels, int 
 
 namespace {
 
-// What the terms of z and the constant add to the weight's gradient, and g' scaled.
+// g' scaled, and what the term of z adds to the weight's gradient. That of the constant adds nothing, since with it the
+// gradient's sum is zero, and z and x may be taken less their means. `begun` has the mean rounded.
 template <class T> void finish_weight(const TrainExpandFinish<T> &f) {
     const int cin = f.expand.cin;
     const double *const mean = f.expand.moments, *const products = mean ? mean + cin : nullptr;
     for (int c = 0; c < f.channels; ++c) {
         const T *const weight = f.expand.weight + static_cast<std::ptrdiff_t>(c) * cin;
         float *const dw = f.begun.dw + static_cast<std::ptrdiff_t>(c) * cin;
-        double at = 0; // the mean of z
-        for (int k = 0; mean && k < cin; ++k)
-            at += mean[k] * to_float(weight[k]);
-        const double all = f.scale[c] * f.sums[c] + static_cast<double>(f.pixels) * (f.of_z[c] * at + f.constant[c]);
         for (int k = 0; k < cin; ++k) {
-            double sum = static_cast<double>(f.scale[c]) * dw[k];
-            if (mean) {
-                double through = 0;
-                for (int row = 0; row < cin; ++row)
-                    through += products[static_cast<std::ptrdiff_t>(k) * cin + row] * to_float(weight[row]);
-                sum += f.of_z[c] * through + all * mean[k];
-            }
+            double sum = dw[k];
+            if (mean)
+                sum += f.sums[c] * (static_cast<float>(mean[k]) - mean[k]);
+            sum *= f.scale[c];
+            if (mean)
+                sum += f.of_z[c] * through(products, weight, cin, k);
             dw[k] = static_cast<float>(sum);
         }
     }
@@ -146,18 +147,14 @@ template <class T> struct FinishMemory {
     float *sum, *bias;
     Product<T> product;
 
-    // In float64. What rounding of the matrix and of the scaled weight takes from the mean of dx goes to the bias.
+    // In float64. The bias takes away the mean of dx, which is zero, as both parts of it were rounded.
     void make(const KernelTable &kernels, const TrainExpandFinish<T> &f) {
         const int cin = f.expand.cin;
         for (int row = 0; row < cin; ++row) {
-            double constant = 0;
+            double mean = 0;
             for (int c = 0; c < f.channels; ++c) {
-                const float weight = to_float(f.expand.weight[static_cast<std::ptrdiff_t>(c) * cin + row]);
-                const double exact = static_cast<double>(weight) * f.scale[c];
-                constant += static_cast<double>(weight) * f.constant[c] +
-                            (exact - to_float(scaled(f.expand.weight[static_cast<std::ptrdiff_t>(c) * cin + row],
-                                                     f.scale[c]))) *
-                                f.sums[c] / static_cast<double>(f.pixels);
+                const T weight = f.expand.weight[static_cast<std::ptrdiff_t>(c) * cin + row];
+                mean += to_float(scaled(weight, f.scale[c])) * f.sums[c] / static_cast<double>(f.pixels);
             }
             for (int k = 0; k < cin; ++k) {
                 double of_x = 0;
@@ -166,10 +163,10 @@ template <class T> struct FinishMemory {
                     of_x += static_cast<double>(to_float(weight[row])) * f.of_z[c] * to_float(weight[k]);
                 }
                 T &to = matrix[static_cast<std::ptrdiff_t>(row) * cin + k];
-                round_to(to, of_x);
-                constant += (of_x - to_float(to)) * f.expand.moments[k];
+                store_rounded(to, of_x);
+                mean += to_float(to) * f.expand.moments[k];
             }
-            sum[row] = static_cast<float>(constant);
+            sum[row] = static_cast<float>(-mean);
         }
         pack_bias(kernels, sum, cin, bias);
     }
@@ -209,7 +206,8 @@ template <class T> void finish_input(const KernelTable &kernels, const TrainExpa
 template <class T> void train_expand_finish(const KernelTable &kernels, const TrainExpandFinish<T> &f, int threads) {
     if (f.begun.dw)
         finish_weight(f);
-    if (f.dx)
+    const bool whole = std::is_same_v<T, float> && !f.expand.moments && !f.residual;
+    if (f.dx && !whole)
         finish_input(kernels, f, usable_threads(threads));
 }
 

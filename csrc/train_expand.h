@@ -1,4 +1,5 @@
-// The gradients of an expansion whose output nobody keeps, as the depthwise layer after it makes rows of them.
+// An expansion whose output nobody keeps, beside the depthwise layer that makes rows of it: its weight with the norm's
+// scale, and its gradients.
 #pragma once
 
 #include <cstring>
@@ -7,17 +8,9 @@
 
 namespace mnv2 {
 
-inline float to_float(float a) { return a; }
-inline float to_float(bf16 a) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(a.bits) << 16;
-    float to;
-    std::memcpy(&to, &bits, sizeof to);
-    return to;
-}
-
 // Rounds to the nearest, of two as near to the even one; a NaN stays.
-inline void round_to(float &to, double value) { to = static_cast<float>(value); }
-inline void round_to(bf16 &to, double value) {
+inline void store_rounded(float &to, double value) { to = static_cast<float>(value); }
+inline void store_rounded(bf16 &to, double value) {
     const float a = static_cast<float>(value);
     std::uint32_t bits;
     std::memcpy(&bits, &a, sizeof bits);
@@ -25,11 +18,15 @@ inline void round_to(bf16 &to, double value) {
     to.bits = static_cast<std::uint16_t>((bits + half) >> 16 | (a == a ? 0 : 0x40));
 }
 
-// An expansion's weight as the gradient of its normalized output goes through it.
+// An expansion's weight times its norm's scale.
 template <class T> T scaled(T weight, float scale) {
     T to;
-    round_to(to, static_cast<double>(to_float(weight)) * scale);
+    store_rounded(to, static_cast<double>(to_float(weight)) * scale);
     return to;
+}
+template <class T> void scale_weight(const TrainExpand<T> &expand, const float *scale, int channels, T *out) {
+    for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(channels) * expand.cin; ++i)
+        out[i] = scaled(expand.weight[i], scale[i / expand.cin]);
 }
 
 // Subtracts a number from each channel: what reads a tensor through a norm.
@@ -39,7 +36,7 @@ class Center {
         : scale_(carver.take<float>(channels)), shift_(carver.take<float>(channels)), channels_(channels) {}
 
     // `mean`: or null for zeros.
-    template <class Mean> void set(const Mean *mean) {
+    void set(const double *mean) {
         std::fill_n(scale_, channels_, 1.0f);
         for (int c = 0; c < channels_; ++c)
             shift_[c] = mean ? -static_cast<float>(mean[c]) : 0.0f;
@@ -65,9 +62,8 @@ template <class T> class ExpandWeights {
             return;
         const TrainExpand<T> &e = *b_.expand;
         center.set(e.moments);
-        for (std::ptrdiff_t c = 0; b_.expanded->dx && c < b_.shape.cin; ++c)
-            for (std::ptrdiff_t k = 0; k < e.cin; ++k)
-                scaled_[c * e.cin + k] = scaled(e.weight[c * e.cin + k], b_.in.scale[c]);
+        if (b_.expanded->dx)
+            scale_weight(e, b_.in.scale, b_.shape.cin, scaled_);
     }
     void pack(Team &team) {
         if (b_.expanded && b_.expanded->dx)
@@ -97,9 +93,11 @@ template <class T> class ExpandGradient {
 
     // `count` pixels from `at` on, of which the masked gradient is at hand.
     void add(const float *g, std::ptrdiff_t at, std::ptrdiff_t count, const ExpandWeights<T> &weights) {
+        const TrainExpandGradient &to = *b_.expanded;
+        if (!to.dx && !to.dw)
+            return;
         const int cin = b_.expand->cin;
         const T *const x = b_.expand->x + at * cin, *const rows = in_type(g, count, rounded_);
-        const TrainExpandGradient &to = *b_.expanded;
         if (to.dw)
             gradient_.add(rows, x, weights.center.norm(), count, first_);
         if (to.dx)

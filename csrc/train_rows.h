@@ -98,9 +98,15 @@ template <class T> class ExpandedRows {
     const float *at(int h) {
         return ring_.at(h, [this](int made, float *out) { weights_->sums(input(made), s_.w, out); });
     }
-    const T *input(int h) const { return expand_->x + (image_ * s_.h + h) * s_.w * expand_->cin; }
+
+    // A row as weights and bias with the norm in them give it, activated.
+    void activated(int h, const float *bias, bool relu6, float *out) const {
+        weights_->activated(input(h), s_.w, bias, relu6, out);
+    }
 
   private:
+    const T *input(int h) const { return expand_->x + (image_ * s_.h + h) * s_.w * expand_->cin; }
+
     const TrainShape &s_;
     const TrainExpand<T> *expand_;
     Ring ring_;
@@ -120,7 +126,6 @@ template <class T> class InputRows {
     // Rows are asked for from top to bottom. `weights`: the expansion's; `bias`: with which they give activated rows.
     void new_image(long image, const Product<T> *weights, const float *bias = nullptr) {
         image_ = image;
-        weights_ = weights;
         bias_ = bias;
         expanded.new_image(image, weights);
         ring_.restart();
@@ -133,7 +138,7 @@ template <class T> class InputRows {
                 return h < 0 || h >= s_.h ? nullptr : raw(h);
         return ring_.at(h, [this](int made, float *out) {
             if (bias_)
-                weights_->activated(expanded.input(made), s_.w, bias_, norm_.relu6, out);
+                expanded.activated(made, bias_, norm_.relu6, out);
             else if (expands_)
                 run(kernels_, activate(expanded.at(made), out));
             else
@@ -159,7 +164,6 @@ template <class T> class InputRows {
     Norm norm_;
     bool expands_, as_it_is_;
     Ring ring_;
-    const Product<T> *weights_ = nullptr;
     const float *bias_ = nullptr;
     long image_ = 0;
 };

@@ -214,7 +214,7 @@ template <class T> class Product {
         multiply(a);
     }
 
-    // y += x w + bias, which is padded to the panels.
+    // y += x w + bias, which is padded to the panels. Of at most 512 inputs: more are summed in chunks, in y itself.
     void add_sums(const T *x, std::ptrdiff_t pixels, const float *bias, float *y) const {
         Pointwise<T, T, float> a = args(x, pixels, static_cast<const float *>(y), y);
         a.bias = bias;

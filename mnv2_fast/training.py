@@ -155,7 +155,7 @@ class ChainTraining(torch.autograd.Function):
             batch = layer.batch_moments
             z: Tensor | Expansion
             if i == 0 and _is_remade(specs, math.prod(first.shape[:3])):
-                moments = cpu_train.moments(first) if batch else None
+                moments = cpu_train.input_moments(first) if batch else None
                 z = Expansion(first, weight, moments)
                 total = cpu_train.expansion_sums(z) if batch else None
             else:
@@ -434,6 +434,7 @@ def _dense(t: Tensor | None) -> Tensor | None:
 def _nhwc(x: Tensor) -> Tensor:
     """[N, C, H, W] of any strides -> [N, H, W, C] without gaps; a view where it is channels_last already."""
     x = x.permute(0, 2, 3, 1)
+    # In memory of the step before: torch's would be fresh pages.
     return x if x.is_contiguous() else cpu_train.empty(*x.shape, dtype=x.dtype).copy_(x)
 
 

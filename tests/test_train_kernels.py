@@ -276,7 +276,7 @@ class Pair:
 
     @property
     def remade(self) -> Expansion:
-        return Expansion(self.x, self.weight, cpu_train.moments(self.x) if self.batch else None)
+        return Expansion(self.x, self.weight, cpu_train.input_moments(self.x) if self.batch else None)
 
     def norm(self, sums: Tensor) -> tuple[Norm, int]:
         """Of the expansion, and the pixels that `norm_gradient` takes."""
@@ -311,7 +311,7 @@ def test_sums_of_an_expansion_that_nobody_makes(
     of = pair(channels, size, dtype, 1, True)
     flat = of.x.double().flatten(0, 2)
     mean = flat.mean(0)
-    moments, center = cpu_train.moments(of.x), flat - mean
+    moments, center = cpu_train.input_moments(of.x), flat - mean
     torch.testing.assert_close(moments[0], mean, rtol=1e-6, atol=0)
     # A chunk's products are added one after another, 224 deep, with roundings as often up as down.
     bound = 224**0.5 * EPS * center.abs().T @ center.abs() + 1e-6 * len(flat) * EPS
@@ -328,7 +328,7 @@ def test_sums_of_an_expansion_that_nobody_makes(
 def test_sums_of_an_expansion_far_from_zero() -> None:
     """A mean of 3000 standard deviations, as `test_variance_of_a_far_mean`."""
     x, weight = torch.rand(3, 15, 16, 24) * 0.01 + 10, torch.rand(33, 24, 1, 1)
-    sums = cpu_train.expansion_sums(Expansion(x, weight, cpu_train.moments(x)))
+    sums = cpu_train.expansion_sums(Expansion(x, weight, cpu_train.input_moments(x)))
     norm = cpu_train.normalize(sums, 720, None, None, eps=0.0, relu6=False)
     z = x.double().flatten(0, 2) @ weight.double().flatten(1).T
     torch.testing.assert_close(norm.moments[1], z.var(0, unbiased=False), rtol=1e-5, atol=0)
@@ -389,6 +389,23 @@ def test_expansion_that_is_made_again(
     for ours, right, torch_ in zip((*whole, dw, *affine), expected, torchs, strict=True):
         assert ours is not None
         assert distance(ours, right) <= (3 * distance(torch_, right) + 16 * EPS if exact else 2 * BF16)
+
+
+def test_gradients_of_an_expansion_far_from_zero() -> None:
+    """Means of 3000 standard deviations: sums that are zero must not be roundings times these."""
+    of = pair((24, 40), (15, 16), torch.float32, 1, True)
+    of.x = torch.rand(of.x.shape) * 0.01 + 10
+    norm, pixels = of.norm(cpu_train.expansion_sums(of.remade))
+    conv = Conv("depthwise", of.taps, 1)
+    z, _ = cpu_train.forward(conv, of.remade, norm, sums=False)
+    g, residual = torch.randn(z.shape), torch.zeros(of.x.shape)
+    coefficients = torch.tensor([1.0, 0.0, 0.0])[:, None].expand(3, 40).contiguous()
+    begun, _ = cpu_train.expansion_backward(Step(conv, of.remade, norm, z, Gradient(g, None, coefficients)))
+    coefficients, *_ = cpu_train.norm_gradient(begun.total, norm, of.gamma, pixels)
+    _, dw = cpu_train.expansion_finish(of.remade, begun, norm, coefficients)
+    assert dw is not None
+    # z in float32 is 3000 roundings off a standard deviation, as anybody's is.
+    assert distance(dw, pair_gradients(of, norm, g, residual, torch.float64)[1]) <= 3000 * EPS
 
 
 def test_what_is_not_asked_for_of_an_expansion() -> None:

@@ -278,11 +278,12 @@ def test_memory_is_given_back() -> None:
 def test_what_a_step_keeps_is_known_before(
     run_python: RunPython, images: int, size: int, dtype: torch.dtype
 ) -> None:
-    """Of the peak of two steps, over what was held after a small one: in a process of its own."""
+    """Of the peak of two steps, over what is held once a small one has given its memory back, in a process
+    of its own.
+    """
     code = """
 import sys, torch
-from mnv2_fast import MobileNetV2
-from mnv2_fast import release_training_memory
+from mnv2_fast import MobileNetV2, release_training_memory
 from mnv2_fast.training import kept_bytes
 images, size, bf16 = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "torch.bfloat16"
 def status(name):

@@ -7,6 +7,7 @@ namespace {
 #ifdef MNV2_TILES
 // Tiles want many pixels at a time more than they want them in L1: an image takes 1.95 ms so, 2.22 with kRingBytes.
 constexpr std::size_t kBf16RingBytes = 100 * 1024;
+constexpr int kBf16TileRows = 2 * kTileSize;
 
 template <class Y> void pointwise_by(const Pointwise<bf16, bf16, Y> &a) {
     if (const int depth = tile_depth(a.cin))
@@ -16,6 +17,7 @@ template <class Y> void pointwise_by(const Pointwise<bf16, bf16, Y> &a) {
 }
 #else
 constexpr std::size_t kBf16RingBytes = kRingBytes;
+constexpr int kBf16TileRows = kTileRows;
 
 template <class Y> void pointwise_by(const Pointwise<bf16, bf16, Y> &a) { pointwise_pairs(a); }
 #endif

@@ -28,17 +28,16 @@ template <int V> inline void tile_weights(const bf16 *w) {
         _tile_loadd(7, w + 2 * kTileSize, kRow);
 }
 
-// Sums of tiles: [P tiles of pixels][16 pixels][V x 16 channels].
-template <int P, int V> inline void tile_store(float *sums) {
-    constexpr int kWidth = V * kTileSize, kNext = kTileSize * kWidth;
-    constexpr std::ptrdiff_t kRow = kWidth * sizeof(float);
-    _tile_stored(0, sums, kRow);
+// Tiles of sums to pixels from p and, of two, from q on of y.
+template <int P, int V> inline void tile_store(float *y, std::ptrdiff_t ld, std::ptrdiff_t p, std::ptrdiff_t q) {
+    const std::ptrdiff_t line = ld * static_cast<std::ptrdiff_t>(sizeof(float));
+    _tile_stored(0, y + p * ld, line);
     if constexpr (V == 2)
-        _tile_stored(1, sums + kTileSize, kRow);
+        _tile_stored(1, y + p * ld + kTileSize, line);
     if constexpr (P == 2)
-        _tile_stored(2, sums + kNext, kRow);
+        _tile_stored(2, y + q * ld, line);
     if constexpr (P == 2 && V == 2)
-        _tile_stored(3, sums + kNext + kTileSize, kRow);
+        _tile_stored(3, y + q * ld + kTileSize, line);
 }
 
 // P tiles of pixels, at x and at `second`, times V tiles of channels. The weights of a single block are in their tiles
@@ -110,19 +109,7 @@ inline void tile_finish(const float *sums, int from, int to, const Pointwise<bf1
     }
 }
 
-// Tiles of sums to pixels from p and, of two, from q on of y.
-template <int P, int V> inline void tile_store(float *y, std::ptrdiff_t ld, std::ptrdiff_t p, std::ptrdiff_t q) {
-    const std::ptrdiff_t line = ld * static_cast<std::ptrdiff_t>(sizeof(float));
-    _tile_stored(0, y + p * ld, line);
-    if constexpr (V == 2)
-        _tile_stored(1, y + p * ld + kTileSize, line);
-    if constexpr (P == 2)
-        _tile_stored(2, y + q * ld, line);
-    if constexpr (P == 2 && V == 2)
-        _tile_stored(3, y + q * ld + kTileSize, line);
-}
-
-// The same for sums that are the output as they are, of whole tiles of channels.
+// All pixels for one panel, of whole tiles of channels, where the sums are the output as they are.
 template <int V>
 inline void tile_sums(const PointwiseBf16FloatArgs &a, const bf16 *w, int n, int depth, int blocks, int rows) {
     const auto start = [last = a.pixels - rows](std::ptrdiff_t p) { return p < last ? p : last; };
@@ -164,10 +151,10 @@ inline void tile_panel(const Pointwise<bf16, bf16, Y> &a, const bf16 *w, int n, 
         const bf16 *const x = a.x + start(p) * a.x_ld;
         if (p + kTileSize < a.pixels) {
             tile_product<2, V>(x, a.x + start(p + kTileSize) * a.x_ld, a.x_ld, w, depth, blocks);
-            tile_store<2, V>(sums[turn]);
+            tile_store<2, V>(sums[turn], V * kTileSize, 0, kTileSize);
         } else {
             tile_product<1, V>(x, x, a.x_ld, w, depth, blocks);
-            tile_store<1, V>(sums[turn]);
+            tile_store<1, V>(sums[turn], V * kTileSize, 0, 0);
         }
         if (p > 0)
             finish_step(p - kStep, sums[turn ^ 1]);

@@ -91,7 +91,7 @@ def prefers_bfloat16() -> bool:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor, not initialised, in memory that goes to the next one of its size when it dies."""
+    """A tensor, not initialised, in memory that later ones take when it dies."""
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype, device="cpu")
@@ -180,7 +180,7 @@ def forward(
     return z, total
 
 
-def moments(x: Tensor) -> Tensor:
+def input_moments(x: Tensor) -> Tensor:
     """The mean of each channel, and the sums over pixels of products of two channels less their means.
 
     Args:
