@@ -206,6 +206,7 @@ void bind_train(py::module_ &m) {
             return py::buffer_info(b.data(), 1, py::format_descriptor<std::uint8_t>::format(),
                                    static_cast<py::ssize_t>(b.bytes()));
         })
+        .def_static("used", &TrainBuffer::used)
         .def_static("kept", &TrainBuffer::kept)
         .def_static("release", &TrainBuffer::release);
 }

@@ -47,6 +47,12 @@ class Region {
     std::size_t size() const { return size_; }
     bool has(const std::byte *memory) const { return memory >= pages_.get() && memory < pages_.get() + size_; }
     bool unused() const { return blocks_ == 0; }
+    std::size_t used() const {
+        std::size_t bytes = size_;
+        for (const Piece &piece : free_)
+            bytes -= piece.bytes;
+        return bytes;
+    }
 
     // The first piece that is large enough, or null: what a step gives back last, the next one takes first. Blocks that
     // had pages of their own, for a next one of their size, left 14000 pages of 4 KB to be made anew in each step, a
@@ -135,6 +141,13 @@ struct Pool {
         })->give(memory, bytes);
     }
 
+    std::size_t used() const {
+        std::size_t bytes = 0;
+        for (const Region &region : regions)
+            bytes += region.used();
+        return bytes;
+    }
+
     std::size_t kept() const {
         std::size_t bytes = 0;
         for (const Region &region : regions)
@@ -187,6 +200,14 @@ TrainBuffer::~TrainBuffer() {
     Pool &p = pool();
     const std::lock_guard<std::mutex> lock(p.mutex);
     p.give(data_, whole_pages(bytes_));
+}
+
+std::size_t TrainBuffer::used() {
+    if (forked_child())
+        return 0;
+    Pool &p = pool();
+    const std::lock_guard<std::mutex> lock(p.mutex);
+    return p.used();
 }
 
 std::size_t TrainBuffer::kept() {

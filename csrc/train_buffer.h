@@ -24,7 +24,10 @@ class TrainBuffer {
     std::byte *data() const { return data_; }
     std::size_t bytes() const { return bytes_; }
 
-    // Bytes that wait for a next one.
+    // Bytes of those that live, in whole pages.
+    static std::size_t used();
+
+    // Bytes of memory that wait for a next one.
     static std::size_t kept();
 
     // Gives these back to the system; how many they were.

@@ -221,7 +221,7 @@ def test_a_hook_sends_its_block_alone_to_its_layers(small: MobileNetV2, images: 
 
 def test_memory_comes_back_after_an_error_in_backward(small: MobileNetV2, images: Tensor) -> None:
     gradients(fast, small, images, TARGETS)
-    kept = cpu.extension().TrainBuffer.kept()
+    used = cpu.extension().TrainBuffer.used()
 
     def fail(grad: Tensor) -> None:
         raise RuntimeError("in the middle")
@@ -234,7 +234,7 @@ def test_memory_comes_back_after_an_error_in_backward(small: MobileNetV2, images
         loss.backward()
     del y, loss
     gc.collect()
-    assert cpu.extension().TrainBuffer.kept() == kept
+    assert cpu.extension().TrainBuffer.used() == used
 
 
 def test_channels_last_weights(small: MobileNetV2, images: Tensor) -> None:
