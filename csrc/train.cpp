@@ -68,6 +68,15 @@ void train_norm(const TrainNorm &n, std::ptrdiff_t pixels) {
     }
 }
 
+void train_running(const double *moments, std::ptrdiff_t pixels, double share, float *mean, float *variance,
+                   int channels) {
+    const double count = static_cast<double>(pixels), unbiased = count / (count - 1);
+    for (int c = 0; c < channels; ++c) {
+        mean[c] = static_cast<float>((1 - share) * mean[c] + share * moments[c]);
+        variance[c] = static_cast<float>((1 - share) * variance[c] + share * unbiased * moments[channels + c]);
+    }
+}
+
 void train_norm_gradient(const TrainNormGradient &n) {
     for (int c = 0; c < n.channels; ++c) {
         const double sum = n.sums[c], mean = n.moments[c];

@@ -133,6 +133,10 @@ struct TrainNormGradient {
 void train_norm(const TrainNorm &n, std::ptrdiff_t pixels);
 void train_norm_gradient(const TrainNormGradient &n);
 
+// Running statistics, [channels] each, moved towards a batch's of so many pixels by a share.
+void train_running(const double *moments, std::ptrdiff_t pixels, double share, float *mean, float *variance,
+                   int channels);
+
 template <class T> void train_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads);
 template <class T> void train_backward(const KernelTable &kernels, const TrainBackward<T> &b, int threads);
 // moments [1 + channels][channels]: the mean of x [pixels][channels], and sums of products of two channels less theirs.

@@ -192,6 +192,13 @@ void bind_train(py::module_ &m) {
         py::arg("moments"), py::arg("pixels"), py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("norm"),
         py::arg("channels"));
     m.def(
+        "train_running",
+        [](Address moments, std::ptrdiff_t pixels, double share, Address mean, Address variance, int channels) {
+            train_running(at<double>(moments), pixels, share, at<float>(mean), at<float>(variance), channels);
+        },
+        py::arg("moments"), py::arg("pixels"), py::arg("share"), py::arg("mean"), py::arg("variance"),
+        py::arg("channels"));
+    m.def(
         "train_norm_gradient",
         [](Address sums, Address moments, Address gamma, double eps, std::ptrdiff_t pixels, Address norm,
            Address coefficients, Address dgamma, Address dbeta, int channels) {

@@ -16,10 +16,10 @@ template <class T> class Moments {
           center_(carver, channels), products_(carver, kernels, channels, channels, kChunk),
           total_(carver.take<double>(static_cast<std::size_t>(channels) * channels)) {}
 
-    // The number: the mean of the first pixels, which every member finds.
+    // The number: the mean of pixels from everywhere, which every member finds.
     void start(const T *x, std::ptrdiff_t pixels) {
         const std::ptrdiff_t count = std::min<std::ptrdiff_t>(pixels, kChunk);
-        read(x, count, Norm());
+        read(x, pixels / count * channels_, count, Norm());
         sums_.clear();
         add_sums(count);
         double *const mean = total_; // which has room for it
@@ -31,7 +31,7 @@ template <class T> class Moments {
     }
 
     void add(const T *x, std::ptrdiff_t count) {
-        read(x, count, center_.norm());
+        read(x, channels_, count, center_.norm());
         add_sums(count);
         products_.add(rows_, rows_, Norm(), count, true);
         for (int row = 0; row < channels_; ++row)
@@ -44,8 +44,8 @@ template <class T> class Moments {
     const double *products() const { return total_; }
 
   private:
-    void read(const T *x, std::ptrdiff_t count, const Norm &norm) {
-        run(kernels_, Activate<T, float>{x, channels_, norm, nullptr, 0, rows_, channels_, count, channels_});
+    void read(const T *x, std::ptrdiff_t x_ld, std::ptrdiff_t count, const Norm &norm) {
+        run(kernels_, Activate<T, float>{x, x_ld, norm, nullptr, 0, rows_, channels_, count, channels_});
     }
     void add_sums(std::ptrdiff_t count) {
         kernels_.train_moments({rows_, channels_, sums_.first, sums_.second, count, channels_});

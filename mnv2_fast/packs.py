@@ -297,6 +297,7 @@ class Holder:
 
     def __init__(self) -> None:
         self.value: Any = None  # the owner's
+        self.train: Any = None  # the owner's, for train mode
         self.compiled: tuple[str, TensorWatch, Pack] | None = None
         with Holder._lock:
             self.number = next(Holder._numbers)
@@ -306,8 +307,8 @@ class Holder:
         return Holder, ()
 
     def clear(self) -> None:
-        """Forget every pack; the next call makes another."""
-        self.value = self.compiled = None
+        """Forget everything; the next call makes it again."""
+        self.value = self.train = self.compiled = None
 
 
 def lookup(spec: str, tensors: Sequence[Tensor]) -> Pack:

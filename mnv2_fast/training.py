@@ -58,17 +58,15 @@ class TrainLayer:
 
 @dataclass(frozen=True)
 class TrainChain:
-    """Layers in a row as a module has them. `residual`: the first one's input is added to the last one's
-    output."""
+    """Layers in a row as a module has them.
+
+    `tensors`: weight, scale and shift of every layer. `residual`: the first one's input is added to the last
+    one's output.
+    """
 
     layers: tuple[TrainLayer, ...]
-    modules: tuple[tuple[nn.Conv2d, nn.BatchNorm2d], ...]
+    tensors: tuple[Tensor | None, ...]
     residual: bool
-
-    @property
-    def tensors(self) -> list[Tensor | None]:
-        """Weight, scale and shift of every layer, as the modules hold them now."""
-        return [t for conv, norm in self.modules for t in (conv.weight, norm.weight, norm.bias)]
 
 
 def read_chain(module: nn.Module, reading: Reading) -> TrainChain:
@@ -77,16 +75,17 @@ def read_chain(module: nn.Module, reading: Reading) -> TrainChain:
     Raises:
         Declined: one of them has a bias or no norm, or a tensor that is not float32.
     """
-    modules: list[tuple[Any, Any]] = []
+    layers: list[TrainLayer] = []
+    of_layers: list[Tensor | None] = []
     for link, tensors in reading.parts:
         if link.bias or not link.norm:
             raise Declined(f"{link.spec.conv} has a bias or no norm, which no training kernel takes")
         if any(t.dtype is not torch.float32 for t in tensors):
             raise Declined(f"{link.spec.conv} is of {tensors[0].dtype}, the training kernels take float32")
-        modules.append((module.get_submodule(link.spec.conv), module.get_submodule(link.spec.bn)))
-    specs = [link.spec for link, _ in reading.parts]
-    layers = tuple(TrainLayer(spec, norm) for spec, (_, norm) in zip(specs, modules, strict=True))
-    return TrainChain(layers, tuple(modules), specs[-1].residual > 0)
+        norm: Any = module.get_submodule(link.spec.bn)
+        layers.append(TrainLayer(link.spec, norm))
+        of_layers += [tensors[0], norm.weight, norm.bias]
+    return TrainChain(tuple(layers), tuple(of_layers), layers[-1].spec.residual > 0)
 
 
 def decline_input(x: Tensor, chain: TrainChain) -> None:
@@ -168,7 +167,7 @@ class ChainTraining(torch.autograd.Function):
                 _check_pixels(z.shape)
             norm = cpu_train.normalize(total, pixels, gamma, beta, eps=layer.norm.eps, relu6=layer.spec.relu6)
             if batch:
-                _update(layer.norm, norm.moments, pixels)
+                _update(layer.norm, norm, pixels)
             saved += [weight, gamma, z if isinstance(z, Tensor) else None, norm.moments, norm.values]
             norms.append((norm.eps, norm.relu6, pixels))
             read = z
@@ -453,7 +452,7 @@ def _running_moments(norm: nn.BatchNorm2d | FrozenNorm) -> Tensor:
 
 
 @torch.no_grad()
-def _update(norm: nn.BatchNorm2d | FrozenNorm, moments: Tensor, pixels: int) -> None:
+def _update(norm: nn.BatchNorm2d | FrozenNorm, found: Norm, pixels: int) -> None:
     """Running statistics after a batch, as `torch.nn.BatchNorm2d` keeps them."""
     if (
         isinstance(norm, FrozenNorm)
@@ -468,7 +467,4 @@ def _update(norm: nn.BatchNorm2d | FrozenNorm, moments: Tensor, pixels: int) -> 
         norm.num_batches_tracked.add_(1)
         if share is None:
             share = 1.0 / float(norm.num_batches_tracked)
-    mean, variance = moments.float()
-    kept = 1.0 - (0.0 if share is None else share)
-    norm.running_mean.mul_(kept).add_(mean, alpha=1 - kept)
-    norm.running_var.mul_(kept).add_(variance, alpha=(1 - kept) * pixels / (pixels - 1))
+    cpu_train.move_running(norm.running_mean, norm.running_var, found, pixels, share or 0.0)

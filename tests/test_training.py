@@ -184,6 +184,92 @@ def test_frozen_norms() -> None:
     assert all(torch.equal(norm.running_mean, b) for norm, b in zip(norms(block), before, strict=True))
 
 
+def _another_weight(block: InvertedResidual) -> None:
+    block.conv[0][0].weight = nn.Parameter(torch.randn(16, 8, 1, 1))
+
+
+def _other_memory(block: InvertedResidual) -> None:
+    block.conv[0][0].weight.data = torch.randn(8, 16, 1, 1).transpose(0, 1)
+
+
+def _another_norm(block: InvertedResidual) -> None:
+    block.conv[1][1] = nn.BatchNorm2d(16, eps=0.1, momentum=0.5)
+
+
+def _other_settings(block: InvertedResidual) -> None:
+    block.conv[1][1].eps, block.conv[1][1].momentum = 0.1, 0.5
+
+
+def _no_residual(block: InvertedResidual) -> None:
+    block.use_res_connect = False
+
+
+def _no_relu(block: InvertedResidual) -> None:
+    del block.conv[0][2]
+
+
+def _frozen_norm(block: InvertedResidual) -> None:
+    block.conv[1][1].eval()
+
+
+def _statistics_with_gaps(block: InvertedResidual) -> None:
+    norm = block.conv[1][1]
+    norm.running_mean, norm.running_var = torch.rand(16, 2).unbind(1)
+
+
+CHANGES = (
+    _another_weight,
+    _other_memory,
+    _another_norm,
+    _other_settings,
+    _no_residual,
+    _no_relu,
+    _frozen_norm,
+)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, _statistics_with_gaps])
+def test_what_changes_between_steps_is_seen(change: Callable[[InvertedResidual], None]) -> None:
+    block = spread(InvertedResidual(8, 8, 1, 2))
+    x = torch.randn(2, 8, 5, 5)
+    for _ in range(2):
+        fast(block, x).sum().backward()
+    chain = block.train_chain()
+    assert block.train_chain() is chain  # it is remembered
+    block.zero_grad()
+    change(block)
+    compare(block, x)
+
+
+def test_what_the_kernels_do_not_take_is_seen_between_steps() -> None:
+    block = spread(InvertedResidual(8, 8, 1, 2))
+    x = torch.randn(2, 8, 5, 5)
+    fast(block, x)
+    weight, norm = block.conv[0][0].weight, block.conv[1][1]
+    memory = weight.untyped_storage()
+    size, values = memory.nbytes(), weight.detach().clone()
+    memory.resize_(0)
+    assert "memory was taken away" in str(block.why_not(x))
+    memory.resize_(size)
+    with torch.no_grad():
+        weight.copy_(values)
+    fast(block, x)
+    handle = norm.register_forward_hook(lambda *_: None)
+    assert "hook" in str(block.why_not(x))
+    handle.remove()
+    fast(block, x)
+    norm.running_mean.data = norm.running_mean.data.double()
+    assert "float64" in str(block.why_not(x))
+
+
+def test_running_statistics_have_another_version_after_a_step() -> None:
+    """As torch's have, which tells those who keep something made of them."""
+    block = spread(InvertedResidual(8, 8, 1, 2))
+    before = {name: b._version for name, b in block.named_buffers()}
+    fast(block, torch.randn(2, 8, 5, 5))
+    assert all(b._version > before[name] for name, b in block.named_buffers())
+
+
 def test_norms_without_statistics_or_scale() -> None:
     block = spread(InvertedResidual(8, 12, 1, 2))
     block.conv[0][1] = nn.BatchNorm2d(16, affine=False)

@@ -226,6 +226,20 @@ def normalize(
     return Norm(moments, values, eps, relu6)
 
 
+def move_running(mean: Tensor, variance: Tensor, norm: Norm, pixels: int, share: float) -> None:
+    """Move running statistics, float32 [C], towards a batch's over so many pixels by a share, in place."""
+    if all(t.is_contiguous() and not t.is_inference() for t in (mean, variance)):
+        cpu.extension().train_running(
+            norm.moments.data_ptr(), pixels, share, mean.data_ptr(), variance.data_ptr(), len(mean)
+        )
+        torch.autograd.graph.increment_version((mean, variance))
+        return
+    # Six calls of torch: so done for every norm they took 2 ms more of a step of 560.
+    of_batch, biased = norm.moments.float()
+    mean.mul_(1 - share).add_(of_batch, alpha=share)
+    variance.mul_(1 - share).add_(biased, alpha=share * pixels / (pixels - 1))
+
+
 def activate(z: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
     """What follows a raw output: normalized, activated, the residual of its shape added."""
     y = empty(*z.shape, dtype=z.dtype)
