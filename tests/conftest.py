@@ -6,7 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from helpers import SMALL, calibrate
 from torch import Tensor, nn
 
 from mnv2_fast import MobileNetV2
+from mnv2_fast.backends import cpu, cpu_train
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS_V1 = "weights/mobilenet_v2-IMAGENET1K_V1.safetensors"
@@ -97,6 +98,16 @@ def native() -> None:
 def seeded() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=cpu.isas() if cpu.available() else [])
+def training_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each instruction set in turn; new memory starts as NaN, so that what is not written shows."""
+    before, empty = cpu.isa(), cpu_train.empty
+    monkeypatch.setattr(cpu_train, "empty", lambda *shape, **of: empty(*shape, **of).fill_(torch.nan))
+    cpu.extension().select_isa(request.param)
+    yield request.param
+    cpu.extension().select_isa(before)
 
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]

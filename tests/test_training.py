@@ -13,7 +13,7 @@ import torch
 from conftest import RunPython
 from torch import Tensor, nn
 
-from mnv2_fast import release_training_memory
+from mnv2_fast import release_training_memory, training
 from mnv2_fast.backends import cpu
 from mnv2_fast.nn import ConvBNReLU6, InvertedResidual, eager_only
 
@@ -74,6 +74,23 @@ def compare(module: nn.Module, x: Tensor) -> None:
         assert distance(ours[name], expected) <= limit, name
 
 
+@pytest.fixture(params=[False, True], ids=["kept", "remade"])
+def expansions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """A block's expansion is kept for backward, as of any small input, or made again, as of a large one."""
+    if request.param:
+        monkeypatch.setattr(training, "REMADE_VALUES", 0)
+        monkeypatch.setattr(training, "REMADE_INPUTS", 64)
+    return bool(request.param)
+
+
+def test_what_is_made_again_is_not_kept(expansions: bool) -> None:
+    y = fast(spread(InvertedResidual(8, 8, 1, 2)), torch.randn(2, 8, 5, 5))
+    assert y.grad_fn is not None
+    shapes = [None if t is None else t.shape for t in y.grad_fn.saved_tensors]  # type: ignore[attr-defined]
+    assert shapes.count((2, 5, 5, 16)) == (1 if expansions else 2)  # the depthwise layer's is, in any case
+
+
+@pytest.mark.usefixtures("expansions")
 @pytest.mark.parametrize(("cin", "cout", "stride", "ratio"), BLOCKS)
 @pytest.mark.parametrize("size", [(7, 2), (15, 16)])
 def test_block_under_autocast(cin: int, cout: int, stride: int, ratio: int, size: tuple[int, int]) -> None:
@@ -99,6 +116,7 @@ def test_block_under_autocast(cin: int, cout: int, stride: int, ratio: int, size
             assert distance(ours[name], expected) <= 2 * distance(torchs[name], expected) + 2**-8, name
 
 
+@pytest.mark.usefixtures("expansions")
 @pytest.mark.parametrize(("cin", "cout", "stride", "ratio"), BLOCKS)
 @pytest.mark.parametrize("size", [(1, 1), (7, 2), (15, 16)])
 def test_block(cin: int, cout: int, stride: int, ratio: int, size: tuple[int, int]) -> None:
@@ -137,6 +155,7 @@ def norms(module: nn.Module) -> list[nn.BatchNorm2d]:
     return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
+@pytest.mark.usefixtures("expansions")
 def test_momentum_none_averages_all_batches() -> None:
     block = spread(InvertedResidual(8, 8, 1, 2))
     for norm in norms(block):
@@ -148,6 +167,7 @@ def test_momentum_none_averages_all_batches() -> None:
     assert norms(block)[0].num_batches_tracked == 3
 
 
+@pytest.mark.usefixtures("expansions")
 def test_statistics_that_are_switched_off() -> None:
     """A norm that has statistics and is told to keep none for a while takes the batch's and moves nothing."""
     block = spread(InvertedResidual(8, 8, 1, 2))
@@ -172,6 +192,7 @@ def test_answers_may_be_written_in_place(training: bool) -> None:
         torch.testing.assert_close(ours, torchs, rtol=1e-3, atol=1e-3 * float(torchs.abs().max()))
 
 
+@pytest.mark.usefixtures("expansions")
 def test_frozen_norms() -> None:
     block = spread(InvertedResidual(16, 16, 1, 6))
     norms(block)[0].eval()
@@ -270,6 +291,7 @@ def test_running_statistics_have_another_version_after_a_step() -> None:
     assert all(b._version > before[name] for name, b in block.named_buffers())
 
 
+@pytest.mark.usefixtures("expansions")
 def test_norms_without_statistics_or_scale() -> None:
     block = spread(InvertedResidual(8, 12, 1, 2))
     block.conv[0][1] = nn.BatchNorm2d(16, affine=False)
@@ -280,6 +302,7 @@ def test_norms_without_statistics_or_scale() -> None:
     compare(block, torch.randn(2, 8, 5, 5))
 
 
+@pytest.mark.usefixtures("expansions")
 def test_any_subset_of_parameters() -> None:
     """Gradients of what asks for one are those of a step where all do; the rest has none."""
     x = torch.randn(2, 16, 9, 9)
@@ -301,6 +324,7 @@ def test_any_subset_of_parameters() -> None:
         assert not fast(spread(InvertedResidual(16, 16, 1, 6)), x).requires_grad
 
 
+@pytest.mark.usefixtures("expansions")
 def test_accumulation_and_two_forwards_before_a_backward() -> None:
     block = spread(InvertedResidual(8, 8, 1, 3))
     a, b = torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 6)
@@ -395,6 +419,7 @@ print(status("VmHWM:") - before, kept_bytes(nodes, images, size, torch.bfloat16 
     assert told < measured
 
 
+@pytest.mark.usefixtures("expansions")
 def test_one_value_a_channel_is_torchs_error() -> None:
     block, x = spread(InvertedResidual(8, 8, 1, 2)), torch.randn(1, 8, 1, 1)
     with pytest.raises(ValueError, match="more than 1 value per channel") as ours:
@@ -404,6 +429,7 @@ def test_one_value_a_channel_is_torchs_error() -> None:
     assert str(ours.value) == str(torchs.value)
 
 
+@pytest.mark.usefixtures("expansions")
 def test_double_backward_is_declined() -> None:
     block = spread(InvertedResidual(8, 8, 1, 2))
     x = torch.randn(2, 8, 5, 5, requires_grad=True)
@@ -411,6 +437,7 @@ def test_double_backward_is_declined() -> None:
         torch.autograd.grad(fast(block, x).sum(), x, create_graph=True)
 
 
+@pytest.mark.usefixtures("expansions")
 def test_weights_changed_before_backward_are_noticed() -> None:
     block = spread(InvertedResidual(8, 8, 1, 2))
     y = fast(block, torch.randn(2, 8, 5, 5))
