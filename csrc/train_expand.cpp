@@ -190,13 +190,12 @@ template <class T> void finish_input(const KernelTable &kernels, const TrainExpa
         for (std::ptrdiff_t pixel = begin; pixel < end; pixel += kChunk) {
             const std::ptrdiff_t at = pixel * cin, count = std::min<std::ptrdiff_t>(kChunk, end - pixel);
             float *const made = f.begun.dx + at;
-            T *const dx = f.dx + at;
             if (moments)
                 product.add_sums(f.expand.x + at, count, memory.bias, made);
-            if constexpr (std::is_same_v<T, bf16>)
-                kernels.narrow({made, cin, dx, cin, count, cin});
             if (f.residual)
-                run(kernels, Activate<T, T>{dx, cin, Norm(), f.residual + at, cin, dx, cin, count, cin});
+                run(kernels, Activate<T, float>{f.residual + at, cin, Norm(), made, cin, made, cin, count, cin});
+            if constexpr (std::is_same_v<T, bf16>)
+                kernels.narrow({made, cin, f.dx + at, cin, count, cin});
         }
     });
 }

@@ -239,8 +239,7 @@ def _gradients(
     assert last.z is not None
     # Of the layer at hand: the gradient of what follows its norm, the norm whose ReLU6 has yet to mask it,
     # and the norm's sums.
-    g: Tensor | None = grad
-    begun: ExpansionGradient | None = None
+    g: Tensor | ExpansionGradient | None = grad
     mask = last.norm if last.relu6 else None
     total = cpu_train.sums(grad, last.z, last.norm)
     for i in reversed(range(len(layers))):
@@ -248,41 +247,56 @@ def _gradients(
             break
         layer = layers[i]
         coefficients, *affine = cpu_train.norm_gradient(total, layer.norm, layer.gamma, layer.pixels)
-        for_x, for_weight = any(needed[: 3 * i + 1]), needed[3 * i + 1]
         added = grad if residual and i == 0 and layer.spec.kind == "pointwise" else None
         dw: Tensor | None = None
-        if not for_x and not for_weight:
+        if not any(needed[: 3 * i + 2]):
             pass  # only the norm's own gradients were left
-        elif layer.z is None:
-            assert begun is not None
+        elif isinstance(g, ExpansionGradient):
             remade = Expansion(x, layer.weight, first[1])
-            g, dw = cpu_train.expansion_finish(remade, begun, layer.norm, coefficients, added)
+            g, dw = cpu_train.expansion_finish(remade, g, layer.norm, coefficients, added)
         else:
             assert g is not None
-            read, norm = (x, None) if i == 0 else (layers[i - 1].raw(*first), layers[i - 1].norm)
-            step = Step(layer.conv, read, norm, layer.z, Gradient(g, mask, coefficients))
-            stem = layer.spec.kind == "stem"
-            if isinstance(read, Expansion) and for_x:
-                begun, dw = cpu_train.expansion_backward(
-                    step, for_x=needed[0], for_weight=needed[1], for_after=for_weight
-                )
-                total = begun.total
-            else:
-                g, total, dw = cpu_train.backward(
-                    step, residual=added, for_x=for_x and not stem, for_weight=for_weight
-                )
-            if stem and for_x:
-                g = _stem_input(step)
+            g, total, dw = _layer_gradients(
+                layers[: i + 1], first, Gradient(g, mask, coefficients), added, needed
+            )
         of_layer = slice(3 * i + 1, 3 * i + 4)
         found[of_layer] = [
             t if need else None for t, need in zip((dw, *affine), needed[of_layer], strict=True)
         ]
         mask = None
-    if needed[0] and g is not None:
+    if needed[0] and isinstance(g, Tensor):
         if residual and layers[0].spec.kind != "pointwise":
             g.add_(grad)
         found[0] = g if layers[0].spec.kind == "stem" else g.permute(0, 3, 1, 2)
     return found
+
+
+def _layer_gradients(
+    layers: Sequence[_Kept],
+    first: tuple[Tensor, Tensor | None],
+    gradient: Gradient,
+    residual: Tensor | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | ExpansionGradient | None, Tensor, Tensor | None]:
+    """Gradients of the last of some layers, from that of its raw output; the rest as `_gradients` has it.
+
+    Returns:
+        Of what it read, or of an expansion as far as it is known; the sums of that one's norm; of the weight.
+    """
+    i, layer = len(layers) - 1, layers[-1]
+    assert layer.z is not None
+    read, norm = (first[0], None) if i == 0 else (layers[i - 1].raw(*first), layers[i - 1].norm)
+    step = Step(layer.conv, read, norm, layer.z, gradient)
+    for_x, for_weight, stem = any(needed[: 3 * i + 1]), needed[3 * i + 1], layer.spec.kind == "stem"
+    if isinstance(read, Expansion) and for_x:
+        begun, dw = cpu_train.expansion_backward(
+            step, for_x=needed[0], for_weight=needed[1], for_after=for_weight
+        )
+        return begun, begun.total, dw
+    g, total, dw = cpu_train.backward(
+        step, residual=residual, for_x=for_x and not stem, for_weight=for_weight
+    )
+    return _stem_input(step) if stem and for_x else g, total, dw
 
 
 def _is_remade(specs: Sequence[LayerSpec], pixels: int) -> bool:
