@@ -26,6 +26,7 @@
 #include "kernels/train_rows.h"
 
 #include "kernels/train_depthwise.h"
+#include "kernels/train_stem.h"
 #include "kernels/train_weight.h"
 #include "kernels/train_weight_pairs.h"
 

@@ -12,7 +12,7 @@ namespace mnv2 {
 enum class TrainKind { pointwise, depthwise, stem };
 
 struct TrainShape {
-    TrainKind kind; // pointwise; depthwise 3x3 with padding 1; stem: 3x3 of stride 2 with padding 1 from `cin` channels
+    TrainKind kind; // pointwise; depthwise 3x3 with padding 1; stem: 3x3 of stride 2 with padding 1 from 3 channels
     int n, h, w;    // of the input
     int cin, cout;
     int stride;

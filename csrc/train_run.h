@@ -221,6 +221,8 @@ template <class T> class Product {
         multiply(a);
     }
 
+    const T *packed() const { return packed_; }
+
   private:
     static const float *no_residual() { return nullptr; }
     void multiply(const Pointwise<T, T, float> &a) const {

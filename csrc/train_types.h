@@ -126,6 +126,17 @@ struct WeightGradientArgs {
     bool accumulate;
 };
 
+// dw[k, c] += x[k, p] * dz[p, c] over a piece of an output row of the stem, for tap k. `lines` are those above, at and
+// below a pixel of a colour after those of another; in each, pixel p reads elements 2 p, 2 p + 1 and 2 p + 2.
+struct StemWeightArgs {
+    const float *lines[kStemTaps / 3];
+    std::ptrdiff_t step; // from one element to the next one, 1 or 3
+    const float *dz;
+    float *dw; // [27][cout]
+    std::ptrdiff_t pixels;
+    int cout;
+};
+
 // act(x) in pairs of pixels [pixels / 2][y_ld][2], with a zero after an odd count's last.
 struct PairsArgs {
     const bf16 *x;

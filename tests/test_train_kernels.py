@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -175,6 +175,27 @@ def test_residual_and_what_is_not_asked_for() -> None:
     assert none is None
     assert alone is not None
     assert torch.equal(alone, dw)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 460)])
+def test_a_stems_image_of_any_strides(size: tuple[int, int]) -> None:
+    """Colours apart, interleaved, or neither: the same bits. A row of 230 pixels is more than one piece."""
+    case = make("stem", 2, 17, size)
+    nhwc = case.given()
+    z, total = cpu_train.forward(case.layer, nhwc, None, sums=True)
+    assert distance(z, case.conv(case.x.double(), case.weight.double())) <= 4 * EPS
+    g, coefficients = torch.randn(z.shape), torch.randn(3, 17)
+    step = Step(case.layer, nhwc, None, z, Gradient(g, None, coefficients))
+    _, _, dw = cpu_train.backward(step, for_x=False)
+    assert dw is not None
+    assert distance(dw, gradients(case, z.double(), g.double(), None, coefficients)[-1]) <= 16 * EPS
+    for x in (nhwc.contiguous(), torch.stack((nhwc, nhwc), 4)[..., 0]):
+        again, sums = cpu_train.forward(case.layer, x, None, sums=True)
+        assert torch.equal(again, z)
+        assert torch.equal(sums, total)
+        _, _, found = cpu_train.backward(replace(step, x=x), for_x=False)
+        assert found is not None
+        assert torch.equal(found, dw)
 
 
 @pytest.mark.parametrize(("kind", "stride"), KINDS)
