@@ -178,6 +178,15 @@ Pool &pool() {
     return *made;
 }
 
+// f(pool) under its lock; 0 in a child of fork, which has none.
+template <class F> std::size_t of_pool(const F &f) {
+    if (forked_child())
+        return 0;
+    Pool &p = pool();
+    const std::lock_guard<std::mutex> lock(p.mutex);
+    return f(p);
+}
+
 std::size_t whole_pages(std::size_t bytes) {
     if (bytes > SIZE_MAX / 2)
         throw std::bad_alloc();
@@ -209,29 +218,19 @@ TrainBuffer::~TrainBuffer() {
 }
 
 std::size_t TrainBuffer::used() {
-    if (forked_child())
-        return 0;
-    Pool &p = pool();
-    const std::lock_guard<std::mutex> lock(p.mutex);
-    return p.used();
+    return of_pool([](Pool &p) { return p.used(); });
 }
 
 std::size_t TrainBuffer::kept() {
-    if (forked_child())
-        return 0;
-    Pool &p = pool();
-    const std::lock_guard<std::mutex> lock(p.mutex);
-    return p.kept();
+    return of_pool([](Pool &p) { return p.kept(); });
 }
 
 std::size_t TrainBuffer::release() {
-    if (forked_child())
-        return 0;
-    Pool &p = pool();
-    const std::lock_guard<std::mutex> lock(p.mutex);
-    const std::size_t released = p.kept();
-    p.release();
-    return released;
+    return of_pool([](Pool &p) {
+        const std::size_t released = p.kept();
+        p.release();
+        return released;
+    });
 }
 
 } // namespace mnv2

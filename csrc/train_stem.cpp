@@ -71,21 +71,6 @@ template <class F> void each_piece(const Team &team, const TrainShape &s, const 
             f(row, from, std::min(piece(s), s.out_w() - from));
 }
 
-// What a team shares.
-struct StemWeights {
-    StemWeights(Carver &carver, const KernelTable &kernels, const TrainShape &s)
-        : product(carver, kernels, kStemTaps, s.cout), zeros(carver.take<float>(packed_columns(kernels, s.cout))),
-          columns(packed_columns(kernels, s.cout)) {}
-    void pack(Team &team, const float *weight) {
-        if (team.rank() == 0)
-            std::fill_n(zeros, columns, 0.0f);
-        product.pack(team, {weight, kStemTaps, 1});
-    }
-    Product<float> product;
-    float *zeros; // a bias
-    int columns;
-};
-
 template <class T> struct ForwardMemory {
     ForwardMemory(Carver &carver, const KernelTable &kernels, const TrainShape &s)
         : lines(carver, s, piece(s)),
@@ -109,16 +94,15 @@ struct BackwardMemory {
 
 template <class T> void train_stem_forward(const KernelTable &kernels, const TrainForward<T> &f, int threads) {
     const TrainShape &s = f.shape;
-    const auto make_shared = [&](Carver &carver) { return StemWeights(carver, kernels, s); };
+    const auto make_shared = [&](Carver &carver) { return Product<float>(carver, kernels, kStemTaps, s.cout); };
     const auto make_own = [&](Carver &carver) { return ForwardMemory<T>(carver, kernels, s); };
     const TeamMemory of(threads, make_shared, make_own);
     parallel(threads, [&](Team &team) {
-        StemWeights weights = of.shared();
-        weights.pack(team, static_cast<const float *>(f.weight));
+        Product<float> weights = of.shared();
+        weights.pack(team, {static_cast<const float *>(f.weight), kStemTaps, 1});
         ForwardMemory<T> memory = of.own(team.rank());
         memory.sums.clear();
-        StemArgs args{
-            {}, 2 * memory.lines.step(), weights.product.packed(), weights.zeros, nullptr, s.cout, 0, s.cout, false};
+        StemArgs args{{}, 2 * memory.lines.step(), weights.packed(), nullptr, nullptr, s.cout, 0, s.cout, false};
         for (int k = 0; k < kStemTaps; ++k)
             args.taps[k] = memory.lines.line(k / 3) + k % 3 * memory.lines.step();
         each_piece(team, s, [&](std::ptrdiff_t row, int from, int count) {

@@ -56,7 +56,7 @@ struct StemArgs {
     const float *taps[kStemTaps]; // of output pixel 0; zero padding is in memory already
     std::ptrdiff_t step;          // from one output pixel's tap to the next one's
     const float *weight;          // panels [cout / panel][27][panel]
-    const float *bias;
+    const float *bias;            // or null
     float *y;
     std::ptrdiff_t y_ld;
     std::ptrdiff_t pixels;

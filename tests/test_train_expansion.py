@@ -34,12 +34,23 @@ class Pair:
     def remade(self) -> Expansion:
         return Expansion(self.x, self.weight, cpu_train.input_moments(self.x) if self.batch else None)
 
-    def norm(self, sums: Tensor) -> tuple[Norm, int]:
-        """Of the expansion, and the pixels that `norm_gradient` takes."""
+    def norm(self, sums: Tensor) -> Norm:
+        """Of the expansion."""
         pixels = self.x.shape[:3].numel()
         beta = torch.ones(sums.shape[1])
-        norm = cpu_train.normalize(sums, pixels, self.gamma, beta, eps=1e-5, relu6=self.relu6)
-        return norm, pixels if self.batch else 0
+        return cpu_train.normalize(sums, pixels, self.gamma, beta, eps=1e-5, relu6=self.relu6)
+
+    def gradients(
+        self, after: Step, residual: Tensor | None = None, **asked: bool
+    ) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Of the expansion's input and weight and the depthwise weight; of gamma and beta, and the sums."""
+        assert isinstance(after.x, Expansion)
+        assert after.norm is not None
+        pixels = self.x.shape[:3].numel() if self.batch else 0
+        begun, dw = cpu_train.expansion_backward(after, **asked)
+        coefficients, *affine = cpu_train.norm_gradient(begun.total, after.norm, self.gamma, pixels)
+        whole = cpu_train.expansion_finish(after.x, begun, after.norm, coefficients, residual)
+        return [*whole, dw], [*affine, begun.total]
 
 
 def pair(
@@ -52,6 +63,11 @@ def pair(
     return Pair(
         x.to(dtype), weight.to(dtype), 1 + torch.rand(hidden), torch.randn(hidden, 1, 3, 3), stride, batch
     )
+
+
+def as_it_is(channels: int) -> Tensor:
+    """Coefficients of a gradient that is the raw output's already."""
+    return torch.tensor([1.0, 0.0, 0.0])[:, None].expand(3, channels).contiguous()
 
 
 PAIRS = [(3, 17), (16, 96), (24, 40), (33, 33)]
@@ -136,11 +152,11 @@ def test_norms_of_an_expansion(dtype: torch.dtype, gamma: str | None, relu6: boo
 
 def judge(of: Pair) -> None:
     """Forward and backward, the expansion made again, beside a kept one and autograd."""
-    dtype, channels = of.x.dtype, len(of.taps)
-    exact, stride = dtype is torch.float32, of.stride
-    first, second = Conv("pointwise", of.weight, 1), Conv("depthwise", of.taps, stride)
+    dtype = of.x.dtype
+    exact = dtype is torch.float32
+    first, second = Conv("pointwise", of.weight, 1), Conv("depthwise", of.taps, of.stride)
     kept, sums = cpu_train.forward(first, of.x, None, sums=True, dtype=dtype)
-    norm, pixels = of.norm(sums)
+    norm = of.norm(sums)
     z, _ = cpu_train.forward(second, kept, norm, sums=True, dtype=dtype)
     again, of_again = cpu_train.forward(second, of.remade, norm, sums=True, dtype=dtype)
     assert distance(again, z.double()) <= (8 * EPS if exact else BF16)
@@ -150,15 +166,11 @@ def judge(of: Pair) -> None:
     assert ((of_again - sums).abs() <= (36**0.5 * EPS if exact else BF16) * sizes + 1e-6).all()
 
     g, residual = torch.randn(z.shape).to(dtype), torch.randn(of.x.shape).to(dtype)
-    coefficients = torch.tensor([1.0, 0.0, 0.0])[:, None].expand(3, channels).contiguous()
-    begun, dw = cpu_train.expansion_backward(
-        Step(second, of.remade, norm, z, Gradient(g, None, coefficients))
-    )
-    coefficients, *affine = cpu_train.norm_gradient(begun.total, norm, of.gamma, pixels)
-    whole = cpu_train.expansion_finish(of.remade, begun, norm, coefficients, residual)
+    after = Step(second, of.remade, norm, z, Gradient(g, None, as_it_is(len(of.taps))))
+    weights, (*affine, _) = of.gradients(after, residual)
     expected = pair_gradients(of, norm, g, residual, torch.float64)
     torchs = pair_gradients(of, norm, g, residual, torch.float32)
-    for ours, right, torch_ in zip((*whole, dw, *affine), expected, torchs, strict=True):
+    for ours, right, torch_ in zip((*weights, *affine), expected, torchs, strict=True):
         assert ours is not None
         assert distance(ours, right) <= (3 * distance(torch_, right) + 16 * EPS if exact else 2 * BF16)
 
@@ -168,14 +180,11 @@ def test_gradients_of_an_expansion_far_from_zero() -> None:
     of = pair((24, 40), (15, 16), torch.float32, 1, True)
     of.x = torch.rand(of.x.shape) * 0.01 + 10
     of.gamma /= 10  # no value is near ReLU6's bends, where roundings of that size would decide
-    norm, pixels = of.norm(cpu_train.expansion_sums(of.remade))
+    norm = of.norm(cpu_train.expansion_sums(of.remade))
     conv = Conv("depthwise", of.taps, 1)
     z, _ = cpu_train.forward(conv, of.remade, norm, sums=False)
     g, residual = torch.randn(z.shape), torch.zeros(of.x.shape)
-    coefficients = torch.tensor([1.0, 0.0, 0.0])[:, None].expand(3, 40).contiguous()
-    begun, _ = cpu_train.expansion_backward(Step(conv, of.remade, norm, z, Gradient(g, None, coefficients)))
-    coefficients, *_ = cpu_train.norm_gradient(begun.total, norm, of.gamma, pixels)
-    _, dw = cpu_train.expansion_finish(of.remade, begun, norm, coefficients)
+    (_, dw, _), _ = of.gradients(Step(conv, of.remade, norm, z, Gradient(g, None, as_it_is(40))))
     assert dw is not None
     # z in float32 is 3000 roundings off a standard deviation, as anybody's is.
     assert distance(dw, pair_gradients(of, norm, g, residual, torch.float64)[1]) <= 3000 * EPS
@@ -184,16 +193,15 @@ def test_gradients_of_an_expansion_far_from_zero() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_not_asked_for_of_an_expansion(dtype: torch.dtype) -> None:
     of = pair((16, 96), (7, 5), dtype, 1, True)
-    norm, pixels = of.norm(cpu_train.expansion_sums(of.remade))
+    norm = of.norm(cpu_train.expansion_sums(of.remade))
     conv = Conv("depthwise", of.taps, 1)
     z, _ = cpu_train.forward(conv, of.remade, norm, sums=False, dtype=dtype)
     gradient = Gradient(torch.randn(z.shape).to(dtype), None, torch.randn(3, 96))
     after = Step(conv, of.remade, norm, z, gradient)
 
     def found(**asked: bool) -> tuple[Tensor | None, ...]:
-        begun, dw = cpu_train.expansion_backward(after, **asked)
-        coefficients, *_ = cpu_train.norm_gradient(begun.total, norm, of.gamma, pixels)
-        return (*cpu_train.expansion_finish(of.remade, begun, norm, coefficients), dw, begun.total)
+        weights, (*_, total) = of.gradients(after, **asked)
+        return (*weights, total)
 
     everything = found()
     for i, name in enumerate(("for_x", "for_weight", "for_after")):
@@ -206,7 +214,7 @@ def test_what_is_not_asked_for_of_an_expansion(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_gradient_that_is_yet_to_be_masked(dtype: torch.dtype) -> None:
     of = pair((16, 96), (7, 5), dtype, 1, True)
-    norm, _ = of.norm(cpu_train.expansion_sums(of.remade))
+    norm = of.norm(cpu_train.expansion_sums(of.remade))
     conv = Conv("depthwise", of.taps, 1)
     z, sums = cpu_train.forward(conv, of.remade, norm, sums=True, dtype=dtype)
     after = cpu_train.normalize(sums, of.x.shape[:3].numel(), None, None, eps=1e-5, relu6=True)
@@ -235,15 +243,10 @@ def test_same_bits_run_to_run(dtype: torch.dtype) -> None:
         for count in (1, 1, 2, 2, 23, 23):
             torch.set_num_threads(count)
             remade = of.remade
-            norm, pixels = of.norm(cpu_train.expansion_sums(remade))
+            norm = of.norm(cpu_train.expansion_sums(remade))
             z, sums = cpu_train.forward(conv, remade, norm, sums=True, dtype=dtype)
-            begun, dw = cpu_train.expansion_backward(
-                Step(conv, remade, norm, z, Gradient(g, None, coefficients))
-            )
-            after, *_ = cpu_train.norm_gradient(begun.total, norm, of.gamma, pixels)
-            results.append(
-                (remade.moments, sums, dw, *cpu_train.expansion_finish(remade, begun, norm, after))
-            )
+            weights, _ = of.gradients(Step(conv, remade, norm, z, Gradient(g, None, coefficients)))
+            results.append((remade.moments, sums, *weights))
     finally:
         torch.set_num_threads(threads)
     for one, again in zip(results[::2], results[1::2], strict=True):

@@ -13,9 +13,9 @@ from torch import Tensor
 from mnv2_fast.backends import cpu_train
 from mnv2_fast.backends.cpu_train import Conv, Gradient, Norm, Step
 
-CHANNELS = (1, 3, 8, 17, 24, 33, 144)
 pytestmark = pytest.mark.usefixtures("training_isa")
 
+CHANNELS = (1, 3, 8, 17, 24, 33, 144)
 KINDS = (("pointwise", 1), ("depthwise", 1), ("depthwise", 2), ("stem", 2))
 
 

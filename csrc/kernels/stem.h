@@ -23,10 +23,11 @@ template <int Step> struct Taps {
 
 template <int Step> void stem(const StemArgs &a) {
     for (int n = 0; n < a.cout; n += kPanel) {
-        const float *w = a.weight + static_cast<std::ptrdiff_t>(n) * kStemTaps;
+        const float *const w = a.weight + static_cast<std::ptrdiff_t>(n) * kStemTaps;
+        const float *const bias = a.bias ? a.bias + n : nullptr;
         for (std::ptrdiff_t p = 0; p < a.pixels;) {
             const Epilogue e{nullptr, 0, a.y + p * a.y_ld + n, a.y_ld, a.cout - n, a.relu6, false};
-            p += gemm_tile(a.pixels - p, Taps<Step>{a.taps, p * Step}, w, a.bias + n, kStemTaps, w, e);
+            p += gemm_tile(a.pixels - p, Taps<Step>{a.taps, p * Step}, w, bias, kStemTaps, w, e);
         }
     }
 }
