@@ -157,7 +157,7 @@ struct WeightPairsArgs {
     float *dw;    // [row_count][column_count]
     int row_count;
     int column_count;
-    int pairs; // a multiple of 16
+    int pairs; // a multiple of 16 for matrix tiles
     bool accumulate;
 };
 

@@ -56,7 +56,11 @@ template <> class WeightGradient<bf16> {
     std::ptrdiff_t ld() const { return columns_; }
 
   private:
-    static std::ptrdiff_t pairs(std::ptrdiff_t pixels) { return (pixels + 31) / 32 * 16; }
+    // Matrix tiles take 16 pairs at a time; elsewhere so many would be a seventh of the work of a chunk of 56 pixels.
+    std::ptrdiff_t pairs(std::ptrdiff_t pixels) const {
+        const std::ptrdiff_t unit = kernels_.bf16_tile_rows == 32 ? 16 : 1;
+        return ((pixels + 1) / 2 + unit - 1) / unit * unit;
+    }
 
     const KernelTable &kernels_;
     int cin_, cout_;

@@ -11,10 +11,11 @@ namespace {
 
 constexpr int kGroup = 8;
 
-// Asks for what is read a page later: the hardware does not look beyond the page at hand. A step takes 3% less so in
-// float32 and 8% less in bf16.
+// Asks L2 for what is read two pages later: the hardware does not look beyond the page at hand. A gradient's rows then
+// come at the speed of memory, 5.5 ns a vector on Zen 4, where asking L1, whose few misses at a time they need
+// themselves, takes 8.5. A step in float32 takes 9% less so.
 template <class T> inline void prefetch_later(const T *at) {
-    __builtin_prefetch(reinterpret_cast<const char *>(at) + 4096);
+    __builtin_prefetch(reinterpret_cast<const char *>(at) + 8192, 0, 2);
 }
 
 // A vector of channels, all of which exist or the first `count`.
