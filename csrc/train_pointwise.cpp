@@ -60,7 +60,7 @@ template <class T> class BackwardChunks {
             return;
         }
         float *const made = in_float(dx, dx_);
-        weights.sums(dz_, count, made);
+        weights.sums_of_chunk(dz_, count, made);
         T *const masked = b_.in.relu6 || std::is_same_v<T, bf16> ? dx : nullptr;
         mnv2::run(kernels_, Sums<float, T>{made, s_.cin, x, s_.cin, b_.in, masked, s_.cin, false, sums_.first,
                                            sums_.second, count, s_.cin});
@@ -100,7 +100,7 @@ template <class T> void train_pointwise_forward(const KernelTable &kernels, cons
             }
             T *const z = f.z + at * s.cout;
             float *const made = in_float(z, memory.z);
-            weights.sums(x, count, made);
+            weights.sums_of_chunk(x, count, made);
             keep(kernels, f, memory.sums, made, count, z);
         });
         if (f.sums)

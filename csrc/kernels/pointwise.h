@@ -68,7 +68,7 @@ inline int pointwise_pixel(const PointwiseArgs &a, int from, int to) {
     return panel;
 }
 
-// What the tiles of a panel prefetch: the first one the weights after its own, later ones what the caller asked for.
+// What the tiles prefetch: a panel's first one the weights after its own, the others in turn what the caller asked for.
 struct Ahead {
     const float *asked;
     std::ptrdiff_t left; // elements of it
@@ -108,10 +108,10 @@ void pointwise(const PointwiseArgs &a) {
     if (a.pixels == 1 && chunks == 1 && !a.residual)
         panel = pointwise_pixel(a, panel, a.panel_end);
     // Panels outside, pixels inside: the weights of a layer may be larger than L2, its pixels are not.
+    Ahead ahead{a.ahead, a.ahead_size};
     for (; panel < a.panel_end; ++panel) {
         const int n = panel * kPanel, width = a.cout - n > kLanes ? kPanel : kLanes;
         const float *const weight = a.weight + static_cast<std::ptrdiff_t>(n) * a.cin;
-        Ahead ahead{a.ahead, a.ahead_size};
         std::ptrdiff_t p = 0;
         if (chunks == 1) {
             const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(a.cin) * width;

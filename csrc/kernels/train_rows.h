@@ -13,7 +13,8 @@ constexpr int kGroup = 8;
 
 // Asks L2 for what is read two pages later: the hardware does not look beyond the page at hand. A gradient's rows then
 // come at the speed of memory, 5.5 ns a vector on Zen 4, where asking L1, whose few misses at a time they need
-// themselves, takes 8.5. A step in float32 takes 9% less so.
+// themselves, takes 8.5. A step in float32 takes 9% less so. Asking for what is written to a tensor in bf16 as well,
+// since a store would wait for it, another 5% of a step there.
 template <class T> inline void prefetch_later(const T *at) {
     __builtin_prefetch(reinterpret_cast<const char *>(at) + 8192, 0, 2);
 }
@@ -147,8 +148,11 @@ void train_moments(const MomentsArgs &a) {
 }
 
 void train_moments_narrow(const MomentsNarrowArgs &a) {
-    moments(a.moments, [&](std::ptrdiff_t p, int c, auto vector, Vec values)
-                           __attribute__((always_inline)) { vector.put(a.y + p * a.y_ld + c, values); });
+    moments(a.moments, [&](std::ptrdiff_t p, int c, auto vector, Vec values) __attribute__((always_inline)) {
+        bf16 *const y = a.y + p * a.y_ld + c;
+        prefetch_later(y);
+        vector.put(y, values);
+    });
 }
 
 // Loops that the compiler turns into vectors of this instruction set.
@@ -195,6 +199,7 @@ template <bool kRelu6, class G, class Z> inline void sums(const Sums<G, Z> &a) {
                         else
                             vector.put(to, g);
                     } else {
+                        prefetch_later(to);
                         vector.put(to, g);
                     }
                     to += a.masked_ld;
