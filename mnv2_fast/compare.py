@@ -177,7 +177,7 @@ def _told(contender: Contender, seed: int, done: int, of: int) -> Iterator[None]
     except KeyboardInterrupt:
         raise KeyboardInterrupt(kept) from None
     except UserError as error:
-        raise UserError(f"{contender.title}, seed {seed}: {error}") from error
+        raise UserError(f"{contender.title}, seed {seed}: {error} ({kept})") from error
 
 
 class _Caches:

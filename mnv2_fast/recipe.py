@@ -99,7 +99,7 @@ def folder(value: Any) -> str:
     """The path of a folder."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ValueError("give the path of a folder")
-    return os.fspath(value)
+    return os.path.abspath(os.path.expanduser(value))  # a run may go on from elsewhere
 
 
 _COUNT = Number(int, 1)
@@ -114,7 +114,8 @@ class Option:
     check: makes a value of what was given, or raises ValueError with the cure. None passes where it is the
         default.
     section: of the help.
-    free: may be another where a run is resumed, since it changes no weight.
+    free: may be another where a run is resumed, since it is of the machine. Of these only another number of
+        threads changes weights, in their last bits.
     open: its default leaves the choice to `fit`, which makes it once for the whole run.
     """
 
@@ -207,7 +208,8 @@ class Recipe:
     amp: str = _option(
         "auto",
         Choice(("auto", "bf16", "none")),
-        "bf16: train under autocast to it; auto: if the network is a MobileNetV2 and the processor has AMX",
+        "bf16: train under autocast to it; auto: if the network is a MobileNetV2 and the processor multiplies "
+        "bf16 fast (Intel with AMX, AMD from Zen 4 on)",
         _TRAINING,
         open=True,
     )

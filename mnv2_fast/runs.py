@@ -65,7 +65,8 @@ class Run:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file: give another folder")
-        there = [name for name in (LAST, BEST, FINAL, RESULTS, ARGS) if (self.folder / name).exists()]
+        written = (LAST, BEST, FINAL, RESULTS, ARGS, *PLOTS, TENSORBOARD)
+        there = [name for name in written if (self.folder / name).exists()]
         if there and not overwrite:
             raise UserError(
                 f"{self.folder} has a run ({there[0]}): go on with it by --resume, replace it by "

@@ -358,8 +358,11 @@ def _reheaded(weights: Any, classes: Sequence[str], say: Callable[[str], None]) 
     model = mobilenet_v2(weights)
     head = optim.head_of(model)
     assert head is not None
-    if model.labels == list(classes) or (model.labels is None and head.out_features == len(classes)):
+    if model.labels == list(classes):
         say(f"{weights}: its classifier is for these {len(classes)} classes and is kept")
+        return model
+    if model.labels is None and head.out_features == len(classes):
+        say(f"{weights}: its classifier has {len(classes)} outputs, as many as there are classes, and is kept")
         return model
     say(
         f"{weights}: its classifier of {head.out_features} classes is replaced by a new one of {len(classes)}"

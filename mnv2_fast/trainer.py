@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shlex
 import signal
 import time
@@ -138,13 +139,24 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up where `state` was saved."""
+        """Take up where `state` was saved.
+
+        Raises:
+            UserError: it is of another model, or of other parameters that are trained.
+        """
         found = dict(state["progress"])
         self.progress = Progress(**{**found, "sums": Sums(**found["sums"])})
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            differs = str(error).splitlines()[-1].strip()
+            raise UserError(
+                f"the run is of another model, or trains other parameters of it ({differs}): give the model "
+                "that it began with, or another folder"
+            ) from error
         self.schedule.load_state_dict(state["schedule"])
         self._skipped = set(state["skipped"])
 
@@ -338,7 +350,7 @@ class Trainer:
         sums = [0.0] * (2 + 2 * len(models))
         try:
             for batch in self.val_loader.epoch():
-                if self._stop.asked and self.group.world == 1:  # several would have to agree first
+                if self._stop.asked:
                     sums[1] = 1
                     break
                 images, labels = batch.images.to(self.device), batch.labels.to(self.device)
@@ -356,8 +368,11 @@ class Trainer:
 
     def _count_skipped(self) -> int:
         """How many photos could not be used so far, in all processes and before the training was resumed."""
+        # Absolute: a training that is resumed may be given its folder by another path.
         mine = {
-            str(path) for loader in (self.train_loader, self.val_loader) for path in loader.dataset.skipped
+            os.path.abspath(path)
+            for loader in (self.train_loader, self.val_loader)
+            for path in loader.dataset.skipped
         }
         self._skipped = self._skipped.union(*self.group.gather(mine))
         return len(self._skipped)
@@ -368,10 +383,10 @@ class Trainer:
         done = self.progress
         kept = ""
         if self.run is not None and (self.run.folder / LAST).exists():
-            kept = f"; the last good checkpoint is kept in {self.run.folder}"
+            kept = f"; the last good checkpoint is kept in {self.run.folder}: give --out another folder"
         raise self.group.error(
             f"the {what} is {value:g} in epoch {done.epoch + 1}, step {step}, at a learning rate of "
-            f"{done.lr:.3g}: lower lr, or bound gradients with clip_grad{kept}"
+            f"{done.lr:.3g}: begin anew with a lower lr, or bound gradients with clip_grad{kept}"
         )
 
     def _stop_here(self) -> NoReturn:
@@ -391,7 +406,9 @@ class Trainer:
         done, run, epochs = self.progress, self.run, self.recipe.epochs
         how = "nothing is saved without a run folder"
         if run is not None:
-            how = f"go on with mnv2 finetune --resume --out {shlex.quote(str(run.folder))}"
+            several = f"torchrun --nproc-per-node {self.group.here} -m mnv2_fast"
+            command = "mnv2" if self.group.world == 1 else several
+            how = f"go on with {command} finetune --resume --out {shlex.quote(str(run.folder))}"
         raise Interrupted(
             f"stopped after step {done.step} in epoch {min(done.epoch + 1, epochs)} of {epochs}, {how}"
             if self.group.first

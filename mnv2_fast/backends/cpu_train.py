@@ -86,8 +86,8 @@ class Step:
 
 
 def prefers_bfloat16() -> bool:
-    """Whether a step in bfloat16 is the fastest one: with AMX, where it takes two thirds of the time."""
-    return cpu.isa() == "amx"
+    """Whether a step in bfloat16 is the fastest one: it takes two thirds of the time on both of these."""
+    return cpu.isa() in ("amx", "avx512bf16")
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
