@@ -208,8 +208,8 @@ class Recipe:
     amp: str = _option(
         "auto",
         Choice(("auto", "bf16", "none")),
-        "bf16: train under autocast to it; auto: if the network is a MobileNetV2 and the processor multiplies "
-        "bf16 fast (Intel with AMX, AMD from Zen 4 on)",
+        "bf16: train under autocast to it; auto: if the network is a MobileNetV2 and the processor "
+        "multiplies bf16 fast (Intel with AMX, AMD from Zen 4 on)",
         _TRAINING,
         open=True,
     )

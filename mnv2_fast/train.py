@@ -362,7 +362,9 @@ def _reheaded(weights: Any, classes: Sequence[str], say: Callable[[str], None]) 
         say(f"{weights}: its classifier is for these {len(classes)} classes and is kept")
         return model
     if model.labels is None and head.out_features == len(classes):
-        say(f"{weights}: its classifier has {len(classes)} outputs, as many as there are classes, and is kept")
+        say(
+            f"{weights}: its classifier has {len(classes)} outputs, as many as there are classes, and is kept"
+        )
         return model
     say(
         f"{weights}: its classifier of {head.out_features} classes is replaced by a new one of {len(classes)}"

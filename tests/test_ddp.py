@@ -19,6 +19,8 @@ from helpers import colour_photos, one_thread  # noqa: F401 (a fixture)
 
 from mnv2_fast import UserError, fit, trainer
 
+GO_ON = "go on with torchrun --nproc-per-node 2 -m mnv2_fast finetune --resume"
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -94,7 +96,7 @@ def test_all_processes_have_the_result(found: dict[str, Any]) -> None:
 
 def test_told_to_one_stops_all_and_resumes_to_the_bit(root: Path, found: dict[str, Any]) -> None:
     first, second = found["interrupted"]
-    assert first[0].startswith("stopped after step 4 in epoch 2 of 2, go on with mnv2 finetune --resume")
+    assert first[0].startswith(f"stopped after step 4 in epoch 2 of 2, {GO_ON}")
     assert second[0] == ""
     assert first[1] == second[1] == 143
     states = [torch.load(root / run / "last.pt", weights_only=True) for run in ("whole", "resumed")]
@@ -138,7 +140,7 @@ def test_half_a_step_is_undone(root: Path, found: dict[str, Any]) -> None:
     """One process has batches and makes its part of a step, the other one has none, since it is to stop."""
     half = found["half a step"]
     first, second = half["said"]
-    assert first.startswith("stopped after step 2 in epoch 1 of 2, go on with mnv2 finetune --resume")
+    assert first.startswith(f"stopped after step 2 in epoch 1 of 2, {GO_ON}")
     assert second == ""
     assert (half["saved"]["progress"]["step"], half["saved"]["progress"]["batch"]) == (2, 2)
     assert int(half["saved"]["model"]["features.0.1.num_batches_tracked"]) == 3  # one when it was made
