@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ from torch import Tensor, distributed, nn
 from .errors import UserError
 
 T = TypeVar("T")
+
+_FREES = 0.1  # seconds that gloo's threads have for the last tensors
 
 
 class SaidElsewhereError(UserError):
@@ -142,4 +145,8 @@ def joined() -> Iterator[Group]:
             yield Group()
     finally:
         if mine:
+            # gloo's threads free a collective's tensors after it has returned, and need the interpreter's lock
+            # for that. One that still waits for it when the interpreter ends aborts the process ("terminate
+            # called without an active exception"; every other time where a mistake ended it at once).
+            time.sleep(_FREES)
             distributed.destroy_process_group()
