@@ -145,8 +145,8 @@ def joined() -> Iterator[Group]:
             yield Group()
     finally:
         if mine:
-            # gloo's threads free a collective's tensors after it has returned, and need the interpreter's lock
-            # for that. One that still waits for it when the interpreter ends aborts the process ("terminate
+            # gloo's threads free a collective's tensors after it has returned, and need the interpreter's
+            # lock to. One that still waits for it when the interpreter ends aborts the process ("terminate
             # called without an active exception"; every other time where a mistake ended it at once).
             time.sleep(_FREES)
             distributed.destroy_process_group()
