@@ -11,7 +11,8 @@ Workspaces &Scratch::pool() {
 
 int chunk_pixels(std::ptrdiff_t bytes, int tile_rows) {
     constexpr std::ptrdiff_t kBytes = 64 * 1024;
-    const std::ptrdiff_t unit = tile_rows == 32 ? 64 : 56; // 56: a multiple of every other tile's height but AVX2's
+    // 56: a multiple of every other tile's height but AVX2's.
+    const std::ptrdiff_t unit = matrix_tiles(tile_rows) ? 64 : 56;
     return static_cast<int>(std::clamp<std::ptrdiff_t>(kBytes / bytes / unit * unit, unit, 4 * unit));
 }
 

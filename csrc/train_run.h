@@ -78,6 +78,8 @@ int chunk_pixels(std::ptrdiff_t bytes, int tile_rows);
 template <class T> int tile_rows(const KernelTable &kernels) {
     return std::is_same_v<T, bf16> ? kernels.bf16_tile_rows : kernels.tile_rows;
 }
+// Whether those are matrix tiles: no others have so many.
+inline bool matrix_tiles(int tile_rows) { return tile_rows == 32; }
 
 // One thread's sums over pixels, of two numbers a channel: float32 within a chunk, float64 over chunks.
 class ChannelSums {

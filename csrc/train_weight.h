@@ -58,8 +58,7 @@ template <> class WeightGradient<bf16> {
   private:
     // Matrix tiles take 16 pairs at a time; elsewhere so many would be a seventh of the work of a chunk of 56 pixels.
     std::ptrdiff_t pairs(std::ptrdiff_t pixels) const {
-        const std::ptrdiff_t unit = kernels_.bf16_tile_rows == 32 ? 16 : 1;
-        return ((pixels + 1) / 2 + unit - 1) / unit * unit;
+        return round_up(static_cast<int>((pixels + 1) / 2), matrix_tiles(tile_rows<bf16>(kernels_)) ? 16 : 1);
     }
 
     const KernelTable &kernels_;

@@ -272,6 +272,11 @@ def test_a_checkpoint_of_other_classes_gets_a_new_head(
     save_file(_network().state_dict(), file, {"labels": json.dumps(["red", "grün", "sky blue"])})
     fit(folder, weights=file, **options)
     assert "its classifier of 3 classes is replaced" in capsys.readouterr().err
+    save_file(_network().state_dict(), file)
+    fit(folder, weights=file, **options)
+    assert (
+        "its classifier has 3 outputs, as many as there are classes, and is kept" in capsys.readouterr().err
+    )
 
 
 def test_unusable_photos_are_named_once_and_counted(
@@ -344,6 +349,15 @@ def test_running_out_of_memory_is_one_line(folder: Path, size: int | None) -> No
 
     message = _refused(folder, model=nn.Sequential(nn.Flatten(), Greedy(3072, 3)))
     assert "no memory to train on 8 photos at a time: lower batch_size" in message
+
+
+@pytest.mark.parametrize("name", ["confusion.png", "tensorboard/events"])
+def test_files_of_something_else_are_kept(folder: Path, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "report" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("not of a training")
+    assert "give another folder" in _refused(folder, out=tmp_path / "report")
+    assert file.read_text() == "not of a training"
 
 
 def test_another_error_of_the_model_is_its_own(folder: Path) -> None:
@@ -488,7 +502,14 @@ def test_tensorboard(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "case", [("amx", "auto", "bf16"), ("avx2", "auto", "none"), ("amx", "eager", "none")]
+    "case",
+    [
+        ("amx", "auto", "bf16"),
+        ("avx512bf16", "auto", "bf16"),
+        ("avx512", "auto", "none"),
+        ("avx2", "auto", "none"),
+        ("amx", "eager", "none"),
+    ],
 )
 def test_autocast_is_chosen_by_the_processor_and_kept_for_resuming(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[str, str, str]

@@ -238,17 +238,18 @@ def test_a_finished_run_is_there_again(folder: Path, whole: FitResult) -> None:
 
 @pytest.mark.filterwarnings("ignore:photo skipped")
 def test_photos_that_could_not_be_used_stay_counted(
-    folder: Path, tmp_path: Path, end_at: Callable[..., None]
+    folder: Path, tmp_path: Path, end_at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of the first epoch's first half, whose warning is not said again."""
+    """One of the first epoch's first half, whose warning is not said again; the folder has two names."""
     data = shutil.copytree(folder, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
     options = {**OPTIONS, "epochs": 1, "freeze_epochs": 0}
     order = np.random.default_rng([0, 0]).permutation(24)
     photos.find(data).train[order[0]].path.write_bytes(b"")
     whole = fit(data, model=_network(), out=tmp_path / "whole", **options)
     end_at(8, signal.SIGTERM)
     with pytest.raises(Interrupted):
-        fit(data, model=_network(), out=tmp_path / "run", **options)
+        fit("photos", model=_network(), out=tmp_path / "run", **options)
     again = fit(data, model=_network(), out=tmp_path / "run", resume=True, progress=False)
     assert [row["skipped"] for row in again.history] == [row["skipped"] for row in whole.history] == [1]
 
@@ -281,6 +282,18 @@ def test_other_arguments_are_named_and_refused(folder: Path, copy: Path) -> None
     seen = Preprocessing(40, 32)
     assert "preprocessing is {'resize': 40" in _refused(folder, copy, preprocessing=seen)
     assert "no option 'lr_'" in _refused(folder, copy, lr_=1)
+
+
+def test_another_model_of_the_same_kind_is_refused(folder: Path, copy: Path) -> None:
+    wider = MobileNetV2(3, width_mult=0.5)
+    assert "of another model, or trains other parameters of it (size mismatch" in _refused(
+        folder, copy, model=wider
+    )
+    frozen = _network()
+    frozen.features[0].requires_grad_(False)
+    assert "of another model, or trains other parameters of it (loaded state dict" in _refused(
+        folder, copy, model=frozen
+    )
 
 
 def test_other_photos_are_refused(folder: Path, whole: FitResult, tmp_path: Path) -> None:
