@@ -99,7 +99,7 @@ def folder(value: Any) -> str:
     """The path of a folder."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ValueError("give the path of a folder")
-    return os.path.abspath(os.path.expanduser(value))  # a run may go on from elsewhere
+    return os.fspath(value)
 
 
 _COUNT = Number(int, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from itertools import chain
 
@@ -34,13 +35,15 @@ def settled(
         device: to train on.
         new: whether all weights are random.
     """
-    amp, train_size = recipe.amp, recipe.train_size
+    amp, train_size, cache = recipe.amp, recipe.train_size, recipe.cache
     if amp == "auto":
         amp = "bf16" if all(group.gather(_prefers_bfloat16(model, device))) else "none"
     if train_size is None:
         train_size = usual_train_size(size, recipe) if isinstance(model, MobileNetV2) else size
     photos = recipe.batch_size * recipe.accumulate * group.world
-    return replace(recipe.with_rates(photos, new=new), amp=amp, train_size=train_size)
+    if cache is not None:
+        cache = os.path.abspath(os.path.expanduser(cache))  # a run may go on from another folder
+    return replace(recipe.with_rates(photos, new=new), amp=amp, train_size=train_size, cache=cache)
 
 
 def usual_train_size(size: int, recipe: Recipe) -> int:
