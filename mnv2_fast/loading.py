@@ -298,6 +298,15 @@ class _Batches(Dataset[_Fetched]):
         return _Fetched(torch.stack(images) if images else None, labels, indices, unusable)
 
 
+def _in_a_group_of_its_own(worker: int) -> None:
+    """Out of reach of a signal to the group of the process that it works for, as of Ctrl-C at a terminal.
+
+    That process stops between two steps and then ends its workers. One that the signal ended in mid-work
+    left it waiting for the rest of a batch, or without the steps since the last checkpoint: 6 times in 80.
+    """
+    os.setpgid(0, 0)
+
+
 class Loader:
     """Batches of a dataset, epoch by epoch, made by worker processes ahead of their use.
 
@@ -325,6 +334,7 @@ class Loader:
             num_workers=workers,
             persistent_workers=workers > 0 and sampler.training,
             collate_fn=_as_it_is,
+            worker_init_fn=_in_a_group_of_its_own,
             generator=torch.Generator(),  # it draws a seed: not from the one that dropout draws from
         )
 
