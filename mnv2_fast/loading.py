@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,8 +148,8 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
         yield from members[at + 1 :]
         yield from members[:at]
 
-    def skip(self, i: int, why: str) -> None:
-        """Take note that a photo cannot be used: warn of it the first time.
+    def skip(self, i: int, why: str, say: bool = True) -> None:
+        """Take note that a photo cannot be used, and warn of it the first time, if it is this one's to `say`.
 
         Raises:
             UserError: it was the last one of its class, and each needs one.
@@ -159,12 +159,24 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
             return
         self.skipped[photo.path] = why
         self._usable[photo.label] -= 1
-        warnings.warn(f"photo skipped: {why}", stacklevel=2)
+        if say:
+            warnings.warn(f"photo skipped: {why}", stacklevel=2)
         if self._every_class and not self._usable[photo.label]:
             raise UserError(
                 f"no photo of class {self.classes[photo.label]!r} in {photo.path.parent} can be used, the "
                 f"last one: {why}"
             )
+
+    def skip_as_others(self, skipped: Mapping[str, str]) -> None:
+        """Take note of photos that other processes have skipped and named: absolute path -> why.
+
+        Raises:
+            UserError: as `skip`.
+        """
+        for i, photo in enumerate(self.photos):
+            why = skipped.get(os.path.abspath(photo.path))
+            if why is not None:
+                self.skip(i, why, say=False)
 
     def _kept(self, i: int) -> np.ndarray | None:
         return None if self._cache is None else self._cache.get(self.photos[i].path)
@@ -378,12 +390,15 @@ def _as_it_is(fetched: Any) -> Any:
     return fetched
 
 
-def default_workers() -> int:
-    """Worker processes of a loader: one for every two cores of this process, at least one.
+def default_workers(processes: int = 1) -> int:
+    """Worker processes of a loader: one for every two cores, at least one.
 
     Large photos without a cache may want more.
+
+    Args:
+        processes: that share the cores of this one, each with loaders of its own.
     """
-    return max(1, machine.cores() // _CORES_PER_WORKER)
+    return max(1, machine.cores() // (_CORES_PER_WORKER * processes))
 
 
 def make_loaders(

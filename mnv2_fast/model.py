@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import env, training
+from . import env, training, training_head
 from .arch import LAST_CHANNELS, SETTING, STEM_CHANNELS, make_divisible
 from .backends.cpu import DTYPES
 from .errors import UserError
@@ -55,7 +56,7 @@ class MobileNetV2(Automatic):
     """MobileNetV2: [N, 3, H, W] -> [N, num_classes], on the kernels.
 
     In eval mode the whole network is one call of them; in train mode each element of `features` is one node
-    of autograd, and pool and classifier are torch's.
+    of autograd, and pool and classifier are one.
 
     Source: Sandler et al., arXiv:1801.04381; structure, names and initialization are torchvision's.
 
@@ -191,8 +192,18 @@ class MobileNetV2(Automatic):
     def _server(self, x: Any) -> Callable[[Tensor], Tensor]:
         if not self.training:
             return super()._server(x)
+        if not self._trains_features(x):
+            with suppress(Declined):
+                return super()._server(x)
         self.decline_backend()  # what else may be amiss its children find themselves
-        return self._run_eager
+        return self._train
+
+    def _trains_features(self, x: Any) -> bool:
+        """Whether features in train mode or gradients of them are asked for, not the classifier's alone."""
+        if self.features.training:
+            return True
+        asks = getattr(x, "requires_grad", False) or any(p.requires_grad for p in self.features.parameters())
+        return torch.is_grad_enabled() and asks
 
     def decline_changes(self) -> None:
         super().decline_changes()
@@ -215,8 +226,39 @@ class MobileNetV2(Automatic):
         if any(self.__dict__[hooks] for hooks in HOOKS):
             raise Declined("the model has a hook: remove it first")
 
+    def _train(self, x: Tensor) -> Tensor:
+        """In train mode: the elements of `features` by themselves, then the head."""
+        try:
+            self.decline_changes()
+        except Declined:
+            return self._run_eager(x)
+        self._check(x)
+        y = self.features(x)
+        try:
+            weight, bias, dropout = self._train_head(y)
+        except Declined as reason:
+            log.debug("pool and classifier train in plain torch: %s", reason)
+            return self._classify(y)
+        return training_head.run(y, weight, bias, dropout)
+
+    def _train_head(self, y: Tensor) -> tuple[Tensor, Tensor | None, float]:
+        """Weight, bias and dropout of the classifier for such feature maps.
+
+        Raises:
+            Declined: pool and classifier are not what `training_head` knows, or torch has an error to raise.
+        """
+        decline_call(y)
+        _, (weight, *rest) = self._read_classifier(y.shape[1], any_mode=True)
+        if not torch.is_autocast_enabled("cpu") and any(t.dtype is not y.dtype for t in (weight, *rest)):
+            raise Declined(f"classifier.1 is of another dtype than its input, {y.dtype}")
+        dropout = self.classifier[0]
+        assert isinstance(dropout, nn.Dropout)
+        return weight, (rest[0] if rest else None), dropout.p if dropout.training else 0.0
+
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self.features(x)
+        return self._classify(self.features(x))
+
+    def _classify(self, x: Tensor) -> Tensor:
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
         x = torch.flatten(x, 1)
         y: Tensor = self.classifier(x)

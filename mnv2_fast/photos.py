@@ -25,12 +25,16 @@ class Photo(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledFolder:
-    """The photos to train on and those to validate on; `classes[photo.label]` is a photo's class name."""
+    """The photos to train on and those to validate on; `classes[photo.label]` is a photo's class name.
+
+    `split`: (val_share, seed) that `find` split it by; None where it came so.
+    """
 
     root: Path
     classes: tuple[str, ...]
     train: tuple[Photo, ...]
     val: tuple[Photo, ...]
+    split: tuple[float, int] | None = None
 
     def digest(self) -> str:
         """Of the photos' names, labels, order and sides: 64 hexadecimal digits."""
@@ -48,7 +52,8 @@ def find(folder: str | os.PathLike[str], val_share: float = 0.2, seed: int = 0) 
 
     A folder with `train/` and `val/` is taken as it is. Any other one is split: of each class `val_share`,
     rounded, goes to validation, and at least one photo to either side. Which ones follows from `seed`, the
-    class's name and its file names, so that a change to one class moves no photo of another.
+    class's name and the order of its file names: a change to one class moves no photo of another, but a photo
+    added to it deals its own anew.
 
     Classes are numbered in the order of their sorted names, as by torchvision. Photos are those that
     `data.expand_inputs` finds in a class's folder; hidden folders are no classes.
@@ -154,7 +159,7 @@ def _split(root: Path, val_share: float, seed: int) -> LabelledFolder:
         chosen = set(order[:count].tolist())
         val[name] = [path for i, path in enumerate(paths) if i in chosen]
         train[name] = [path for i, path in enumerate(paths) if i not in chosen]
-    return LabelledFolder(root, tuple(train), _labelled(train), _labelled(val))
+    return LabelledFolder(root, tuple(train), _labelled(train), _labelled(val), (val_share, seed))
 
 
 def _labelled(found: dict[str, list[Path]]) -> tuple[Photo, ...]:

@@ -180,6 +180,8 @@ def _begin(  # noqa: PLR0917 (the arguments of `fit`)
     folder = data
     if not isinstance(folder, LabelledFolder):
         folder = photos.find(data, recipe.val_share, recipe.split_seed)
+    elif folder.split is not None:
+        recipe = replace(recipe, val_share=folder.split[0], split_seed=folder.split[1])
     _check(recipe, folder, run, group, device)
     if resume and run is not None:
         state = run.state()
@@ -202,7 +204,7 @@ def _save_end(run: Run, trainer: Trainer, charts: bool) -> None:
             workers=trainer.recipe.workers,
         )
         plots.run_plots(run.folder, trainer.progress.history, found)
-    except (UserError, OSError) as error:
+    except Exception as error:  # whatever it is: the network is trained and saved
         warnings.warn(f"not all charts of the run are drawn: {error}", stacklevel=2)
 
 
@@ -392,7 +394,7 @@ def _loaders(
             seed=recipe.seed,
             cache_folder=recipe.cache,
             cache_bytes=round(recipe.cache_gb * 1e9),
-            workers=recipe.workers,
+            workers=loading.default_workers(group.here) if recipe.workers is None else recipe.workers,
             drop_last=True,
             rank=group.rank,
             world=group.world,

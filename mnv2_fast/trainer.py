@@ -25,6 +25,7 @@ from . import optim
 from .distributed import Group, LostError
 from .errors import Interrupted, UserError
 from .loading import Batch, Loader, random_seed, worker_errors
+from .model import MobileNetV2
 from .recipe import Recipe
 from .reporting import Reporter
 from .runs import BEST, LAST, Row, Run, top1_of
@@ -192,6 +193,7 @@ class Trainer:
         self._train_epoch()
         begin = time.perf_counter()
         found = self._validate()
+        self._skip_as_others()
         sums = done.sums
         row: Row = {
             "epoch": done.epoch + 1,
@@ -377,6 +379,15 @@ class Trainer:
         self._skipped = self._skipped.union(*self.group.gather(mine))
         return len(self._skipped)
 
+    def _skip_as_others(self) -> None:
+        """Leave out what another process has found unusable and named: to name it once is enough."""
+        if self.group.world == 1:
+            return
+        for loader in (self.train_loader, self.val_loader):
+            mine = {os.path.abspath(path): why for path, why in loader.dataset.skipped.items()}
+            everyones = {path: why for skipped in self.group.gather(mine) for path, why in skipped.items()}
+            self.group.together(partial(loader.dataset.skip_as_others, everyones))
+
     def _check_finite(self, what: str, value: float, step: int) -> None:
         if math.isfinite(value):
             return
@@ -405,7 +416,9 @@ class Trainer:
     def _interrupt(self) -> NoReturn:
         done, run, epochs = self.progress, self.run, self.recipe.epochs
         how = "nothing is saved without a run folder"
-        if run is not None:
+        if run is not None and not isinstance(self.model, MobileNetV2):  # no command knows it
+            how = f"go on with fit(..., out={str(run.folder)!r}, resume=True)"
+        elif run is not None:
             several = f"torchrun --nproc-per-node {self.group.here} -m mnv2_fast"
             command = "mnv2" if self.group.world == 1 else several
             how = f"go on with {command} finetune --resume --out {shlex.quote(str(run.folder))}"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import arch, packs
+from . import arch, packs, training_head
 from .arch import LayerSpec
 from .autograd import TWICE, gradients
 from .backends import cpu_train, eager
@@ -161,13 +161,15 @@ class ChainTraining(torch.autograd.Function):
                 conv = Conv(layer.spec.kind, weight, layer.spec.stride)
                 z, total = cpu_train.forward(conv, read, norm, sums=batch, dtype=dtype)
             pixels = math.prod(z.shape[:3]) if batch else 0
+            share = None
             if total is None or not batch:
                 total = _running_moments(layer.norm)
             else:
+                share = _share(layer.norm)
                 _check_pixels(z.shape)
             norm = cpu_train.normalize(total, pixels, gamma, beta, eps=layer.norm.eps, relu6=layer.spec.relu6)
-            if batch:
-                _update(layer.norm, norm, pixels)
+            if share is not None:
+                _move_running(layer.norm, norm, pixels, share)
             saved += [weight, gamma, z if isinstance(z, Tensor) else None, norm.moments, norm.values]
             norms.append((norm.eps, norm.relu6, pixels))
             read = z
@@ -241,7 +243,7 @@ def _gradients(
     # and the norm's sums.
     g: Tensor | ExpansionGradient | None = grad
     mask = last.norm if last.relu6 else None
-    total = cpu_train.sums(grad, last.z, last.norm)
+    total = cpu_train.sums(grad, last.z, last.norm) if last.pixels or any(needed[-2:]) else None
     for i in reversed(range(len(layers))):
         if not any(needed[: 3 * i + 4]):
             break
@@ -401,7 +403,7 @@ def _compute(chain: Chain, tensors: list[Any]) -> Tensor:
     """
     x, *held = tensors
     links = list(zip(chain.links, chain.split(held), strict=True))
-    if torch.is_autocast_enabled("cpu") or x.shape[0] == 0 or not all(map(_is_frozen, links)):
+    if x.shape[0] == 0 or not all(map(_is_frozen, links)):
         return eager.network(x, held, chain.encode())
     for begin, end, residual in _segments(chain):
         layers: list[TrainLayer] = []
@@ -413,7 +415,7 @@ def _compute(chain: Chain, tensors: list[Any]) -> Tensor:
         x = run(x, layers, of_layers, residual)
     last, own = links[-1]
     if last.spec.kind == "linear":
-        return nn.functional.linear(x.mean((2, 3)), own["weight"], own.get("bias"))
+        return training_head.run(x, own["weight"], own.get("bias"))
     return x.mean((2, 3)) if chain.pool else x
 
 
@@ -466,19 +468,22 @@ def _running_moments(norm: nn.BatchNorm2d | FrozenNorm) -> Tensor:
 
 
 @torch.no_grad()
-def _update(norm: nn.BatchNorm2d | FrozenNorm, found: Norm, pixels: int) -> None:
-    """Running statistics after a batch, as `torch.nn.BatchNorm2d` keeps them."""
-    if (
-        isinstance(norm, FrozenNorm)
-        or not norm.training
-        or not norm.track_running_stats
-        or norm.running_mean is None
-        or norm.running_var is None
-    ):
-        return
+def _share(norm: nn.BatchNorm2d | FrozenNorm) -> float | None:
+    """How far a batch moves the running statistics, None for not at all; the batch is counted.
+
+    As `torch.nn.BatchNorm2d` does it: before it looks whether there are values enough.
+    """
+    if isinstance(norm, FrozenNorm) or not norm.training or not norm.track_running_stats:
+        return None
     share = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if share is None:
             share = 1.0 / float(norm.num_batches_tracked)
-    cpu_train.move_running(norm.running_mean, norm.running_var, found, pixels, share or 0.0)
+    return share or 0.0
+
+
+@torch.no_grad()
+def _move_running(norm: nn.BatchNorm2d | FrozenNorm, found: Norm, pixels: int, share: float) -> None:
+    if norm.running_mean is not None and norm.running_var is not None:
+        cpu_train.move_running(norm.running_mean, norm.running_var, found, pixels, share)

@@ -207,7 +207,8 @@ def test_a_full_disk_is_one_line(
 
     monkeypatch.setattr(Path, "write_text", full)
     code, _, err = run(capsys, "--model", weights, "--data", "photos", "--out", "report")
-    assert (code, err) == (2, "mnv2: error: [Errno 28] No space left on device\n")
+    cure = "make room, then start it again"
+    assert (code, err) == (2, f"mnv2: error: cannot write a file (No space left on device): {cure}\n")
     assert not (here / "report").exists()
 
 

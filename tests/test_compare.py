@@ -23,6 +23,7 @@ from mnv2_fast.corruptions import CORRUPTIONS
 from mnv2_fast.costs import Cost
 from mnv2_fast.errors import Interrupted
 from mnv2_fast.recipe import Recipe
+from mnv2_fast.runs import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,10 +86,11 @@ def test_a_whole_comparison(
     folder: Path, tmp_path: Path, trained: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights, out = save_weights(tmp_path / "w.safetensors", 1.0), tmp_path / "out"
-    args = ["--data", folder, "--out", out, *QUICK, "--weights", weights]
+    args = ["--data", folder, "--out", out, *QUICK, "--weights", weights, "--split-seed", 3]
     everyone = [*TWO, "--only", "mobilenetv2*", "--only", "lenet-with-flip"]
     code, printed, _ = run(capsys, *args, "--seeds", 1, *everyone)
     assert (code, printed) == (0, f"{out / 'report.md'}\n")
+    assert {Run(path).args()["split_seed"] for path in (out / "runs").iterdir()} == {3}
     names = ["lenet", "lenet-augmented", "mobilenetv2-scratch", "mobilenetv2-finetuned", "lenet-with-flip"]
     assert len(trained) == len(names)
     assert {call["weights"] for call in trained} == {None, weights}

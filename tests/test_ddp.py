@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from helpers import colour_photos, one_thread  # noqa: F401 (a fixture)
 
-from mnv2_fast import UserError, fit, trainer
+from mnv2_fast import UserError, fit, photos, trainer
 
 GO_ON = "go on with torchrun --nproc-per-node 2 -m mnv2_fast finetune --resume"
 
@@ -197,6 +197,18 @@ def test_a_class_without_photos_is_one_line(root: Path, tmp_path: Path) -> None:
         path.write_bytes(b"")
     ended = _two("finetune", "--data", str(data), "--out", str(tmp_path / "run"), *QUICK.split())
     assert "no photo of class 'red'" in _one_line(ended)
+
+
+def test_a_damaged_photo_is_named_by_one_process(root: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(root / "photos", tmp_path / "photos")
+    damaged = [photo.path for photo in photos.find(data).train[::7]]
+    for path in damaged:
+        path.write_bytes(b"")
+    options = QUICK.replace("--epochs 2", "--epochs 4")
+    ended = _two("finetune", "--data", str(data), "--out", str(tmp_path / "run"), *options.split())
+    assert [code for code, _, _ in ended] == [0, 0]
+    said = "".join(out + err for _, out, err in ended)
+    assert [said.count(f"photo skipped: {path} ") for path in damaged] == [1] * len(damaged)
 
 
 def test_a_full_disk_is_one_line(root: Path, tmp_path: Path) -> None:

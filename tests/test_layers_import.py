@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("nn",),
     ("training",),
+    ("training_head",),
     ("autograd", "reading"),
     ("ops",),
     ("packs",),

@@ -318,4 +318,5 @@ def test_workers_follow_from_the_cores(folder: LabelledFolder, monkeypatch: pyte
     for cores, workers in ((16, 8), (2, 1), (1, 1)):
         monkeypatch.setattr(loading.machine, "cores", lambda cores=cores: cores)
         assert loading.default_workers() == workers
+        assert loading.default_workers(2) == max(1, workers // 2)
     assert [loader.workers for loader in loading.make_loaders(folder, SMALL, 4)] == [1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -138,6 +139,17 @@ def test_ended_in_mid_epoch_and_resumed(
     result = fit(folder, model=_network(), out=out, resume=True, progress=False)
     _same_run(out, whole)
     assert result.top1 == whole.top1
+
+
+def test_a_model_that_no_command_knows_goes_on_by_fit(
+    folder: Path, tmp_path: Path, end_at: Callable[..., None]
+) -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 3))
+    end_at(1, signal.SIGTERM)
+    with pytest.raises(Interrupted, match=re.escape("go on with fit(..., out='")):
+        fit(folder, model=model, out=tmp_path / "run", **OPTIONS)
+    result = fit(folder, model=model, out=tmp_path / "run", resume=True, progress=False)
+    assert len(result.history) == OPTIONS["epochs"]
 
 
 def test_ended_in_validation_and_between_epochs_and_resumed(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from mnv2_fast import MobileNetV2, Predictor, mobilenet_v2
-from mnv2_fast.backends import cpu
+from mnv2_fast.backends import cpu, eager
 from mnv2_fast.data import normalize, read_image, resize_and_crop
 from mnv2_fast.nn import eager_only
 from mnv2_fast.weights import Preprocessing
@@ -35,6 +35,14 @@ def fast(model: MobileNetV2, x: Tensor) -> Tensor:
 
 
 Forward = Callable[[MobileNetV2, Tensor], Tensor]
+
+
+def under_autocast(forward: Forward) -> Forward:
+    def run(model: MobileNetV2, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(model, x)
+
+    return run
 
 
 def loss_of(forward: Forward, model: MobileNetV2, x: Tensor, labels: Tensor) -> Tensor:
@@ -85,7 +93,12 @@ def matter(right: Gradients) -> list[str]:
     return [name for name, g in right.items() if float(g.abs().max()) > 1e-6 * largest]
 
 
-def compare(model: MobileNetV2, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def far(found: Gradients, right: Gradients, names: Sequence[str]) -> float:
+    """Median distance of the gradients named."""
+    return float(torch.tensor([distance(found[name], right[name]) for name in names]).median())
+
+
+def compare(model: MobileNetV2, x: Tensor, labels: Tensor) -> tuple[float, float]:
     """Median distances from float64 of our gradients and of torch's in channels_last; buffers are alike."""
     wide, narrow = copy.deepcopy(model).double(), copy.deepcopy(model).to(memory_format=torch.channels_last)
     right = gradients(plain, wide, x.double(), labels)
@@ -97,10 +110,7 @@ def compare(model: MobileNetV2, x: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     assert min(cosine(ours[name], right[name]) for name in names) >= 0.999
     for (name, a), b in zip(model.named_buffers(), wide.buffers(), strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5, msg=name)
-    return tuple(  # type: ignore[return-value]
-        torch.tensor([distance(found[name], right[name]) for name in names]).median()
-        for found in (ours, torchs)
-    )
+    return far(ours, right, names), far(torchs, right, names)
 
 
 def test_gradients_of_batch_statistics(trained: MobileNetV2, batches: list[Tensor], labels: Tensor) -> None:
@@ -124,6 +134,33 @@ def test_gradients_of_frozen_norms(
     assert min(ours) < 1e-5
 
 
+@pytest.mark.parametrize("mode", ["train", "norms frozen", "eval"])
+def test_gradients_under_autocast(
+    trained: MobileNetV2,
+    batches: list[Tensor],
+    labels: Tensor,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In bf16 as near to float64 as torch's autocast in the mean of three batches, a third off with a batch's
+    statistics; in eval mode by the kernels, too.
+    """
+    monkeypatch.setattr(eager, "network", lambda *_: pytest.fail("computed again in plain torch"))
+    model = copy.deepcopy(trained)
+    for module in model.modules():
+        if mode == "eval" or (mode == "norms frozen" and isinstance(module, nn.BatchNorm2d)):
+            module.train(False)
+    ours, torchs = 0.0, 0.0
+    for x in batches:
+        wide = gradients(plain, copy.deepcopy(model).double(), x.double(), labels)
+        names = matter(wide)
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        x_last = x.contiguous(memory_format=torch.channels_last)
+        ours += far(gradients(under_autocast(fast), copy.deepcopy(model), x, labels), wide, names)
+        torchs += far(gradients(under_autocast(plain), last, x_last, labels), wide, names)
+    assert ours <= torchs
+
+
 def losses(forward: Forward, model: MobileNetV2, x: Tensor, labels: Tensor) -> Tensor:
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     found = []
@@ -144,8 +181,9 @@ def test_ten_losses(trained: MobileNetV2, batches: list[Tensor], labels: Tensor)
     torch.testing.assert_close(ours, right, rtol=0, atol=0.005)
 
 
-def test_bits_repeat(trained: MobileNetV2, batches: list[Tensor], labels: Tensor) -> None:
-    once, again = (gradients(fast, copy.deepcopy(trained), batches[0], labels) for _ in range(2))
+@pytest.mark.parametrize("forward", [fast, under_autocast(fast)], ids=["fp32", "bf16"])
+def test_bits_repeat(trained: MobileNetV2, batches: list[Tensor], labels: Tensor, forward: Forward) -> None:
+    once, again = (gradients(forward, copy.deepcopy(trained), batches[0], labels) for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 

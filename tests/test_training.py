@@ -205,6 +205,18 @@ def test_frozen_norms() -> None:
     assert all(torch.equal(norm.running_mean, b) for norm, b in zip(norms(block), before, strict=True))
 
 
+def test_a_norm_without_gradients_costs_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asks for those of the last norm, which is frozen and whose scale and shift are, too."""
+    block, x = spread(InvertedResidual(16, 16, 1, 6)), torch.randn(2, 16, 7, 7)
+    last = norms(block)[-1].eval()
+    full = step(fast, copy.deepcopy(block), x)
+    last.requires_grad_(False)
+    monkeypatch.setattr(training.cpu_train, "sums", lambda *_: pytest.fail("a pass over the gradient"))
+    part = step(fast, block, x)
+    assert full.keys() - part.keys() == {"conv.3.weight", "conv.3.bias"}
+    assert all(torch.equal(part[name], full[name]) for name in part)
+
+
 def _another_weight(block: InvertedResidual) -> None:
     block.conv[0][0].weight = nn.Parameter(torch.randn(16, 8, 1, 1))
 
@@ -421,12 +433,16 @@ print(status("VmHWM:") - before, kept_bytes(nodes, images, size, torch.bfloat16 
 
 @pytest.mark.usefixtures("expansions")
 def test_one_value_a_channel_is_torchs_error() -> None:
+    """torch's norm has counted the batch by then, and so has ours."""
     block, x = spread(InvertedResidual(8, 8, 1, 2)), torch.randn(1, 8, 1, 1)
+    other = copy.deepcopy(block)
     with pytest.raises(ValueError, match="more than 1 value per channel") as ours:
         fast(block, x)
     with pytest.raises(ValueError, match="more than 1 value per channel") as torchs:
-        plain(block, x)
+        plain(other, x)
     assert str(ours.value) == str(torchs.value)
+    counts = [[int(norm.num_batches_tracked) for norm in norms(of)] for of in (block, other)]
+    assert counts[0] == counts[1] == [1, 0, 0]
 
 
 @pytest.mark.usefixtures("expansions")

@@ -68,11 +68,14 @@ class Loop:
         return loss.detach()
 
     def why_not(self, x: Tensor) -> str:
-        """Why our training kernels do not serve such a batch; empty where they do, and of torch."""
-        if not self.contender.ours:
-            return ""
+        """See `_why_not`."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16"):
-            return self.model.why_not(x) or ""
+            return _why_not(self.model, x)
+
+
+def _why_not(model: Any, x: Tensor) -> str:
+    """Why our training kernels do not serve such a batch; empty where they do, and of torch's model."""
+    return getattr(model, "why_not", lambda _: "")(x) or ""
 
 
 def serve(
@@ -83,7 +86,10 @@ def serve(
     torch.manual_seed(0)
     chosen, contender = setting_of(setting), find(name)
     if chosen.classic:
-        return _answers(_classic(contender.models, batch, size), lambda: "").__getitem__
+        model = contender.models.mobilenet_v2(num_classes=CLASSES)
+        images = torch.randn(CLASSIC_BATCHES * batch, 3, size, size)
+        steps = _classic(model, images, batch)
+        return _answers(steps, lambda: _why_not(model, images[:batch])).__getitem__
     loop = Loop(contender, dtype, chosen.freeze)
     x = loop.images(torch.randn(batch, 3, size, size))
     steps = _repeat(loop, x, torch.randint(CLASSES, (batch,)))
@@ -108,21 +114,19 @@ def _repeat(loop: Loop, x: Tensor, labels: Tensor) -> Iterator[float]:
         yield float(loop.step(x, labels))
 
 
-def _classic(models: Any, batch: int, size: int) -> Iterator[float]:
-    """The script that everybody has, whatever `models` is; the loss of each step."""
-    count = CLASSIC_BATCHES * batch
-    dataset = TensorDataset(torch.randn(count, 3, size, size), torch.randint(CLASSES, (count,)))
+def _classic(model: Any, images: Tensor, batch: int) -> Iterator[float]:
+    """The script that everybody has, whoever's model it is; the loss of each step."""
+    dataset = TensorDataset(images, torch.randint(CLASSES, (len(images),)))
     loader = DataLoader(dataset, batch_size=batch, shuffle=True)
-    model = models.mobilenet_v2(num_classes=CLASSES)
     optimizer = torch.optim.Adam(model.parameters())
     criterion = nn.CrossEntropyLoss()
     model.train()
 
     def steps() -> Iterator[float]:
         while True:
-            for images, labels in loader:
+            for batch_images, labels in loader:
                 optimizer.zero_grad()
-                loss = criterion(model(images), labels)
+                loss = criterion(model(batch_images), labels)
                 loss.backward()
                 optimizer.step()
                 yield loss.item()

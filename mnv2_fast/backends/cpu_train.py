@@ -279,12 +279,13 @@ def sums(g: Tensor, z: Tensor, norm: Norm) -> Tensor:
 
 
 def norm_gradient(
-    total: Tensor, norm: Norm, gamma: Tensor | None, pixels: int
+    total: Tensor | None, norm: Norm, gamma: Tensor | None, pixels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What turns a gradient into that of the raw output.
 
     Args:
-        total: as `sums` or `backward` gives it.
+        total: as `sums` or `backward` gives it; None for zeros, where neither `pixels` nor the gradients of
+            gamma and beta ask for it.
         norm: of the raw output.
         gamma: as it was for `normalize`.
         pixels: the moments are those of; 0 where they are not of the batch.
@@ -292,7 +293,9 @@ def norm_gradient(
     Returns:
         [3, C] coefficients for `backward`, and the gradients of gamma and beta.
     """
-    channels = total.shape[1]
+    channels = norm.moments.shape[1]
+    if total is None:
+        total = _sums(channels).zero_()
     coefficients, affine = (
         torch.empty((rows, channels), dtype=torch.float32, device="cpu") for rows in (3, 2)
     )
