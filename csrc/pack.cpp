@@ -91,6 +91,27 @@ bf16 *pack_pairs_of(const KernelTable &table, const At &at, int cout, int depth,
     return out;
 }
 
+// out[k][i] = pair k of row i, `ld` elements apart. With `join_rows` 7 ms of a training step in bf16, which takes 520
+// ms of one thread.
+void turn_pairs(const bf16 *rows, std::ptrdiff_t ld, int width, int pairs, bf16 *out) {
+    constexpr int kBlock = 16; // a cache line of a row
+    for (int begin = 0; begin < pairs; begin += kBlock)
+        for (int i = 0; i < width; ++i)
+            for (int k = begin; k < std::min(begin + kBlock, pairs); ++k)
+                std::copy_n(rows + i * ld + 2 * k, 2, out + 2 * (static_cast<std::ptrdiff_t>(k) * width + i));
+}
+
+// out[k / 2][i] = the pair of row k at i and row k + 1 at i.
+void join_rows(const bf16 *rows, std::ptrdiff_t ld, int width, int depth, bf16 *out) {
+    for (int k = 0; k < depth; k += 2, out += 2 * width) {
+        const bf16 *const a = rows + k * ld, *const b = a + ld;
+        for (int i = 0; i < width; ++i) {
+            out[2 * i] = a[i];
+            out[2 * i + 1] = b[i];
+        }
+    }
+}
+
 Packed pack_pairs(const KernelTable &table, const float *weight, const float *bias, int cout, int depth,
                   std::byte *memory) {
     float *const packed_bias = reinterpret_cast<float *>(memory);
@@ -113,7 +134,19 @@ void pack_bias(const KernelTable &table, const float *bias, int cout, float *out
 
 bf16 *pack_pairs(const KernelTable &table, const MatrixOf<bf16> &m, int cout, int depth, int from, int to, bf16 *out) {
     const auto at = [&](int c, int k) { return m.weight[c * m.channel + k * m.input]; };
-    return pack_pairs_of(table, at, cout, depth, from, to, out);
+    for (int n = from; n < to; n += table.panel) {
+        const int width = cout - n > table.lanes ? table.panel : table.lanes;
+        const bf16 *const first = m.weight + n * m.channel;
+        const bool whole = n + width <= cout && depth % 2 == 0;
+        if (whole && m.input == 1)
+            turn_pairs(first, m.channel, width, depth / 2, out);
+        else if (whole && m.channel == 1)
+            join_rows(first, m.input, width, depth, out);
+        else
+            pack_pairs_of(table, at, cout, depth, n, std::min(n + table.panel, to), out);
+        out += static_cast<std::ptrdiff_t>(width) * even(depth);
+    }
+    return out;
 }
 
 Packed pack_gemm(const KernelTable &table, const float *weight, const float *bias, int cout, int depth, bool pairs,
