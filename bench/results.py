@@ -190,14 +190,26 @@ def read_last_run(path: Path) -> list[dict[str, str]]:
     Raises:
         FileNotFoundError: it is absent or holds no row.
     """
+    return read_last_runs(path)[0]
+
+
+def read_last_runs(path: Path) -> list[list[dict[str, str]]]:
+    """The rows of the newest run on each processor in a CSV file, the newest one first.
+
+    Raises:
+        FileNotFoundError: it is absent or holds no row.
+    """
     rows: list[dict[str, str]] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     if not rows:
         raise FileNotFoundError(f"no rows in {path}: run the benchmark that writes it")
-    newest = max(row["run"] for row in rows)
-    return [row for row in rows if row["run"] == newest]
+    newest: dict[str, str] = {}
+    for row in rows:
+        newest[row["processor"]] = max(row["run"], newest.get(row["processor"], ""))
+    order = sorted(newest, key=newest.__getitem__, reverse=True)
+    return [[row for row in rows if (row["processor"], row["run"]) == (of, newest[of])] for of in order]
 
 
 def _text(value: object) -> str:

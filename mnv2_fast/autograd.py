@@ -1,4 +1,7 @@
-"""Gradients of what the kernels compute: the call is recomputed in plain torch, which is differentiated."""
+"""Gradients of what the kernels compute: the call is computed again within autograd, which differentiates it.
+
+An operator's is in plain torch, that of a module's chain as `training` does it.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(229 MB)",
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder for the report and the runs; done ones are kept"
+        "--out",
+        default="comparison",
+        metavar="DIR",
+        help="folder for the report and the runs; done ones are kept (%(default)s)",
     )
     parser.add_argument("--report", metavar="DIR", help="another folder for the report")
     parser.add_argument("--seeds", type=count, default=3, metavar="N", help="runs of each contender (3)")

@@ -231,10 +231,21 @@ def _recipes(found: Comparison) -> list[str]:
     options = found.results[found.contenders[0].name][0].recipe
     return [
         "## Recipes",
-        f"All else is the same for all: {options['optimizer']}, weight decay {options['weight_decay']:g}, "
-        f"label smoothing {options['label_smoothing']:g}, weights averaged with decay {options['ema']:g}.",
+        f"{_threads(found)}All else is the same for all: {options['optimizer']}, "
+        f"weight decay {options['weight_decay']:g}, label smoothing {options['label_smoothing']:g}, "
+        f"weights averaged with decay {options['ema']:g}.",
         table(heading, [[escape(cell) for cell in row] for row in rows]),
     ]
+
+
+def _threads(found: Comparison) -> str:
+    """Who trains on other threads than torch's number of them."""
+    said = {
+        c.network.title: c.network.options["threads"]
+        for c in found.contenders
+        if "threads" in c.network.options
+    }
+    return "".join(f"{title} trains on {count} thread(s), which is faster. " for title, count in said.items())
 
 
 def _curves(out: Path, found: Comparison, shown: Sequence[Contender]) -> list[str]:

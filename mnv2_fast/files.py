@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says where there is no room
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import http.client
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import env
+from . import env, files
 from .errors import UserError
 
 URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
@@ -90,6 +89,6 @@ def _unpack(archive: Path, target: Path) -> None:
                 if not target.is_dir():  # else another process was faster
                     raise
     except (tarfile.TarError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in files.FULL:
             raise UserError(f"there is no room in {target.parent} to unpack {archive}: make some") from error
         raise UserError(f"{archive} cannot be unpacked ({error}): remove it to fetch it again") from error

@@ -88,7 +88,8 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
         every_class: one without a usable photo is an error, as it is in training.
 
     Attributes:
-        skipped: the photos found unusable so far, and why. Each was warned of when it was found.
+        skipped: the photos found unusable so far, and why.
+        says: whether each is warned of when it is found; by default it is.
 
     Raises:
         UserError: the cache is for another preprocessing, or knows that a class has no usable photo.
@@ -112,6 +113,7 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
         self.photos, self.classes = list(photos), list(classes)
         self.preprocessing, self.transform, self.seed = preprocessing, transform, seed
         self.skipped: dict[Path, str] = {}
+        self.says = True
         self._cache, self._every_class = cache, every_class
         self._members: list[list[int]] = [[] for _ in classes]
         for i, photo in enumerate(self.photos):
@@ -148,8 +150,8 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
         yield from members[at + 1 :]
         yield from members[:at]
 
-    def skip(self, i: int, why: str, say: bool = True) -> None:
-        """Take note that a photo cannot be used, and warn of it the first time, if it is this one's to `say`.
+    def skip(self, i: int, why: str) -> None:
+        """Take note that a photo cannot be used; the first time warn of it, if it `says` so.
 
         Raises:
             UserError: it was the last one of its class, and each needs one.
@@ -159,8 +161,8 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
             return
         self.skipped[photo.path] = why
         self._usable[photo.label] -= 1
-        if say:
-            warnings.warn(f"photo skipped: {why}", stacklevel=2)
+        if self.says:
+            warn_of(why)
         if self._every_class and not self._usable[photo.label]:
             raise UserError(
                 f"no photo of class {self.classes[photo.label]!r} in {photo.path.parent} can be used, the "
@@ -168,7 +170,7 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
             )
 
     def skip_as_others(self, skipped: Mapping[str, str]) -> None:
-        """Take note of photos that other processes have skipped and named: absolute path -> why.
+        """Take note of photos that other processes have skipped: absolute path -> why.
 
         Raises:
             UserError: as `skip`.
@@ -176,10 +178,15 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
         for i, photo in enumerate(self.photos):
             why = skipped.get(os.path.abspath(photo.path))
             if why is not None:
-                self.skip(i, why, say=False)
+                self.skip(i, why)
 
     def _kept(self, i: int) -> np.ndarray | None:
         return None if self._cache is None else self._cache.get(self.photos[i].path)
+
+
+def warn_of(why: str) -> None:
+    """Name a photo that is left out, by the reason, which has its path."""
+    warnings.warn(f"photo skipped: {why}", stacklevel=2)
 
 
 def random_seed(*numbers: int) -> int:

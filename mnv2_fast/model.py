@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -55,8 +54,9 @@ class InputError(UserError, RuntimeError):
 class MobileNetV2(Automatic):
     """MobileNetV2: [N, 3, H, W] -> [N, num_classes], on the kernels.
 
-    In eval mode the whole network is one call of them; in train mode each element of `features` is one node
-    of autograd, and pool and classifier are one.
+    In eval mode the whole network is one call of them, and so are features in eval mode that want no
+    gradients, before a classifier that does. Else, in train mode, each element of `features` is one node of
+    autograd, and pool and classifier are one.
 
     Source: Sandler et al., arXiv:1801.04381; structure, names and initialization are torchvision's.
 
@@ -173,7 +173,7 @@ class MobileNetV2(Automatic):
 
     def why_not(self, x: Any) -> str | None:
         why = super().why_not(x)
-        if why is not None or not self.training:
+        if why is not None or not self.training or self._in_one_call(x) is not None:
             return why
         try:
             decline_call(x)
@@ -192,18 +192,36 @@ class MobileNetV2(Automatic):
     def _server(self, x: Any) -> Callable[[Tensor], Tensor]:
         if not self.training:
             return super()._server(x)
-        if not self._trains_features(x):
-            with suppress(Declined):
-                return super()._server(x)
-        self.decline_backend()  # what else may be amiss its children find themselves
-        return self._train
+        self.decline_backend()
+        try:
+            self.decline_changes()
+        except Declined as reason:
+            log.debug("a model in train mode runs its own forward: %s", reason)
+            return self._run_eager
+        return self._in_one_call(x) or self._train  # what else may be amiss its children find themselves
 
-    def _trains_features(self, x: Any) -> bool:
-        """Whether features in train mode or gradients of them are asked for, not the classifier's alone."""
-        if self.features.training:
-            return True
-        asks = getattr(x, "requires_grad", False) or any(p.requires_grad for p in self.features.parameters())
-        return torch.is_grad_enabled() and asks
+    def _in_one_call(self, x: Any) -> Callable[[Tensor], Tensor] | None:
+        """What serves a call in train mode whose features answer as in eval mode; None: nothing does."""
+        if self.features.training or self._wants_features(x):
+            return None
+        try:
+            return super()._server(x)
+        except Declined as reason:
+            log.debug("features in eval mode run one by one: %s", reason)
+            return None
+
+    def _wants_features(self, x: Any) -> bool:
+        """Whether gradients of the features, or of what is before them, are asked for."""
+        if not torch.is_grad_enabled():
+            return False
+        before = isinstance(x, Tensor) and x.requires_grad
+        return before or any(p.requires_grad for p in self.features.parameters())
+
+    def is_cut(self, x: Any) -> bool:
+        # Else each step of the classifier would make a new pack, and its gradient compute the features again.
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.classifier.parameters()):
+            return False
+        return not self._wants_features(x)
 
     def decline_changes(self) -> None:
         super().decline_changes()
@@ -228,12 +246,10 @@ class MobileNetV2(Automatic):
 
     def _train(self, x: Tensor) -> Tensor:
         """In train mode: the elements of `features` by themselves, then the head."""
-        try:
-            self.decline_changes()
-        except Declined:
-            return self._run_eager(x)
         self._check(x)
         y = self.features(x)
+        if not y.requires_grad:  # the node is for its gradient
+            return self._classify(y)
         try:
             weight, bias, dropout = self._train_head(y)
         except Declined as reason:
@@ -271,7 +287,7 @@ class MobileNetV2(Automatic):
     def _check(self, x: Any) -> None:
         check_input(x, next(self.parameters(), None))
 
-    def read(self, prefix: str = "", any_mode: bool = False) -> Reading:
+    def read(self, prefix: str = "", any_mode: bool = False, cut: bool = False) -> Reading:
         check_module(self.features, "features", nn.Sequential, any_mode)
         parts: list[Part] = []
         modules: list[nn.Module] = [self.features]
@@ -289,6 +305,8 @@ class MobileNetV2(Automatic):
         if parts[0][0].spec.kind != "stem" or parts[-1][0].spec.kind != "pointwise":
             raise Declined("features do not begin with a stem and end with a pointwise layer")
         try:
+            if cut:
+                raise Declined("the classifier is to be torch's")
             linear = self._read_classifier(parts[-1][0].spec.cout, any_mode)
         except Declined:
             return Reading(parts, modules, True, self.classifier)

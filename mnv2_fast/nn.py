@@ -113,15 +113,19 @@ class Automatic(nn.Module):
         super().__init__(*children)
         self._holder = Holder()
 
-    def read(self, prefix: str = "", any_mode: bool = False) -> Reading:
+    def read(self, prefix: str = "", any_mode: bool = False, cut: bool = False) -> Reading:
         """The chain that this module is, in eval mode or in `any_mode`.
 
-        Its layers are named as in the `state_dict`, after `prefix`.
+        Its layers are named as in the `state_dict`, after `prefix`. `cut`: without what `is_cut` leaves out.
 
         Raises:
             Declined: it is none that the kernels know.
         """
         raise NotImplementedError
+
+    def is_cut(self, x: Any) -> bool:
+        """Whether a call with `x` leaves the end of the chain to torch, for its gradients alone are asked."""
+        return False
 
     def _run_eager(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -174,17 +178,17 @@ class Automatic(nn.Module):
         self.decline_backend()
         decline_call(x)
         self.decline_changes()
-        autocast = torch.is_autocast_enabled("cpu")
-        plans: dict[bool, Plan] = self._holder.value or {}
-        plan = plans.get(autocast)
+        kind = torch.is_autocast_enabled("cpu"), self.is_cut(x)
+        plans: dict[tuple[bool, bool], Plan] = self._holder.value or {}
+        plan = plans.get(kind)
         if plan is None or plan.modules.changed(self) or plan.watch.changed(plan.modules.tensors):
-            plan = self._make_plan(autocast)
-            self._holder.value = {**plans, autocast: plan}
+            plan = self._make_plan(*kind)
+            self._holder.value = {**plans, kind: plan}
         plan.decline_input(x)
         return plan
 
-    def _make_plan(self, autocast: bool) -> Plan:
-        reading = self.read()
+    def _make_plan(self, autocast: bool, cut: bool) -> Plan:
+        reading = self.read(cut=cut)
         dtype = reading.dtype
         modules = ModuleWatch(self, reading.modules)
         # The watch comes before the weights are read: a write in between is seen at the next call.
@@ -353,7 +357,7 @@ class ConvBNReLU6(Trained, nn.Sequential):
         super().__init__(*layers)
         self.out_channels = out_channels
 
-    def read(self, prefix: str = "", any_mode: bool = False) -> Reading:
+    def read(self, prefix: str = "", any_mode: bool = False, cut: bool = False) -> Reading:
         children = list(self)
         if not children:
             raise Declined(f"{prefix}0 is missing")
@@ -426,7 +430,7 @@ class InvertedResidual(Trained):
         self.out_channels = oup
         self._is_cn = stride > 1
 
-    def read(self, prefix: str = "", any_mode: bool = False) -> Reading:
+    def read(self, prefix: str = "", any_mode: bool = False, cut: bool = False) -> Reading:
         prefix = f"{prefix}conv"
         check_module(self.conv, prefix, nn.Sequential, any_mode)
         children = list(self.conv)

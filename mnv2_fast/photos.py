@@ -12,6 +12,7 @@ import numpy as np
 
 from . import data
 from .errors import UserError
+from .recipe import VAL_SHARE
 
 SIDES = ("train", "val")
 
@@ -60,7 +61,7 @@ def find(folder: str | os.PathLike[str], val_share: float = 0.2, seed: int = 0) 
 
     Args:
         folder: with one subfolder a class, or with `train/` and `val/` that each have one.
-        val_share: above 0 and below 1; not used where there are `train/` and `val/`.
+        val_share: above 0 and at most 0.9; not used where there are `train/` and `val/`.
         seed: at least 0; likewise.
 
     Raises:
@@ -68,8 +69,10 @@ def find(folder: str | os.PathLike[str], val_share: float = 0.2, seed: int = 0) 
             it is to be split, only one, or `train/` and `val/` differ in their classes.
     """
     root = _root(folder)
-    if not 0 < val_share < 1:
-        raise UserError(f"val_share={val_share!r}: give a number above 0 and below 1")
+    try:
+        VAL_SHARE(val_share)
+    except ValueError as error:
+        raise UserError(f"val_share={val_share!r}: {error}") from None
     if seed < 0:
         raise UserError(f"seed={seed}: give a whole number of at least 0")
     there = [side for side in SIDES if (root / side).is_dir()]

@@ -102,6 +102,7 @@ def folder(value: Any) -> str:
     return os.fspath(value)
 
 
+VAL_SHARE = Number(float, 0, 0.9, above=True)
 _COUNT = Number(int, 1)
 _SHARE = Number(float, 0, 1)
 
@@ -227,9 +228,7 @@ class Recipe:
         _PHOTOS,
         open=True,
     )
-    val_share: float = _option(
-        0.2, Number(float, 0, 0.9, above=True), "of photos without train/ and val/ to validate on", _PHOTOS
-    )
+    val_share: float = _option(0.2, VAL_SHARE, "of photos without train/ and val/ to validate on", _PHOTOS)
     split_seed: int = _option(0, Number(int, 0), "which ones those are", _PHOTOS)
     augment: tuple[str, ...] = _option(
         ("crop", "flip", "rotation", "colour"),

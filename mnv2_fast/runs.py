@@ -108,6 +108,11 @@ class Run:
             raise UserError(f"{self.folder} has no run to resume ({ARGS} is not there): leave --resume out")
         return found
 
+    def command_knows(self) -> bool:
+        """Whether `mnv2 finetune` can go on with it: it has no way to name a module or a preprocessing."""
+        then = self.args()
+        return then["model"] == "MobileNetV2" and then["preprocessing"] is None
+
     def save_results(self, history: Sequence[Row]) -> None:
         """Write `results.csv` anew.
 
@@ -139,12 +144,15 @@ class Run:
         """Write a row's numbers for TensorBoard, at its step.
 
         Raises:
-            UserError: TensorBoard is not installed.
+            UserError: TensorBoard is not installed, or it cannot be written.
         """
-        step = row["step"]
-        with summary_writer()(self.folder / TENSORBOARD, purge_step=step) as writer:
-            for name, value in row.items():
-                writer.add_scalar(name, value, step)
+        step, target = row["step"], self.folder / TENSORBOARD
+        try:
+            with summary_writer()(target, purge_step=step) as writer:
+                for name, value in row.items():
+                    writer.add_scalar(name, value, step)
+        except OSError as error:
+            raise self._unsaved(target, error) from error
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Write `last.pt`.
@@ -195,14 +203,17 @@ class Run:
             yield
             os.replace(beside, target)
         except OSError as error:
-            before = "the one before is untouched, " if target.exists() else ""
-            then = "go on with --resume" if (self.folder / LAST).exists() else "start it again"
-            raise UserError(
-                f"cannot save {target} ({error.strerror}): {before}make room or check permissions, then "
-                f"{then}"
-            ) from error
+            raise self._unsaved(target, error) from error
         finally:
             beside.unlink(missing_ok=True)
+
+    def _unsaved(self, target: Path, error: OSError) -> UserError:
+        """What to raise where something cannot be written."""
+        before = "the one before is untouched, " if target.is_file() else ""
+        then = "go on with --resume" if (self.folder / LAST).exists() else "start it again"
+        return UserError(
+            f"cannot save {target} ({error.strerror}): {before}make room or check permissions, then {then}"
+        )
 
 
 def check_storable(model: nn.Module) -> None:

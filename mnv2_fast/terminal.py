@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from . import files
 
 OK, BAD_FILES, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
@@ -37,7 +36,7 @@ def whole() -> Iterator[None]:
 
 def one_line(error: object) -> str:
     """A message without line breaks; what kind of error it is where it says nothing."""
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in files.FULL:
         return f"cannot write {error.filename or 'a file'} ({error.strerror}): make room, then start it again"
     return " ".join(str(error).split()) or type(error).__name__
 

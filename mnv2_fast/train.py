@@ -181,7 +181,11 @@ def _begin(  # noqa: PLR0917 (the arguments of `fit`)
     if not isinstance(folder, LabelledFolder):
         folder = photos.find(data, recipe.val_share, recipe.split_seed)
     elif folder.split is not None:
-        recipe = replace(recipe, val_share=folder.split[0], split_seed=folder.split[1])
+        share, seed = folder.split
+        for name, value in (("val_share", share), ("split_seed", seed)):
+            if options.get(name, value) != value:
+                raise UserError(f"the photos are split by {name}={value} already: leave {name} out")
+        recipe = replace(recipe, val_share=share, split_seed=seed)
     _check(recipe, folder, run, group, device)
     if resume and run is not None:
         state = run.state()

@@ -21,11 +21,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from . import optim
+from . import loading, optim
 from .distributed import Group, LostError
 from .errors import Interrupted, UserError
 from .loading import Batch, Loader, random_seed, worker_errors
-from .model import MobileNetV2
 from .recipe import Recipe
 from .reporting import Reporter
 from .runs import BEST, LAST, Row, Run, top1_of
@@ -112,6 +111,11 @@ class Trainer:
         self.mixing = optim.make_mixing(recipe, len(self.classes))
         self._make_reporter = reporter
         self._skipped: set[str] = set()
+        self._named: set[str] = set()  # by the loaders, while there was nobody to ask
+        if group.world > 1:
+            for loader in loaders:
+                loader.dataset.says = False
+                self._named |= {os.path.abspath(path) for path in loader.dataset.skipped}
         self._stop = Stop()
 
     @property
@@ -380,12 +384,16 @@ class Trainer:
         return len(self._skipped)
 
     def _skip_as_others(self) -> None:
-        """Leave out what another process has found unusable and named: to name it once is enough."""
+        """Leave out what any process has found unusable; the first one names it, once."""
         if self.group.world == 1:
             return
         for loader in (self.train_loader, self.val_loader):
             mine = {os.path.abspath(path): why for path, why in loader.dataset.skipped.items()}
             everyones = {path: why for skipped in self.group.gather(mine) for path, why in skipped.items()}
+            if self.group.first:
+                for path in sorted(everyones.keys() - self._named):
+                    loading.warn_of(everyones[path])
+            self._named |= everyones.keys()
             self.group.together(partial(loader.dataset.skip_as_others, everyones))
 
     def _check_finite(self, what: str, value: float, step: int) -> None:
@@ -416,7 +424,7 @@ class Trainer:
     def _interrupt(self) -> NoReturn:
         done, run, epochs = self.progress, self.run, self.recipe.epochs
         how = "nothing is saved without a run folder"
-        if run is not None and not isinstance(self.model, MobileNetV2):  # no command knows it
+        if run is not None and not run.command_knows():
             how = f"go on with fit(..., out={str(run.folder)!r}, resume=True)"
         elif run is not None:
             several = f"torchrun --nproc-per-node {self.group.here} -m mnv2_fast"

@@ -1,7 +1,8 @@
-"""The end of a network in train mode, mean over H and W, dropout and the linear layer, as one autograd node.
+"""The end of a network as one autograd node: mean over H and W, dropout and the linear layer.
 
-All of it is torch's arithmetic on [N, C], as small as the head's weights. What a node of its own saves is the
-gradient of the mean: one value a channel for all pixels, which torch's nodes write out in fresh memory.
+All of it is torch's arithmetic, and small. What a node of its own saves is the gradient of the mean: one
+value a channel for all pixels, which torch's nodes write out in fresh memory. (So a hook of the feature maps
+must not write into their gradient in place, which torch does not allow either.)
 """
 
 from __future__ import annotations

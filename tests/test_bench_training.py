@@ -327,7 +327,27 @@ def test_the_tables_show_everyone_and_torchs_best(tmp_path: Path) -> None:
     assert "| batch 8 | fp32 | torch channels_last, tuned | 320.0 | 128.0 | 2.50x | 300 | 900 |" in table
     assert "| the classic script | fp32 | torch NCHW | 64.0 | 12.3 | 5.20x |" in table
     assert "mnv2_fast, bf16, on torch's kernels: because." in table
-    assert "32 images where no batch is named, 224x224, 2 threads" in table
+    assert "2 threads; 32 images where no batch is named, 224x224" in table
+
+
+def test_the_last_run_on_each_processor_is_shown(tmp_path: Path) -> None:
+    path, context = tmp_path / "t.csv", results.context()
+    runs = {"2026-01-02": "new", "2026-01-01": "old", "2026-01-03": "old", "2026-01-04": "new"}
+    for day, processor in runs.items():
+        faster = row(OURS, 1000 / int(day[-1]), peak_mb=900.0, note=f"because of {processor}")
+        results.save(path, [faster, *rows()[1:]], {**context, "run": day, "processor": processor})
+    newest, other = charts.last_runs(path)
+    assert [(of[0]["run"], of[0]["processor"]) for of in (newest, other)] == [
+        ("2026-01-04", "new"),
+        ("2026-01-03", "old"),
+    ]
+    here, there = charts.table(newest, other).split("The same on old, ")
+    assert "| a training step | fp32 | torch channels_last, tuned | 128.0 | 32.0 | 4.00x |" in here
+    assert "| a training step | fp32 | torch channels_last, tuned | 96.0 | 32.0 | 3.00x |" in there
+    assert "on new, " in here
+    assert "mnv2_fast, fp32, on torch's kernels: because of old." in there
+    assert "32 images where no batch is named, 224x224" in there
+    assert charts.table(newest, other[:1]) == here.rstrip()  # which has ours alone, beside nobody
 
 
 def test_tables_and_charts_are_written_where_they_belong(

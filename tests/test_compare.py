@@ -261,7 +261,7 @@ def test_other_photos_are_told_in_words(
         ),
         (["--data", "photos", "--out", "out", "--seeds", "0"], "give a whole number of at least 1"),
         (["--data", "photos", "--out", "out", "--epochs", "1", "--seconds", "9"], "not allowed with"),
-        (["--data", "photos"], "required: --out"),
+        ([], "required: --data"),
         (
             ["--data", "photos", "--out", "out", "--only", "*finetuned", "--weights", "none.pth"],
             "MobileNetV2 fine-tuned, seed 0: no weights file none.pth",

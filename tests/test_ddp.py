@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ddp
@@ -18,8 +19,12 @@ from conftest import ROOT
 from helpers import colour_photos, one_thread  # noqa: F401 (a fixture)
 
 from mnv2_fast import UserError, fit, photos, trainer
+from mnv2_fast.distributed import Group
+from mnv2_fast.errors import Interrupted
+from mnv2_fast.recipe import Recipe
+from mnv2_fast.runs import Run
 
-GO_ON = "go on with torchrun --nproc-per-node 2 -m mnv2_fast finetune --resume"
+GO_ON = "go on with fit(..., out="
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,6 +108,18 @@ def test_told_to_one_stops_all_and_resumes_to_the_bit(root: Path, found: dict[st
     for part in ("model", "average"):
         for key, value in states[0][part].items():
             assert torch.equal(value, states[1][part][key]), key
+
+
+def test_a_stopped_command_goes_on_under_torchrun(tmp_path: Path) -> None:
+    run = Run(tmp_path / "my run")
+    run.begin({"model": "MobileNetV2", "preprocessing": None})
+    stop = SimpleNamespace(asked=15)
+    stopped = SimpleNamespace(
+        progress=trainer.Progress(), run=run, recipe=Recipe(), group=Group(0, 4, 2), _stop=stop
+    )
+    how = f"go on with torchrun --nproc-per-node 2 -m mnv2_fast finetune --resume --out '{run.folder}'"
+    with pytest.raises(Interrupted, match=re.escape(how)):
+        trainer.Trainer._interrupt(stopped)  # type: ignore[arg-type]
 
 
 def test_mistakes_are_said_by_one_process(root: Path, found: dict[str, Any]) -> None:
@@ -201,7 +218,7 @@ def test_a_class_without_photos_is_one_line(root: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_photo_is_named_by_one_process(root: Path, tmp_path: Path) -> None:
     data = shutil.copytree(root / "photos", tmp_path / "photos")
-    damaged = [photo.path for photo in photos.find(data).train[::7]]
+    damaged = [photo.path for photo in photos.find(data).train[2:8]]  # who takes one's place is damaged, too
     for path in damaged:
         path.write_bytes(b"")
     options = QUICK.replace("--epochs 2", "--epochs 4")

@@ -15,7 +15,7 @@ from mnv2_fast.backends.cpu_train import Conv, Gradient, Norm, Step
 
 pytestmark = pytest.mark.usefixtures("training_isa")
 
-CHANNELS = (1, 3, 8, 17, 24, 33, 144)
+CHANNELS = (1, 3, 8, 17, 24, 33, 144, 64, 72)
 KINDS = (("pointwise", 1), ("depthwise", 1), ("depthwise", 2), ("stem", 2))
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL
+from helpers import SMALL, calibrate
 from torch import Tensor, nn
 
 from mnv2_fast import MobileNetV2, training_head
 from mnv2_fast.nn import eager_only
+from mnv2_fast.packs import Pack
 
 Found = dict[str, Tensor]
 
@@ -117,15 +119,109 @@ def test_what_the_node_does_not_know_runs_as_it_is(change: Callable[[MobileNetV2
 
 @pytest.mark.usefixtures("native")
 def test_a_network_has_the_node() -> None:
-    """In train mode, also with frozen features, of whose gradient there is no need."""
+    """In train mode, but with frozen features, of whose gradient there is no need."""
     model = MobileNetV2(**SMALL).train()
     x = torch.randn(4, 3, 64, 64)
     assert "HeadTraining" in str(model(x).grad_fn)
     model.features.requires_grad_(False)
     y = model(x)
-    assert "HeadTraining" in str(y.grad_fn)
+    assert "HeadTraining" not in str(y.grad_fn)
     y.sum().backward()
     assert model.classifier[1].weight.grad is not None
+
+
+@pytest.fixture
+def frozen() -> MobileNetV2:
+    """A network whose head alone is trained, on features that answer as in eval mode."""
+    model = calibrate(MobileNetV2(**SMALL), (64, 64)).train()
+    model.features.requires_grad_(False).eval()
+    return model
+
+
+def _answers(model: MobileNetV2, x: Tensor, autocast: bool) -> Found:
+    """Logits and gradients of a step, with one and the same dropout."""
+    model.zero_grad()
+    torch.manual_seed(7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(x)
+    y.float().square().sum().backward()
+    return {"y": y.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def _check_frozen(model: MobileNetV2, x: Tensor, autocast: bool = False) -> None:
+    """By the kernels, in torch's types, and as near to float64 as torch."""
+    assert model.why_not(x) is None
+    ours = _answers(model, x, autocast)
+    with eager_only():
+        torchs = _answers(model, x, autocast)
+        right = _answers(copy.deepcopy(model).double(), x.double(), False)
+    assert ours.keys() == torchs.keys() == right.keys()
+    for name, expected in right.items():
+        assert ours[name].dtype is torchs[name].dtype
+        far, torchs_far = (torch.linalg.vector_norm(found[name] - expected) for found in (ours, torchs))
+        assert far <= 2 * torchs_far + 1e-6 * torch.linalg.vector_norm(expected), name
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("mode", ["train", "classifier in eval mode", "eval"])
+@pytest.mark.parametrize("kind", ["float32", "autocast", "bfloat16"])
+def test_features_in_eval_mode_are_one_call(
+    frozen: MobileNetV2, kind: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the kernels, once a step, whatever else is in eval mode; no step makes them anew."""
+    (frozen if mode == "eval" else frozen.classifier).train(mode == "train")
+    x = torch.randn(4, 3, 64, 64)
+    if kind == "bfloat16":
+        frozen, x = frozen.bfloat16(), x.bfloat16()
+    _check_frozen(frozen, x, kind == "autocast")
+    runs: list[Any] = []
+    run = Pack.run
+    monkeypatch.setattr(Pack, "run", lambda pack, x: (runs.append(pack), run(pack, x))[1])
+    optimizer = torch.optim.SGD(frozen.classifier.parameters(), 0.1)
+    for _ in range(3):
+        _answers(frozen, x, kind == "autocast")
+        optimizer.step()
+    assert len(runs) == 3
+    assert len(set(map(id, runs))) == 1
+
+
+@pytest.mark.usefixtures("native")
+def test_changes_of_features_in_eval_mode_are_seen(frozen: MobileNetV2) -> None:
+    x = torch.randn(4, 3, 64, 64)
+    _check_frozen(frozen, x)
+    with torch.no_grad():
+        frozen.features[3].conv[0][0].weight.mul_(0.9)
+    _check_frozen(frozen, x)
+    frozen.load_state_dict({name: value * 0.9 for name, value in frozen.state_dict().items()})
+    _check_frozen(frozen, x)
+    frozen.features[5].conv[1][1].running_mean.add_(0.1)
+    _check_frozen(frozen, x)
+    frozen.features[7].conv[0][1].weight.requires_grad_()
+    assert "features.7.conv.0.1.weight" in _answers(frozen, x, False)
+    _check_frozen(frozen, x)
+    frozen.requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    frozen(leaf).sum().backward()
+    assert leaf.grad is not None
+    frozen.classifier.requires_grad_()
+    before = frozen.features[4].conv[0][1].num_batches_tracked.item()
+    frozen.features[4].train()
+    _check_frozen(frozen, x)
+    assert frozen.features[4].conv[0][1].num_batches_tracked == before + 2
+
+
+@pytest.mark.usefixtures("native")
+def test_a_model_without_features_runs_its_own_forward() -> None:
+    class Own(MobileNetV2):
+        def __init__(self) -> None:
+            super().__init__(**SMALL)
+            self.trunk = self.features
+            del self.features
+
+        def _forward_impl(self, x: Tensor) -> Tensor:
+            return self.trunk(x).mean((2, 3))
+
+    assert Own().train()(torch.randn(4, 3, 64, 64)).shape == (4, 1280)
 
 
 @pytest.mark.usefixtures("native")

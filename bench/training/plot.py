@@ -14,19 +14,20 @@ CsvRow = dict[str, str]
 _COLOURS = dict(zip(CURVES, ("black", charts.OTHERS, charts.OURS), strict=True))
 
 
-def last_run(path: Path) -> list[CsvRow]:
-    """The rows of the last run of bench.training.
+def last_runs(path: Path) -> list[list[CsvRow]]:
+    """The rows of the last run of bench.training on each processor, the newest one first.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it timed no training step in its setting `step`.
+        ValueError: the newest one timed no training step in its setting `step`.
     """
-    rows = results.read_last_run(path)
+    runs = results.read_last_runs(path)
+    rows = runs[0]
     if not any(row["name"] == STEP for row in rows):
         raise ValueError(
             f"the last run in {path} has no row of the setting {STEP!r}: run bench.training again"
         )
-    return rows
+    return runs
 
 
 def steps(rows: Sequence[CsvRow], dtype: str) -> list[CsvRow]:
@@ -48,38 +49,60 @@ def pairs(rows: Sequence[CsvRow]) -> list[tuple[str, CsvRow, CsvRow]]:
     return found
 
 
-def table(rows: Sequence[CsvRow]) -> str:
-    """A step by everyone, then ours beside torch's best in every setting, as Markdown."""
+def table(rows: Sequence[CsvRow], *elsewhere: Sequence[CsvRow]) -> str:
+    """A step by everyone, then ours beside torch's best in every setting, as Markdown.
+
+    `elsewhere`: runs on other processors, of which there is the second table alone.
+    """
     lines = _head(("", ""), ("images/s", "a step, ms", "memory, MB", "the first step, s"))
     for dtype in DTYPES:
         for i, row in enumerate(steps(rows, dtype)):
             cells = [_rate(row), f"{float(row['ms']):.0f}", _memory(row)]
             cells += [f"{float(row['first_ms']) / 1e3:.1f}"]
             lines.append(f"| {'' if i else dtype} | {row['contender']} | {' | '.join(cells)} |")
+    lines += ["", *_beside_best(rows)]
+    lines += [
+        "",
+        "A step: zero_grad, forward, cross entropy, backward, optimizer. Medians in turns, each a fresh "
+        f"process, on {_where(rows)}. bf16: under autocast. Tuned: the allocator is told to keep its memory. "
+        "Memory: the most over what the process held with model, optimizer and images made. The first step "
+        "of torch.compile compiles. The classic script: NCHW from a DataLoader, Adam, nothing tuned.",
+    ]
+    if any(row["noisy"] == "True" for run in (rows, *elsewhere) for row in run):
+        lines[-1] += " \\*: the medians of its turns differ by more than 10%."
+    lines[-1] += _reasons(rows)
+    for other in filter(pairs, elsewhere):
+        lines += ["", f"The same on {_where(other)}.{_reasons(other)}", "", *_beside_best(other)]
+    return "\n".join(lines)
+
+
+def _where(rows: Sequence[CsvRow]) -> str:
+    """What was measured, and by what."""
+    first = rows[0]
+    # A setting with a batch of its own says so in its title.
+    batch = next((row["batch"] for row in rows if row["name"] == STEP), first["batch"])
+    return (
+        f"{first['processor']}, {first['cores']} cores, {first['threads']} threads; {batch} images where no "
+        f"batch is named, {first['size']}x{first['size']}; {first['versions']}; commit {first['commit']}, "
+        f"{first['run'][:10]}"
+    )
+
+
+def _reasons(rows: Sequence[CsvRow]) -> str:
+    """Why ours ran on torch's kernels, where it did."""
+    found = dict.fromkeys((row["dtype"], row["note"]) for row in rows if row["note"])
+    return "".join(f" {OURS}, {dtype}, on torch's kernels: {note}." for dtype, note in found)
+
+
+def _beside_best(rows: Sequence[CsvRow]) -> list[str]:
+    """Ours beside torch's best in every setting, as lines of Markdown."""
     numbers = (f"{OURS}, images/s", "torch, images/s", "ratio", f"{OURS}, MB", "torch, MB")
-    lines += ["", *_head(("", "", "torch's best"), numbers)]
+    lines = _head(("", "", "torch's best"), numbers)
     for title, ours, best in pairs(rows):
         ratio = f"{float(best['ms']) / float(ours['ms']):.2f}x"
         cells = [_rate(ours), _rate(best), ratio, _memory(ours), _memory(best)]
         lines.append(f"| {title} | {ours['dtype']} | {best['contender']} | {' | '.join(cells)} |")
-    first = rows[0]
-    # A setting with a batch of its own says so in its title.
-    batch = next((row["batch"] for row in rows if row["name"] == STEP), first["batch"])
-    lines += [
-        "",
-        f"A step: zero_grad, forward, cross entropy, backward, optimizer; {batch} images where no batch is "
-        f"named, {first['size']}x{first['size']}, {first['threads']} threads. Medians in turns, each a fresh "
-        f"process, on {first['processor']}, {first['cores']} cores; {first['versions']}; commit "
-        f"{first['commit']}, {first['run'][:10]}. bf16: under autocast. Tuned: the allocator is told to keep "
-        "its memory. Memory: the most over what the process held with model, optimizer and images made. The "
-        "first step of torch.compile compiles. The classic script: NCHW from a DataLoader, Adam, nothing "
-        "tuned.",
-    ]
-    if any(row["noisy"] == "True" for row in rows):
-        lines[-1] += " \\*: the medians of its turns differ by more than 10%."
-    reasons = dict.fromkeys((row["dtype"], row["note"]) for row in rows if row["note"])
-    lines[-1] += "".join(f" {OURS}, {dtype}, on torch's kernels: {note}." for dtype, note in reasons)
-    return "\n".join(lines)
+    return lines
 
 
 def _head(texts: Sequence[str], numbers: Sequence[str]) -> list[str]:
