@@ -245,7 +245,10 @@ def _threads(found: Comparison) -> str:
         for c in found.contenders
         if "threads" in c.network.options
     }
-    return "".join(f"{title} trains on {count} thread(s), which is faster. " for title, count in said.items())
+    return "".join(
+        f"{title} trains on {count} thread{'s' * (count > 1)}, which is faster. "
+        for title, count in said.items()
+    )
 
 
 def _curves(out: Path, found: Comparison, shown: Sequence[Contender]) -> list[str]:

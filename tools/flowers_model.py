@@ -207,7 +207,7 @@ def _of_run(run: Run, then: Mapping[str, Any], folder: LabelledFolder, model: Pa
         "train": len(folder.train),
         "val": len(folder.val),
         "digest": folder.digest(),
-        "commands": "\n".join(_commands(then)),
+        "commands": "\n".join(_commands(then, folder.split)),
         "options": textwrap.fill(f"{said}.", 110),
         "start": then["weights"],
         "start_sha256": _sha256(start),
@@ -217,8 +217,8 @@ def _of_run(run: Run, then: Mapping[str, Any], folder: LabelledFolder, model: Pa
     }
 
 
-def _commands(then: Mapping[str, Any]) -> list[str]:
-    """What makes the model, with every option that was not the default one."""
+def _commands(then: Mapping[str, Any], split: tuple[float, int] | None) -> list[str]:
+    """What makes the model, with every option that was not the default one; `split` as the photos have it."""
     photos_a_step = then["batch_size"] * then["accumulate"]
     usual = Recipe(optimizer=then["optimizer"]).with_rates(photos_a_step)
     defaults = {**usual.to_dict(), "optimizer": Recipe().optimizer}
@@ -226,10 +226,12 @@ def _commands(then: Mapping[str, Any]) -> list[str]:
     for name in _LEARNT_BY:
         if then[name] != defaults[name]:
             train += [f"--{name.replace('_', '-')}", *([] if then[name] is True else [_word(then[name])])]
+    # Of photos that training split, all would be those that it has seen, too.
+    left_out = "" if split is None else f" --val-share {split[0]:g} --split-seed {split[1]}"
     return [
         shlex.join(train),
         f"mnv2 quantize --data run/train --model run/{FINAL} --out {BOX.file}",
-        f"mnv2 evaluate --data photos --model {BOX.file}",
+        f"mnv2 evaluate --data photos --model {BOX.file}{left_out}",
     ]
 
 
