@@ -275,10 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             training.draw_losses(results.read_last_run(options.losses), picture("losses"))
             learned = {"losses": "Losses of the same steps by each"}
         if options.training.exists():
-            training.draw(training.last_runs(options.training)[0], picture("training"))
-            insert(
-                "training", training.table(*training.last_runs(options.training)), training=_CHART, **learned
-            )
+            runs = training.last_runs(options.training)
+            training.draw(runs[0], picture("training"))
+            insert("training", training.table(*runs), training=_CHART, **learned)
         if options.flowers.exists():
             insert("flowers", flowers.table(results.read_last_run(options.flowers)))
     except (FileNotFoundError, ValueError) as error:

@@ -287,7 +287,19 @@ class MobileNetV2(Automatic):
     def _check(self, x: Any) -> None:
         check_input(x, next(self.parameters(), None))
 
-    def read(self, prefix: str = "", any_mode: bool = False, cut: bool = False) -> Reading:
+    def read(self, prefix: str = "", any_mode: bool = False) -> Reading:
+        found = self._read_features(prefix, any_mode)
+        try:
+            linear = self._read_classifier(found.parts[-1][0].spec.cout, any_mode)
+        except Declined:
+            return found
+        return Reading([*found.parts, linear], [*found.modules, self.classifier, *self.classifier])
+
+    def read_cut(self) -> Reading:
+        return self._read_features()
+
+    def _read_features(self, prefix: str = "", any_mode: bool = False) -> Reading:
+        """The features and their mean over H and W, before a classifier that is torch's."""
         check_module(self.features, "features", nn.Sequential, any_mode)
         parts: list[Part] = []
         modules: list[nn.Module] = [self.features]
@@ -304,13 +316,7 @@ class MobileNetV2(Automatic):
             modules += [child, *inner.modules]
         if parts[0][0].spec.kind != "stem" or parts[-1][0].spec.kind != "pointwise":
             raise Declined("features do not begin with a stem and end with a pointwise layer")
-        try:
-            if cut:
-                raise Declined("the classifier is to be torch's")
-            linear = self._read_classifier(parts[-1][0].spec.cout, any_mode)
-        except Declined:
-            return Reading(parts, modules, True, self.classifier)
-        return Reading([*parts, linear], [*modules, self.classifier, *self.classifier])
+        return Reading(parts, modules, True, self.classifier)
 
     def _read_classifier(self, features: int, any_mode: bool) -> Part:
         check_module(self.classifier, "classifier", nn.Sequential, any_mode)

@@ -113,10 +113,10 @@ class Automatic(nn.Module):
         super().__init__(*children)
         self._holder = Holder()
 
-    def read(self, prefix: str = "", any_mode: bool = False, cut: bool = False) -> Reading:
+    def read(self, prefix: str = "", any_mode: bool = False) -> Reading:
         """The chain that this module is, in eval mode or in `any_mode`.
 
-        Its layers are named as in the `state_dict`, after `prefix`. `cut`: without what `is_cut` leaves out.
+        Its layers are named as in the `state_dict`, after `prefix`.
 
         Raises:
             Declined: it is none that the kernels know.
@@ -126,6 +126,10 @@ class Automatic(nn.Module):
     def is_cut(self, x: Any) -> bool:
         """Whether a call with `x` leaves the end of the chain to torch, for its gradients alone are asked."""
         return False
+
+    def read_cut(self) -> Reading:
+        """The chain of a call that `is_cut`, as `read` has it."""
+        raise NotImplementedError
 
     def _run_eager(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -188,7 +192,7 @@ class Automatic(nn.Module):
         return plan
 
     def _make_plan(self, autocast: bool, cut: bool) -> Plan:
-        reading = self.read(cut=cut)
+        reading = self.read_cut() if cut else self.read()
         dtype = reading.dtype
         modules = ModuleWatch(self, reading.modules)
         # The watch comes before the weights are read: a write in between is seen at the next call.
@@ -357,7 +361,7 @@ class ConvBNReLU6(Trained, nn.Sequential):
         super().__init__(*layers)
         self.out_channels = out_channels
 
-    def read(self, prefix: str = "", any_mode: bool = False, cut: bool = False) -> Reading:
+    def read(self, prefix: str = "", any_mode: bool = False) -> Reading:
         children = list(self)
         if not children:
             raise Declined(f"{prefix}0 is missing")
@@ -430,7 +434,7 @@ class InvertedResidual(Trained):
         self.out_channels = oup
         self._is_cn = stride > 1
 
-    def read(self, prefix: str = "", any_mode: bool = False, cut: bool = False) -> Reading:
+    def read(self, prefix: str = "", any_mode: bool = False) -> Reading:
         prefix = f"{prefix}conv"
         check_module(self.conv, prefix, nn.Sequential, any_mode)
         children = list(self.conv)
