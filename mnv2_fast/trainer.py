@@ -110,8 +110,8 @@ class Trainer:
         self.loss = optim.make_loss(recipe, counts).to(device)
         self.mixing = optim.make_mixing(recipe, len(self.classes))
         self._make_reporter = reporter
-        self._skipped: set[str] = set()
-        self._named: set[str] = set()  # by the loaders, while there was nobody to ask
+        self._skipped: set[str] = set()  # in all processes, and before the training was resumed
+        self._named: set[str] = set()  # at first by the loaders, while there was nobody to ask
         if group.world > 1:
             for loader in loaders:
                 loader.dataset.says = False
@@ -206,7 +206,7 @@ class Trainer:
             "train_loss": sums.loss / sums.photos,
             "train_top1": sums.correct / sums.photos,
             **found,
-            "skipped": self._count_skipped(),
+            "skipped": len(self._skipped),
             "images_per_second": sums.photos / sums.seconds,
             "seconds": sums.seconds + time.perf_counter() - begin,
         }
@@ -372,29 +372,28 @@ class Trainer:
             sums[1] = 1
         return sums
 
-    def _count_skipped(self) -> int:
-        """How many photos could not be used so far, in all processes and before the training was resumed."""
+    def _note_skipped(self) -> dict[str, str]:
+        """What any process has found unusable, and why; the first process names it, once."""
         # Absolute: a training that is resumed may be given its folder by another path.
         mine = {
-            os.path.abspath(path)
+            os.path.abspath(path): why
             for loader in (self.train_loader, self.val_loader)
-            for path in loader.dataset.skipped
+            for path, why in loader.dataset.skipped.items()
         }
-        self._skipped = self._skipped.union(*self.group.gather(mine))
-        return len(self._skipped)
+        everyones = {path: why for skipped in self.group.gather(mine) for path, why in skipped.items()}
+        if self.group.world > 1 and self.group.first:
+            for path in sorted(everyones.keys() - self._named):
+                loading.warn_of(everyones[path])
+        self._named |= everyones.keys()
+        self._skipped |= everyones.keys()
+        return everyones
 
     def _skip_as_others(self) -> None:
-        """Leave out what any process has found unusable; the first one names it, once."""
-        if self.group.world == 1:
-            return
-        for loader in (self.train_loader, self.val_loader):
-            mine = {os.path.abspath(path): why for path, why in loader.dataset.skipped.items()}
-            everyones = {path: why for skipped in self.group.gather(mine) for path, why in skipped.items()}
-            if self.group.first:
-                for path in sorted(everyones.keys() - self._named):
-                    loading.warn_of(everyones[path])
-            self._named |= everyones.keys()
-            self.group.together(partial(loader.dataset.skip_as_others, everyones))
+        """Leave out what any process has found unusable."""
+        everyones = self._note_skipped()
+        if self.group.world > 1:
+            for loader in (self.train_loader, self.val_loader):
+                self.group.together(partial(loader.dataset.skip_as_others, everyones))
 
     def _check_finite(self, what: str, value: float, step: int) -> None:
         if math.isfinite(value):
@@ -411,7 +410,7 @@ class Trainer:
     def _stop_here(self) -> NoReturn:
         """Save between two steps, and end; all processes together."""
         run = self.run
-        self._count_skipped()
+        self._note_skipped()
         if run is not None:
             self.group.on_first(lambda: run.save_state(self.state()))
         self._interrupt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -67,10 +68,13 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def batches(photos: Sequence[Path]) -> list[Tensor]:
-    """Batches of eight photos at 80 x 80."""
-    small = Preprocessing(resize=92, crop=80)
-    images = [torch.tensor(resize_and_crop(read_image(path), small)) for path in photos[:24]]
-    return list(normalize(torch.stack(images), small).split(8))
+    """Three batches of eight photos at 80 x 80."""
+    return of_eight(photos[:24], Preprocessing(resize=92, crop=80))
+
+
+def of_eight(photos: Sequence[Path], size: Preprocessing) -> list[Tensor]:
+    images = [torch.tensor(resize_and_crop(read_image(path), size)) for path in photos]
+    return list(normalize(torch.stack(images), size).split(8))
 
 
 @pytest.fixture
@@ -137,28 +141,31 @@ def test_gradients_of_frozen_norms(
 @pytest.mark.parametrize("mode", ["train", "norms frozen", "eval"])
 def test_gradients_under_autocast(
     trained: MobileNetV2,
-    batches: list[Tensor],
+    photos: Sequence[Path],
     labels: Tensor,
     mode: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In bf16 as near to float64 as torch's autocast in the mean of three batches, a third off with a batch's
-    statistics; in eval mode by the kernels, too.
+    """In bf16 as near to float64 as torch's autocast, which is a third off with a batch's statistics; in
+    eval mode by the kernels, too. A batch can have a channel so constant that its statistics see rounding
+    alone: of 25, ours was 7 times as far as torch's in one, and torch's 7 times as far as ours in another.
+    The median of all is 0.9, and of nine past 1.1 by more than chance.
     """
     monkeypatch.setattr(eager, "network", lambda *_: pytest.fail("computed again in plain torch"))
     model = copy.deepcopy(trained)
     for module in model.modules():
         if mode == "eval" or (mode == "norms frozen" and isinstance(module, nn.BatchNorm2d)):
             module.train(False)
-    ours, torchs = 0.0, 0.0
-    for x in batches:
+    ratios = []
+    for x in of_eight(photos[:72], Preprocessing(resize=147, crop=128)):
         wide = gradients(plain, copy.deepcopy(model).double(), x.double(), labels)
         names = matter(wide)
         last = copy.deepcopy(model).to(memory_format=torch.channels_last)
         x_last = x.contiguous(memory_format=torch.channels_last)
-        ours += far(gradients(under_autocast(fast), copy.deepcopy(model), x, labels), wide, names)
-        torchs += far(gradients(under_autocast(plain), last, x_last, labels), wide, names)
-    assert ours <= torchs
+        ours = far(gradients(under_autocast(fast), copy.deepcopy(model), x, labels), wide, names)
+        torchs = far(gradients(under_autocast(plain), last, x_last, labels), wide, names)
+        ratios.append(ours / torchs)
+    assert statistics.median(ratios) <= 1.1
 
 
 def losses(forward: Forward, model: MobileNetV2, x: Tensor, labels: Tensor) -> Tensor:
