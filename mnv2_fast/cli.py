@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         print(f"mnv2: error: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
 

@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     plots.check()
     data = flowers.fetch() if flowers.meant(args.data) else args.data
     folder = photos.find(data, args.val_share, args.split_seed)
+    folder.refuse_within(out=args.out, report=args.report)
     with contextlib.ExitStack() as stack:
         out = report = stack.enter_context(files.output_folder(args.out))
         if args.report is not None:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import warnings
 
-from . import __version__, files, photos, plots, report
+from . import __version__, files, flowers, photos, plots, report
 from .evaluation import evaluate
 from .predict import Predictor
 from .terminal import BAD_FILES, OK, Stages, whole
@@ -15,10 +15,12 @@ from .terminal import BAD_FILES, OK, Stages, whole
 
 def run(args: argparse.Namespace, predictor: Predictor) -> int:
     """Evaluate, print, and write a report where `args.out` names a folder."""
+    data = flowers.fetch() if flowers.meant(args.data) else args.data
     if args.val_share is None:
-        folder = photos.find_labelled(args.data)
+        folder = photos.find_labelled(data)
     else:
-        folder = photos.find(args.data, args.val_share, args.seed)
+        folder = photos.find(data, args.val_share, args.seed)
+    folder.refuse_within(out=args.out)
     stages = Stages()
     with contextlib.ExitStack() as stack:
         out = None

@@ -34,7 +34,7 @@ from .recipe import DEFAULT_WEIGHTS, OPTIONS, Recipe
 from .reporting import counting
 from .runs import BEST, FINAL, LAST, Row, Run
 from .train import FitResult, fit, on_threads
-from .weights import Preprocessing
+from .weights import Preprocessing, load_state_dict
 
 RUNS, RESULT, SETTINGS, EPOCHS, COSTS = "runs", "result.json", "settings.json", "epochs.json", "costs.json"
 CACHE = ".cache"
@@ -150,15 +150,20 @@ def compare(
     )
     _keep_settings(out / SETTINGS, settings)
     results: dict[str, list[Result]] = {contender.name: [] for contender in contenders}
-    plan = [(contender, seed) for seed in range(seeds) for contender in contenders]
-    for done, (contender, seed) in enumerate(plan):
-        run = _Run(out, usable, settings, contender, seed, caches, workers)
+    plan = [
+        _Run(out, usable, settings, contender, seed, caches, workers)
+        for seed in range(seeds)
+        for contender in contenders
+    ]
+    if any(run.contender.pretrained and run.result() is None for run in plan):
+        load_state_dict(weights)  # that they are not to be had is not said after an hour only
+    for done, run in enumerate(plan):
         result = run.result()
         if result is None:
-            say(f"run {done + 1} of {len(plan)}: {contender.title}, seed {seed}")
-            with _told(contender, seed, done, len(plan)):
+            say(f"run {done + 1} of {len(plan)}: {run.contender.title}, seed {run.seed}")
+            with _told(run.contender, run.seed, done, len(plan)):
                 result = run.work()
-        results[contender.name].append(result)
+        results[run.contender.name].append(result)
     say("costs of one image")
     found = _costs(out, contenders, len(settings.classes))
     shutil.rmtree(out / CACHE, ignore_errors=True)

@@ -55,7 +55,8 @@ def _head(found: Comparison, facts: Mapping[str, str]) -> str:
     if settings.seconds is not None:
         budget = f"whole epochs within {settings.seconds:g} s of training"
     rows = {
-        "photos": f"{settings.train} to train on, {settings.val} to validate on",
+        "photos": f"{settings.train} to train on, {settings.val} to validate on; their names' SHA-256 is "
+        f"{settings.photos[:16]}...",
         "classes": ", ".join(settings.classes),
         "each run": f"{budget}, {settings.batch_size} photos a step",
         "seeds": f"{seeds}, of weights, order and augmentation; the split is the same",

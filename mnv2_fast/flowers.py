@@ -91,4 +91,5 @@ def _unpack(archive: Path, target: Path) -> None:
     except (tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, OSError) and error.errno in files.FULL:
             raise UserError(f"there is no room in {target.parent} to unpack {archive}: make some") from error
-        raise UserError(f"{archive} cannot be unpacked ({error}): remove it to fetch it again") from error
+        cure = "check permissions" if isinstance(error, PermissionError) else "remove it to fetch it again"
+        raise UserError(f"{archive} cannot be unpacked ({error}): {cure}") from error

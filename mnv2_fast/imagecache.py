@@ -34,7 +34,7 @@ from .data import ImageError
 from .errors import UserError
 from .weights import Preprocessing
 
-MOST_BYTES = 4 * 2**30
+MOST_BYTES = 4 * 10**9
 _MAGIC = b"mnv2img1"
 _START = len(_MAGIC) + 8  # of the pixels: the offset of the index is in between
 _CLOCK_TICK_NS = 2 * 10**9  # the coarsest time stamps of a file system in use (FAT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -177,25 +176,6 @@ class Evaluation:
         return [
             Confusion(self.classes[i], self.classes[j], int(wrong[i, j])) for i, j in pairs if wrong[i, j]
         ]
-
-
-def from_logits(
-    classes: Sequence[str],
-    targets: Tensor,
-    logits: Tensor,
-    paths: Sequence[Path] = (),
-    skipped: int = 0,
-) -> Evaluation:
-    """An `Evaluation` of a network's outputs.
-
-    Args:
-        classes: C names.
-        targets: int64 [N].
-        logits: [N, C], of any float type.
-        paths: of the N photos.
-        skipped: photos that could not be used.
-    """
-    return Evaluation(tuple(classes), targets, torch.softmax(logits.double(), 1), tuple(paths), skipped)
 
 
 def _share(part: int, of: int) -> float:

@@ -37,6 +37,27 @@ class LabelledFolder:
     val: tuple[Photo, ...]
     split: tuple[float, int] | None = None
 
+    def refuse_within(self, **folders: str | os.PathLike[str] | None) -> None:
+        """Refuse to write where a class is looked for: the next training would take what is there for photos.
+
+        Args:
+            **folders: option -> the folder that it names, or None.
+
+        Raises:
+            UserError: one lies among those of the classes.
+        """
+        tops = set()
+        for photo in (*self.train, *self.val):
+            first = photo.path.relative_to(self.root).parts[0]
+            tops.add(self.root if first == self.classes[photo.label] else self.root / first)
+        tops = {top.resolve() for top in tops}
+        for option, folder in folders.items():
+            if folder is not None and any(top in Path(folder).expanduser().resolve().parents for top in tops):
+                raise UserError(
+                    f"{option} {os.fspath(folder)!r} is among the photos of {self.root}, where each folder "
+                    "is a class: give one outside of it"
+                )
+
     def digest(self) -> str:
         """Of the photos' names, labels, order and sides: 64 hexadecimal digits."""
         names = hashlib.sha256()

@@ -107,8 +107,8 @@ def curves(path: Path, runs: Mapping[str, Sequence[History]], columns: Sequence[
                     style = "--" if len(runs) > 1 and j > 0 else "-"
                     _curve(axes, seeds, name, factor, color=colour, label=label, linestyle=style)
             unit = "top-1, %" if kind == "top1" else "loss"
-            only = drawn[0].removesuffix(kind).replace("_", " ") if len(drawn) == 1 else ""
-            _tidy_curves(axes, only + unit)
+            only = drawn[0].removesuffix(f"_{kind}") if len(drawn) == 1 else ""
+            _tidy_curves(axes, f"{_FIGURES.get(only, only.replace('_', ' '))} {unit}".strip())
             if len(runs) == 1 and axes.lines:
                 axes.legend(frameon=False)
         if len(runs) > 1:

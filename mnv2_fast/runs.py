@@ -36,6 +36,7 @@ ARGS, RESULTS, BEST, FINAL, LAST = (
     "final.safetensors",
     "last.pt",
 )
+_OF_ARGS = {"data", "model", "weights", "preprocessing"}  # among what `args.yaml` has
 _STATE = {"identity", "preprocessing", "progress", "skipped"}  # among what `last.pt` has
 TENSORBOARD = "tensorboard"
 PLOTS = ("curves.png", "confusion.png", "mistakes.png")
@@ -104,8 +105,11 @@ class Run:
             found = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError):
             found = None
-        if not isinstance(found, dict):
-            raise UserError(f"{self.folder} has no run to resume ({ARGS} is not there): leave --resume out")
+        if not isinstance(found, dict) or not found.keys() >= _OF_ARGS:
+            raise UserError(
+                f"{self.folder} has no run to resume ({ARGS} is not there, or another program's): leave "
+                "--resume out"
+            )
         return found
 
     def command_knows(self) -> bool:

@@ -99,6 +99,7 @@ def check_batch(model: nn.Module, recipe: Recipe, side: int, processes: int) -> 
     dtype = torch.bfloat16 if recipe.amp == "bf16" else torch.float32
     need = kept_bytes(nodes, recipe.batch_size, size, dtype)
     need -= kept_bytes(nodes[: _frozen(model)], recipe.batch_size, size, dtype)
+    need += recipe.accumulate * recipe.batch_size * 3 * size**2 * torch.float32.itemsize  # waits for its step
     if not machine.fits_memory(processes * need):
         have = machine.available_memory() or 0
         need_of = f"{need / 1e9:.1f} GB" + (f" in each of {processes} processes" if processes > 1 else "")

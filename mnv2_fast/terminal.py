@@ -38,6 +38,8 @@ def one_line(error: object) -> str:
     """A message without line breaks; what kind of error it is where it says nothing."""
     if isinstance(error, OSError) and error.errno in files.FULL:
         return f"cannot write {error.filename or 'a file'} ({error.strerror}): make room, then start it again"
+    if isinstance(error, MemoryError) and not str(error):
+        return "there is not enough memory: use smaller batches or images"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -105,7 +105,8 @@ def fit(
     with distributed.joined() as group:
         say = partial(_say, shown=progress and group.first)
         args = _args(data, model, weights, preprocessing)
-        begin = partial(_begin, data, args, options, out, group, torch.device(device), resume=resume)
+        device = _device(device)
+        begin = partial(_begin, data, args, options, out, group, device, resume=resume)
         recipe, folder, run, state = group.together(begin)
         if run is not None:
             group.on_first(partial(run.check_free, overwrite or resume))
@@ -116,9 +117,7 @@ def fit(
             seen = _preprocessing(network, preprocessing, recipe.image_size, state)
             if isinstance(network, MobileNetV2):
                 network.labels, network.preprocessing = list(folder.classes), seen
-            recipe = settle.settled(
-                recipe, network, seen.crop, group, torch.device(device), new=weights is None
-            )
+            recipe = settle.settled(recipe, network, seen.crop, group, device, new=weights is None)
 
             def make() -> Trainer:
                 _check_model(network, recipe, folder.classes, run)
@@ -129,7 +128,7 @@ def fit(
                     recipe,
                     preprocessing=seen,
                     group=group,
-                    device=torch.device(device),
+                    device=device,
                     run=run,
                     reporter=partial(Reporter, progress and group.first, recipe.epochs),
                     on_epoch_end=on_epoch_end,
@@ -233,6 +232,13 @@ def _say(text: str, shown: bool) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device={name!r} is none: use cpu, or cuda where there is a GPU") from error
+
+
 def _args(
     data: Any, model: nn.Module | None, weights: Any, preprocessing: Preprocessing | None
 ) -> dict[str, Any]:
@@ -281,6 +287,7 @@ def _check(
     Raises:
         UserError: as said there.
     """
+    folder.refuse_within(out=None if run is None else run.folder, cache=recipe.cache)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={str(device)!r}: torch finds no GPU here, use cpu")
     if group.world > 1 and device.type != "cpu":

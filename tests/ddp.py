@@ -18,7 +18,7 @@ from mnv2_fast._torchvision import torchvision
 from mnv2_fast.distributed import Group, SaidElsewhereError, joined
 from mnv2_fast.errors import Interrupted
 from mnv2_fast.trainer import Sums, Trainer
-from mnv2_fast.weights import Preprocessing
+from mnv2_fast.weights import Preprocessing, load_state_dict
 
 SEEN = Preprocessing(resize=72, crop=64)
 OPTIONS: dict[str, Any] = {
@@ -81,6 +81,33 @@ def over_torchvision(folder: photos.LabelledFolder, group: Group) -> list[float]
             step.step()
             schedule.step()
             losses.append(sum(group.gather(loss.item())) / group.world)
+    return losses
+
+
+def pretrained_curves(group: Group, root: Path) -> dict[str, list[float]]:
+    """The mean loss of each of six steps with batch statistics, two shards of eight photos a step, of a
+    pretrained network under DistributedDataParallel: on our kernels, and torchvision's. A trained one's
+    losses hardly feel rounding, where the small one of random weights is chaotic.
+    """
+    images, labels = torch.load(root / "real.pt", weights_only=True)
+    mine = slice(group.rank, None, group.world)
+    losses: dict[str, list[float]] = {}
+    for name, make in (("ours", MobileNetV2), ("torchvision", torchvision().models.MobileNetV2)):
+        torch.manual_seed(0)
+        model = make(num_classes=1000, dropout=0.0)
+        model.load_state_dict(load_state_dict(root / "weights.safetensors")[0])
+        model.classifier[1] = nn.Linear(model.last_channel, 5)
+        network = nn.parallel.DistributedDataParallel(model.train())
+        step = torch.optim.SGD(model.parameters(), 0.002, 0.9, nesterov=True)
+        losses[name] = []
+        for _ in range(6):
+            logits = network(images[mine])
+            assert name != "ours" or model.why_not(images[mine]) is None
+            loss = nn.functional.cross_entropy(logits, labels[mine])
+            step.zero_grad()
+            loss.backward()
+            step.step()
+            losses[name].append(sum(group.gather(loss.item())) / group.world)
     return losses
 
 
@@ -200,6 +227,7 @@ def main(root: Path) -> None:
         found["losses"] = [sum(group.gather(sums.loss / sums.photos)) / group.world for sums, _ in trace]
         found["torchvision"] = over_torchvision(folder, group)
         found["ours"] = over_ours(group)
+        found["pretrained"] = pretrained_curves(group, root)
         found["history"] = whole.history
         found["equal"] = all(
             torch.equal(value, other)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mnv2_fast import MobileNetV2
+from mnv2_fast.metrics import Evaluation
 from mnv2_fast.nn import eager_only
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -38,6 +39,13 @@ def calibrate(model: Net, size: tuple[int, int] = (64, 64)) -> Net:
         norm.momentum = 0.1
         norm.running_var.clamp_(min=1e-3)
     return model.eval()
+
+
+def from_logits(
+    classes: Sequence[str], targets: Tensor, logits: Tensor, paths: Sequence[Path] = ()
+) -> Evaluation:
+    """An `Evaluation` of a network's outputs [N, C]."""
+    return Evaluation(tuple(classes), targets, torch.softmax(logits.double(), 1), tuple(paths))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mnv2_fast
-from mnv2_fast import cli, cli_evaluate, mobilenet_v2, photos, report
+from mnv2_fast import cli, cli_evaluate, flowers, machine, mobilenet_v2, photos, report
 from mnv2_fast.metrics import Evaluation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -169,6 +169,26 @@ def test_labels_and_folders_that_differ(
     assert "the model has no labels, and 5 outputs for 4 folders: give" in err
 
 
+def test_the_word_flowers_is_the_photos_of_it(
+    weights: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flowers, "fetch", lambda: folder)
+    by_name = run(capsys, "--model", weights, "--data", "flowers")
+    assert by_name[0] == 0
+    assert by_name == run(capsys, "--model", weights, "--data", folder)
+
+
+def test_a_lack_of_memory_is_one_line(
+    weights: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_SMALL", 0)
+    monkeypatch.setattr(machine, "_available", lambda: iter([10**4]))
+    code, out, err = run(capsys, "--model", weights, "--data", folder)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("mnv2: error: ")
+    assert "use smaller batches or images" in err
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -176,6 +196,7 @@ def test_labels_and_folders_that_differ(
         (["--data", "empty"], "no photos in subfolders of empty"),
         (["--data", "photos", "--out", "file"], "'file' is a file or empty"),
         (["--data", "photos", "--out", "file/below"], "cannot write in file/below"),
+        (["--data", "photos", "--out", "photos/report"], "out 'photos/report' is among the photos of photos"),
         (["--data", "photos", "--val-share", "2"], "give a number from 0 to 1"),
         (["--data", "photos", "--val-share", "0"], "val_share=0.0: give a number above 0"),
         (["--data", "photos", "--model", "none.safetensors"], "no weights file none.safetensors"),

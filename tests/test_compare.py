@@ -254,6 +254,11 @@ def test_other_photos_are_told_in_words(
     ("args", "said"),
     [
         (["--data", "nowhere", "--out", "out"], "'nowhere' does not exist"),
+        (["--data", "photos", "--out", "photos/out"], "out 'photos/out' is among the photos of photos"),
+        (
+            ["--data", "photos", "--out", "out", "--report", "photos/r"],
+            "report 'photos/r' is among the photos",
+        ),
         (["--data", "photos", "--out", "file"], "'file' is a file or empty"),
         (
             ["--data", "photos", "--out", "out", "--only", "lennet"],
@@ -263,8 +268,8 @@ def test_other_photos_are_told_in_words(
         (["--data", "photos", "--out", "out", "--epochs", "1", "--seconds", "9"], "not allowed with"),
         ([], "required: --data"),
         (
-            ["--data", "photos", "--out", "out", "--only", "*finetuned", "--weights", "none.pth"],
-            "MobileNetV2 fine-tuned, seed 0: no weights file none.pth",
+            ["--data", "photos", "--out", "out", "--weights", "none.pth"],
+            "no weights file none.pth",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from helpers import colour_photos, one_thread  # noqa: F401 (a fixture)
 from mnv2_fast import env
 
 README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "mnv2_fast").rglob("*.md"))]
 
 
 @pytest.mark.usefixtures("one_thread")

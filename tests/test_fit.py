@@ -316,6 +316,17 @@ def test_bad_folders(folder: Path, tmp_path: Path) -> None:
     colour_photos(sides / "train", 3, ["a", "b"])
     colour_photos(sides / "val", 3, ["a", "c"])
     assert "differ in their classes" in _refused(sides)
+    for option in ("out", "cache"):
+        said = _refused(folder, **{option: folder / "run"})
+        assert (
+            f"{option} '{folder / 'run'}' is among the photos of {folder}, where each folder is a class"
+            in said
+        )
+    shutil.copytree(sides / "train", sides / "val", dirs_exist_ok=True)
+    shutil.rmtree(sides / "val" / "c")
+    assert "no class" not in (beside := _refused(sides, out=sides / "run", batch_size=99))
+    assert "use at most" in beside  # no class is looked for beside train/ and val/
+    assert "is among the photos" in _refused(sides, out=sides / "val" / "run")
     dark = shutil.copytree(folder, tmp_path / "dark")
     for path in (dark / "red").iterdir():
         path.write_bytes(b"")
@@ -333,6 +344,7 @@ def test_what_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "the model has none" in _refused(folder, model=nn.Flatten(), freeze_epochs=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "device='cuda'" in _refused(folder, device="cuda")
+    assert "device='gpu' is none" in _refused(folder, device="gpu")
     assert "tensorboard needs a run folder" in _refused(folder, tensorboard=True)
     assert "resume needs the run's folder" in _refused(folder, resume=True)
     monkeypatch.setattr(machine, "_available", lambda: iter([10**6]))

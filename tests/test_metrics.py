@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import from_logits
 from torch import Tensor, nn
 
-from mnv2_fast import UserError, metrics
+from mnv2_fast import UserError
 from mnv2_fast.metrics import ClassScore, Confusion, Evaluation
 
 CLASSES = ("a", "b", "c", "d")
@@ -36,7 +37,7 @@ def random(n: int = 300, c: int = 7) -> tuple[Evaluation, Tensor]:
     """Answers that are right about as often as not, and their logits."""
     targets = torch.randint(c, (n,))
     logits = torch.randn(n, c) + 1.5 * nn.functional.one_hot(targets, c)
-    return metrics.from_logits([f"class {i}" for i in range(c)], targets, logits), logits
+    return from_logits([f"class {i}" for i in range(c)], targets, logits), logits
 
 
 def test_counted_by_hand() -> None:
@@ -110,14 +111,14 @@ def test_calibration_error_by_a_slow_twin() -> None:
 
 
 def test_a_probability_of_0_is_no_infinite_loss() -> None:
-    found = metrics.from_logits(("a", "b"), torch.tensor([1]), torch.tensor([[1e4, 0.0]]))
+    found = from_logits(("a", "b"), torch.tensor([1]), torch.tensor([[1e4, 0.0]]))
     assert found.loss == pytest.approx(708.4, abs=0.1)
 
 
 def test_what_does_not_belong_together() -> None:
     with pytest.raises(UserError, match="no photo to evaluate on"):
-        metrics.from_logits(("a", "b"), torch.zeros(0, dtype=torch.long), torch.zeros(0, 2))
+        from_logits(("a", "b"), torch.zeros(0, dtype=torch.long), torch.zeros(0, 2))
     with pytest.raises(ValueError, match="are not"):
-        metrics.from_logits(("a", "b"), torch.zeros(1, dtype=torch.long), torch.zeros(1, 3))
+        from_logits(("a", "b"), torch.zeros(1, dtype=torch.long), torch.zeros(1, 3))
     with pytest.raises(ValueError, match="2 paths for 1"):
-        metrics.from_logits(("a", "b"), torch.zeros(1, dtype=torch.long), torch.zeros(1, 2), [Path("x")] * 2)
+        from_logits(("a", "b"), torch.zeros(1, dtype=torch.long), torch.zeros(1, 2), [Path("x")] * 2)

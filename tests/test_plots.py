@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import from_logits
 from PIL import Image
 from torch import nn
 
-from mnv2_fast import UserError, metrics, plots
+from mnv2_fast import UserError, plots
 from mnv2_fast.metrics import Evaluation
 from mnv2_fast.plots import Bar
 
@@ -25,7 +26,7 @@ def answers(names: tuple[str, ...] = ODD, n: int = 60, paths: tuple[Path, ...] =
     c = len(names)
     targets = torch.arange(n) % c
     logits = torch.randn(n, c) + 2 * nn.functional.one_hot(targets, c)
-    return metrics.from_logits(names, targets, logits, paths)
+    return from_logits(names, targets, logits, paths)
 
 
 def history(epochs: int = 3, shift: float = 0.0) -> list[dict[str, Any]]:
@@ -92,9 +93,7 @@ def test_confusion_of_many_classes_shows_the_most_confused(tmp_path: Path, drawn
     targets = torch.arange(50)
     predicted = targets.clone()
     predicted[[7, 8, 41]] = torch.tensor([41, 41, 7])
-    found = metrics.from_logits(
-        [str(i) for i in range(50)], targets, 9.0 * nn.functional.one_hot(predicted, 50)
-    )
+    found = from_logits([str(i) for i in range(50)], targets, 9.0 * nn.functional.one_hot(predicted, 50))
     plots.confusion(tmp_path / "c.png", found.classes, found.confusion)
     axes = drawn[0].axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
@@ -125,7 +124,7 @@ def test_mistakes_begin_with_the_highest_score(tmp_path: Path, drawn: list[Any])
 
 
 def test_no_mistake(tmp_path: Path, drawn: list[Any]) -> None:
-    certain = metrics.from_logits(("a", "b"), torch.tensor([0, 1]), 9 * torch.eye(2), [tmp_path / "x"] * 2)
+    certain = from_logits(("a", "b"), torch.tensor([0, 1]), 9 * torch.eye(2), [tmp_path / "x"] * 2)
     plots.mistakes(tmp_path / "m.png", certain)
     assert drawn[0].get_suptitle() == "photos taken for another class: 0 of 2"
     assert (tmp_path / "m.png").exists()
@@ -161,7 +160,7 @@ def test_curves_of_several_runs_have_means_and_bands(tmp_path: Path, drawn: list
     (band,) = axes.collections
     assert band.get_paths()[0].get_extents().extents.tolist() == pytest.approx([1, 50, 3, 70])
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["one", "two"]
-    assert axes.get_ylabel() == "val top-1, %"
+    assert axes.get_ylabel() == "validation top-1, %"
 
 
 def test_bars_have_the_mean_and_each_value(tmp_path: Path, drawn: list[Any]) -> None:

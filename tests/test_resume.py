@@ -321,6 +321,9 @@ def test_other_photos_are_refused(folder: Path, whole: FitResult, tmp_path: Path
 
 def test_nothing_to_resume(folder: Path, whole: FitResult, tmp_path: Path) -> None:
     assert "has no run to resume" in _refused(folder, tmp_path / "nowhere")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "args.yaml").write_text("data: photos\nlr: 0.1\n")
+    assert "another program's" in _refused(folder, tmp_path / "other")
     assert whole.folder is not None
     out = shutil.copytree(whole.folder, tmp_path / "run")
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:999])

@@ -108,12 +108,14 @@ def test_block_under_autocast(cin: int, cout: int, stride: int, ratio: int, size
     right = step(plain, copy.deepcopy(module).double(), x.double())
     torchs = step(under(plain), copy.deepcopy(module), x.contiguous(memory_format=torch.channels_last))
     ours = step(under(fast), module, x)
+    judged = 0
     for name, expected in right.items():
         assert ours[name].dtype is torchs[name].dtype, name
-        if (
-            expected.is_floating_point() and distance(torchs[name], expected) < 0.2
-        ):  # else nothing but rounding
-            assert distance(ours[name], expected) <= 2 * distance(torchs[name], expected) + 2**-8, name
+        allowed = distance(torchs[name], expected) if expected.is_floating_point() else 1.0
+        if allowed < 0.2:  # else nothing but rounding
+            assert distance(ours[name], expected) <= 2 * allowed + 2**-8, name
+            judged += 1
+    assert judged > len(right) / 2
 
 
 @pytest.mark.usefixtures("expansions")

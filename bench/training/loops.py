@@ -68,7 +68,7 @@ class Loop:
         return loss.detach()
 
     def why_not(self, x: Tensor) -> str:
-        """See `_why_not`."""
+        """Why the kernels would not train with x, "" where they would."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16"):
             return _why_not(self.model, x)
 
@@ -115,7 +115,7 @@ def _repeat(loop: Loop, x: Tensor, labels: Tensor) -> Iterator[float]:
 
 
 def _classic(model: Any, images: Tensor, batch: int) -> Iterator[float]:
-    """The script that everybody has, whoever's model it is; the loss of each step."""
+    """The script that everybody has, whosever model it is; the loss of each step."""
     dataset = TensorDataset(images, torch.randint(CLASSES, (len(images),)))
     loader = DataLoader(dataset, batch_size=batch, shuffle=True)
     optimizer = torch.optim.Adam(model.parameters())

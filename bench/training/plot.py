@@ -189,5 +189,6 @@ def draw_losses(rows: Sequence[CsvRow], path: Path) -> None:
     panels[0][0].legend(fontsize=9)
     first = rows[0]
     what = f"{first['form']}, batch {first['batch']}, {first['size']}x{first['size']}, SGD"
-    figure.suptitle(f"Losses from one seed: {what}, weights {first['weights']}", fontsize=11)
+    what += f", weights {first['weights']}\n{first['processor']}, commit {first['commit']}"
+    figure.suptitle(f"Losses from one seed: {what}", fontsize=11)
     charts.save(figure, path)

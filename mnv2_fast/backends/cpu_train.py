@@ -86,7 +86,7 @@ class Step:
 
 
 def prefers_bfloat16() -> bool:
-    """Whether a step in bfloat16 is the fastest one: it takes two thirds of the time on both of these."""
+    """Whether a step in bfloat16 is the fastest one: it takes half (amx) to 0.72 (avx512bf16) of the time."""
     return cpu.isa() in ("amx", "avx512bf16")
 
 
