@@ -19,7 +19,9 @@ from triton.compiler import ASTSource
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one program costs: registers a thread; stack, local (both: spills) and shared memory in bytes."""
+    """What one program costs: registers a thread; stack, local (both: spills) and shared memory in bytes,
+    that which a launch asks for included.
+    """
 
     registers: int
     stack: int
@@ -29,7 +31,7 @@ class Compiled:
 
 
 def compile_for(
-    kernel: Any, arch: int, arguments: Mapping[str, str | int | bool], num_warps: int
+    kernel: Any, arch: int, arguments: Mapping[str, str | int | bool], num_warps: int, num_stages: int = 3
 ) -> Compiled:
     """Compile for sm_`arch`.
 
@@ -39,6 +41,7 @@ def compile_for(
         arguments: every argument in order: the value of a `tl.constexpr`, or else the Triton type ("i32";
             "*fp16", a pointer, taken as 16-byte aligned, as torch's allocations are).
         num_warps: warps a program.
+        num_stages: how many steps ahead a loop loads.
     """
     types = {name: value if isinstance(value, str) else "constexpr" for name, value in arguments.items()}
     constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
@@ -46,9 +49,11 @@ def compile_for(
         (i,): [["tt.divisibility", 16]] for i, value in enumerate(types.values()) if value.startswith("*")
     }
     source = ASTSource(kernel, types, constants, aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = resource_usage(binary.asm["cubin"])
-    return Compiled(usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"], binary.asm["ptx"])
+    shared = max(usage["SHARED"], binary.metadata.shared)
+    return Compiled(usage["REG"], usage["STACK"], usage["LOCAL"], shared, binary.asm["ptx"])
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:

@@ -1,4 +1,6 @@
-"""What every Triton kernel here shares: ReLU6 that keeps NaN, and the committed tile tables."""
+"""What every Triton kernel here shares: ReLU6 that keeps NaN, the committed tile tables, and what launchers
+ask of their tensors.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 DTYPES = tuple(POINTERS)
 
 CONFIGS = Path(__file__).parent / "configs"
+Tile = Mapping[str, int]
 
 
 @triton.jit
@@ -28,14 +31,55 @@ def relu6(x):
     return tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL)
 
 
+def arithmetic(dtype: torch.dtype, tf32: bool) -> str:
+    """How products are made, as the tile tables name it: "half", "ieee" (float32 in full) or "tf32"."""
+    return "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
+
+
 def slug(device_name: str) -> str:
     """A GPU's name as the stem of its tile table: "NVIDIA H200" is configs/h200.json."""
     words = re.findall(r"[a-z0-9]+", device_name.lower())
     return "-".join(word for word in words if word not in ("nvidia", "geforce"))
 
 
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """x [N, C, H, W] as contiguous [N, H, W, C]: a view of it where it is channels_last, else a copy."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def output(
+    out: torch.Tensor | None, shape: Sequence[int], x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A result [N, C, H, W] of `shape` in channels_last, of x's dtype and device, and its memory [N, H, W,
+    C].
+
+    Raises:
+        ValueError: `out` is given and is none.
+    """
+    n, c, h, w = shape
+    if out is None:
+        out = torch.empty((n, h, w, c), dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
+    lines = out.permute(0, 2, 3, 1)
+    if (
+        lines.shape != (n, h, w, c)
+        or not lines.is_contiguous()
+        or (out.dtype, out.device) != (x.dtype, x.device)
+    ):
+        raise ValueError(f"out must be channels_last {tuple(shape)} of {x.dtype} on {x.device}")
+    return out, lines
+
+
 @functools.cache
-def tiles(device_name: str, kernel: str) -> Mapping[str, Mapping[str, int]]:
+def device_of(device: torch.device) -> tuple[str, int]:
+    """Name and number of multiprocessors; no name and one where the interpreter stands in for a GPU."""
+    if device.type != "cuda":
+        return "", 1
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+@functools.cache
+def tiles(device_name: str, kernel: str) -> Mapping[str, Tile]:
     """The tiles of one kernel on one GPU, from its committed table.
 
     The table configs/<gpu>.json is used where it exists and has a row for the kernel; default.json otherwise.

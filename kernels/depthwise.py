@@ -14,16 +14,14 @@ with ROWS = 7 and COLS = 2, stride 1 takes 2.6 loads an output in place of nine.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import DTYPES, POINTERS, relu6, tiles
+from .common import DTYPES, POINTERS, Tile, channels_last, device_of, output, relu6, tiles
 
 # Rows are counted with 64 bits. Within a row of an image (W x C elements) 32 bits are enough up to:
 ROW_LIMIT = 2**27
@@ -76,7 +74,7 @@ def _store_row(
 def depthwise_kernel(
     x,  # [N, H, W, C]
     taps,  # [9, C], row 3 * ky + kx
-    bias,  # [C]
+    bias,  # [C]; not read without BIAS
     out,  # [N, HO, WO, C]
     h,
     w,
@@ -84,7 +82,9 @@ def depthwise_kernel(
     wo,
     C: tl.constexpr,
     STRIDE: tl.constexpr,
+    BIAS: tl.constexpr,
     RELU6: tl.constexpr,
+    TURNED: tl.constexpr,  # the taps by half a turn
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -100,10 +100,13 @@ def depthwise_kernel(
 
     weights = ()
     for tap in tl.static_range(9):
-        weights += (tl.load(taps + tap * C + channel).to(tl.float32),)
+        weights += (tl.load(taps + (8 - tap if TURNED else tap) * C + channel).to(tl.float32),)
     start = ()
     for _ in tl.static_range(COLS):
-        start += (tl.load(bias + channel).to(tl.float32),)
+        if BIAS:
+            start += (tl.load(bias + channel).to(tl.float32),)
+        else:
+            start += (tl.zeros((BLOCK,), tl.float32),)
 
     # sums[o]: the COLS sums of output row top + o. Unrolled, only rows begun and not stored hold registers.
     sums = ()
@@ -133,7 +136,7 @@ def depthwise(
     relu6: bool,
     *,
     out: torch.Tensor | None = None,
-    tile: Mapping[str, int] | None = None,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """act(depthwise 3x3 convolution of x, padding 1, + bias).
 
@@ -155,40 +158,55 @@ def depthwise(
     _check(x, weight, bias, stride)
     n, c, h, w = x.shape
     ho, wo = (h - 1) // stride + 1, (w - 1) // stride + 1
-    if out is None:
-        out = torch.empty((n, ho, wo, c), dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
-    lines = out.permute(0, 2, 3, 1)
-    if lines.shape != (n, ho, wo, c) or not lines.is_contiguous() or out.dtype != x.dtype:
-        raise ValueError(f"out must be channels_last {(n, c, ho, wo)} of {x.dtype}")
-    if out.numel() == 0:
-        return out
-    tile = choose_tile(x, stride) if tile is None else tile
-    image, taps, bias = (
-        x.permute(0, 2, 3, 1).contiguous(),
-        weight.permute(2, 3, 1, 0).contiguous(),
-        bias.contiguous(),
-    )
+    out, lines = output(out, (n, c, ho, wo), x)
+    if out.numel():
+        tile = choose_tile(x, stride) if tile is None else tile
+        _launch(channels_last(x), weight, bias, lines, stride, relu6=relu6, turned=False, tile=tile)
+    return out
+
+
+def convolve_turned(dy: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, tile: Tile) -> None:
+    """Fill out [N, C, H, W], channels_last, with the convolution of dy by the weight, half turned."""
+    lines = channels_last(out)
+    _launch(channels_last(dy), weight, None, lines, 1, relu6=False, turned=True, tile=tile)
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    stride: int,
+    *,
+    relu6: bool,
+    turned: bool,
+    tile: Tile,
+) -> None:
+    """Fill out [N, HO, WO, C] from x [N, H, W, C]."""
+    (n, h, w, c), (_, ho, wo, _) = x.shape, out.shape
+    taps = weight.permute(2, 3, 1, 0).contiguous()
     with torch.cuda.device_of(x):
         for first in range(0, n, GRID_LIMIT):
             part = slice(first, first + GRID_LIMIT)
-            depthwise_kernel[grid(len(lines[part]), c, ho, wo, tile)](
-                image[part],
+            depthwise_kernel[grid(len(out[part]), c, ho, wo, tile)](
+                x[part],
                 taps,
-                bias,
-                lines[part],
+                taps if bias is None else bias.contiguous(),
+                out[part],
                 h,
                 w,
                 ho,
                 wo,
                 C=c,
                 STRIDE=stride,
+                BIAS=bias is not None,
                 RELU6=relu6,
+                TURNED=turned,
                 ROWS=tile["rows"],
                 COLS=tile["cols"],
                 BLOCK=tile["block"],
                 num_warps=tile["warps"],
             )
-    return out
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -196,15 +214,15 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
-def grid(n: int, c: int, ho: int, wo: int, tile: Mapping[str, int]) -> tuple[int, int, int]:
+def grid(n: int, c: int, ho: int, wo: int, tile: Tile) -> tuple[int, int, int]:
     """Programs for an [n, c, ho, wo] output: runs of lanes, groups of rows, images."""
     return triton.cdiv(triton.cdiv(wo, tile["cols"]) * c, tile["block"]), triton.cdiv(ho, tile["rows"]), n
 
 
-def choose_tile(x: torch.Tensor, stride: int) -> Mapping[str, int]:
+def choose_tile(x: torch.Tensor, stride: int) -> Tile:
     """The table's tile for x [N, C, H, W]: "large", or "small" where large ones would leave the GPU idle."""
     n, c, h, w = x.shape
-    name, units = _device(x.device)
+    name, units = device_of(x.device)
     table = tiles(name, "depthwise")
     large = table[f"large_s{stride}"]
     programs = math.prod(grid(n, c, (h - 1) // stride + 1, (w - 1) // stride + 1, large))
@@ -212,12 +230,12 @@ def choose_tile(x: torch.Tensor, stride: int) -> Mapping[str, int]:
 
 
 def compile_arguments(
-    c: int, stride: int, relu6: bool, dtype: torch.dtype, tile: Mapping[str, int]
+    c: int, stride: int, relu6: bool, dtype: torch.dtype, tile: Tile, turned: bool = False
 ) -> dict[str, str | int | bool]:
-    """The kernel's arguments as `aot.compile_for` takes them, for `c` channels."""
+    """The kernel's arguments as `aot.compile_for` takes them, for `c` channels; `turned`: as a gradient's."""
     pointers = dict.fromkeys(("x", "taps", "bias", "out"), POINTERS[dtype])
     sizes = dict.fromkeys(("h", "w", "ho", "wo"), "i32")
-    constants = {"C": c, "STRIDE": stride, "RELU6": relu6}
+    constants = {"C": c, "STRIDE": stride, "BIAS": not turned, "RELU6": relu6, "TURNED": turned}
     constants |= {"ROWS": tile["rows"], "COLS": tile["cols"], "BLOCK": tile["block"]}
     return {**pointers, **sizes, **constants}
 
@@ -251,15 +269,6 @@ def tolerance(
     own = torch.finfo(x.dtype)
     bound = 9 * torch.finfo(torch.float32).eps * size + own.eps / 2 * want.abs() + own.tiny * own.eps
     return bound.masked_fill(~size.isfinite(), 0)
-
-
-@functools.cache
-def _device(device: torch.device) -> tuple[str, int]:
-    """Name and number of multiprocessors; no name and one where the interpreter stands in for a GPU."""
-    if device.type != "cuda":
-        return "", 1
-    properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int) -> None:

@@ -10,9 +10,15 @@ import importlib.util
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
+from .. import env
 
 # min.NaN, max.NaN and bfloat16 begin here.
 CAPABILITY = (8, 0)
+OPERATORS = ("stem", "depthwise", "pointwise", "head")
+# Those of them whose checks in `python -m bench.gpu` have passed on a GPU; the others are off by default.
+PROVEN: frozenset[str] = frozenset()
 
 
 @functools.cache
@@ -25,7 +31,7 @@ def unavailable_reason() -> str:
     if not torch.cuda.is_available():
         return "torch finds no CUDA device: check the driver with nvidia-smi"
     try:
-        importlib.import_module("mnv2_fast.kernels.depthwise")
+        importlib.import_module("mnv2_fast.kernels.head")
     except ImportError as error:
         return f"the Triton kernels cannot be imported ({error}): install mnv2-fast with pip"
     return ""
@@ -43,15 +49,59 @@ def declines(op: str, *args: object) -> str | None:
         op: the operator's name, such as "depthwise".
         args: the call's arguments, in the order of the operator's schema.
     """
-    if op != "depthwise":
+    if op not in OPERATORS:
         return f"the triton backend has no {op} kernel"
-    x, *weights = (arg for arg in args if isinstance(arg, torch.Tensor))
-    return _device_reason(x.device) or _tensor_reason(x, weights)
+    x, *others = (arg for arg in args if isinstance(arg, Tensor))
+    if reason := _device_reason(x.device):
+        return reason
+    if op not in PROVEN and env.backend() != "triton":
+        return (
+            f"the {op} kernel has not run on a GPU yet: set {env.BACKEND.name}=triton to use it all the same"
+        )
+    return _tensor_reason(op, x, others)
 
 
-def depthwise(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int, relu6: bool
-) -> torch.Tensor:
+def stem(x: Tensor, weight: Tensor, bias: Tensor, relu6: bool) -> Tensor:
+    """act(3x3 convolution of x of stride 2, padding 1, + bias), as `mnv2_fast.kernels.stem.stem`.
+
+    x [N, 3, H, W], weight [Cout, 3, 3, 3], bias [Cout]; returns [N, Cout, HO, WO], channels_last.
+
+    Raises:
+        ValueError: the arguments do not fit together, or x is too large for the kernel.
+    """
+    from mnv2_fast.kernels.stem import stem
+
+    return stem(x, weight, bias, relu6)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu6: bool) -> Tensor:
+    """act(1x1 convolution of x + bias) + residual, as `mnv2_fast.kernels.pointwise.pointwise`.
+
+    x [N, Cin, H, W], weight [Cout, Cin, 1, 1], bias [Cout], residual [N, Cout, H, W]; returns
+    [N, Cout, H, W], channels_last.
+
+    Raises:
+        ValueError: the arguments do not fit together.
+    """
+    from mnv2_fast.kernels.pointwise import pointwise
+
+    return pointwise(x, weight, bias, residual, relu6)
+
+
+def head(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """The classifier of the mean of ReLU6(1x1 convolution of x + b1), as `mnv2_fast.kernels.head.head`.
+
+    x [N, C, H, W], w1 [Cout, C, 1, 1], b1 [Cout], w2 [classes, Cout], b2 [classes]; returns [N, classes].
+
+    Raises:
+        ValueError: the arguments do not fit together.
+    """
+    from mnv2_fast.kernels.head import head
+
+    return head(x, w1, b1, w2, b2)
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int, relu6: bool) -> Tensor:
     """act(depthwise 3x3 convolution of x, padding 1, + bias), as `mnv2_fast.kernels.depthwise.depthwise`.
 
     x [N, C, H, W], weight [C, 1, 3, 3], bias [C]; returns [N, C, HO, WO], channels_last.
@@ -76,16 +126,16 @@ def _device_reason(device: torch.device) -> str | None:
     return None
 
 
-def _tensor_reason(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> str | None:
+def _tensor_reason(op: str, x: Tensor, others: Sequence[Tensor]) -> str | None:
     from mnv2_fast.kernels.common import DTYPES
     from mnv2_fast.kernels.depthwise import limit
 
     if x.dtype not in DTYPES:
         return f"the triton backend has no {x.dtype} kernels"
-    for weight in weights:
-        if weight.dtype != x.dtype or weight.device != x.device:
-            return f"x is {x.dtype} on {x.device}, a weight is {weight.dtype} on {weight.device}"
-    for tensor in (x, *weights):
+    for other in others:
+        if other.dtype != x.dtype or other.device != x.device:
+            return f"x is {x.dtype} on {x.device}, another tensor is {other.dtype} on {other.device}"
+    for tensor in (x, *others):
         if tensor.layout != torch.strided or tensor.is_neg():
             return f"a tensor is {tensor.layout} or a negative view: the kernels read plain memory"
-    return limit(x.shape)
+    return limit(x.shape) if op in ("stem", "depthwise") else None

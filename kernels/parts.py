@@ -1,0 +1,43 @@
+"""The second stage of every sum over pixels: what the programs of the first one found, added in order.
+
+Atomic additions would add in another order every time. So each program of the first stage writes its sum as
+one of `parts`, and this kernel adds them: the same bits at every call on one GPU.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 256
+WARPS = 4
+# Parts that the first stage makes: enough programs for a GPU's units, this many each, within what CUDA
+# allows.
+PER_UNIT = 4
+MOST = 4096
+
+
+@triton.jit
+def add_parts_kernel(parts, out, count, number, BLOCK: tl.constexpr):
+    """out[i] = parts[0, i] + parts[1, i] + ...: BLOCK of `count` elements, `number` parts, in float32."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    line = parts + at
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in tl.range(0, number):
+        total += tl.load(line, mask=at < count, other=0.0)
+        line += count
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
+
+
+def add_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill contiguous `out` with the sum over the first dimension of contiguous float32 `parts`."""
+    count = parts[0].numel()
+    add_parts_kernel[triton.cdiv(count, BLOCK),](parts, out, count, len(parts), BLOCK=BLOCK, num_warps=WARPS)
+
+
+def number_of_parts(steps: int, programs: int, units: int) -> int:
+    """Into how many parts a loop of `steps` is cut, of which each takes so many programs on so many units."""
+    return max(1, min(steps, triton.cdiv(PER_UNIT * units, programs), MOST))

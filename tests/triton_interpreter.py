@@ -1,0 +1,88 @@
+"""Runs a test module's cases in Triton's interpreter, in a child process, and mends what it gets wrong.
+
+Triton decides when a kernel is defined whether it will be interpreted. So the module runs itself as a script
+with TRITON_INTERPRET=1 and prints a verdict for each case; the tests compile in their own process.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+CHILD_SECONDS = 240
+
+Case = TypeVar("Case")
+
+
+def verdicts(path: str) -> dict[str, str]:
+    """What is wrong with each case, "" where nothing is: what `print_verdicts` prints when `path` is run."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    child = subprocess.run(
+        [sys.executable, path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=CHILD_SECONDS,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr[-4000:]
+    found: dict[str, str] = json.loads(child.stdout)
+    return found
+
+
+def print_verdicts(cases: Iterable[Case], verdict: Callable[[Case], str]) -> None:
+    """Judge the cases, by their names, in this process, whose kernels are interpreted."""
+    mend()
+    torch.set_num_threads(1)
+    print(json.dumps({str(case): verdict(case) for case in cases}))
+
+
+def mend() -> None:
+    """Make Triton 3.6's interpreter do what the hardware does where it does not.
+
+    It rounds to bfloat16 towards zero and multiplies matrices of it by their bits; TF32 keeps all of
+    float32's bits; numpy 2.4 turns no array of one element into the number that a loop's bound is.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    cast = builder.cast_impl
+    if getattr(cast, "mended", False):
+        return
+
+    def cast_impl(self: Any, source: Any, kind: Any) -> Any:
+        if source.dtype.scalar == interpreter.tl.float32 and kind.scalar == interpreter.tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+            return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), kind.scalar)
+        return cast(self, source, kind)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, _: Any) -> Any:
+        products = _factor(a, str(precision)) @ _factor(b, str(precision))
+        return interpreter.TensorHandle(products + d.data, d.dtype.scalar)
+
+    cast_impl.mended = True  # type: ignore[attr-defined]
+    builder.cast_impl = cast_impl
+    builder.create_dot = create_dot
+    interpreter.range = lambda *bounds: builtins.range(*map(_number, bounds))
+
+
+def _factor(handle: Any, precision: str) -> np.ndarray:
+    """A matrix as float32, as the tensor cores see it."""
+    if str(handle.dtype.scalar) == "bf16":
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    wide = handle.data.astype(np.float32)
+    if precision.endswith("TF32") and str(handle.dtype.scalar) == "fp32":
+        wide = (wide.view(np.uint32) & 0xFFFFE000).view(np.float32)
+    return wide
+
+
+def _number(bound: Any) -> int:
+    return int(bound.handle.data.item()) if hasattr(bound, "handle") else int(bound)
