@@ -15,6 +15,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def compile_for(
     """Compile for sm_`arch`.
 
     Args:
-        kernel: a `triton.jit` function.
+        kernel: a `triton.jit` or `gluon.jit` function.
         arch: compute capability times ten, such as 80 or 90.
         arguments: every argument in order: the value of a `tl.constexpr`, or else the Triton type ("i32";
             "*fp16", a pointer, taken as 16-byte aligned, as torch's allocations are).
@@ -48,7 +49,7 @@ def compile_for(
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, value in enumerate(types.values()) if value.startswith("*")
     }
-    source = ASTSource(kernel, types, constants, aligned)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, types, constants, aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = resource_usage(binary.asm["cubin"])

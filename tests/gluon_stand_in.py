@@ -1,0 +1,222 @@
+"""Executes the source of a Gluon kernel by numpy, for there is no interpreter of Gluon.
+
+It checks what indices, masks and halos do: shared memory begins as NaN, and no read or write may leave what
+is allocated. Threads, layouts (but for padding), barriers, copies in flight and races it knows nothing of.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.language import constexpr
+
+
+class Array(np.ndarray):
+    """A tensor in registers; what is one number in Gluon has a dimension of 1 here."""
+
+    def __iadd__(self, other: Any) -> Array:  # type: ignore[override, misc]
+        return self + other  # tensors in registers are values: who else holds this one keeps it
+
+    def to(self, dtype: Any) -> Array:
+        with np.errstate(over="ignore"):
+            return self.astype(dtype)
+
+
+def _array(values: Any) -> Array:
+    return np.asarray(values).view(Array)
+
+
+class Traffic:
+    """Bytes read and written in memory: the unique addresses of each program, summed over programs."""
+
+    def __init__(self) -> None:
+        self.read = self.written = 0
+        self._seen: dict[tuple[int, bool], list[np.ndarray]] = {}
+
+    def note(self, memory: np.ndarray, at: np.ndarray, write: bool) -> None:
+        self._seen.setdefault((id(memory), write), []).append(np.unique(at))
+
+    def end_program(self, sizes: Mapping[int, int]) -> None:
+        """`sizes`: bytes of an element, by the identity of its array."""
+        for (owner, write), found in self._seen.items():
+            count = len(np.unique(np.concatenate(found))) * sizes[owner]
+            if write:
+                self.written += count
+            else:
+                self.read += count
+        self._seen.clear()
+
+
+class Pointer:
+    """A place in a flat array, or many."""
+
+    def __init__(self, memory: np.ndarray, at: Any, traffic: Traffic) -> None:
+        self.memory, self.at, self.traffic = memory, at, traffic
+        self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.memory, self.at + np.asarray(offset, np.int64), self.traffic)
+
+    def places(self, mask: Any, write: bool) -> tuple[np.ndarray, np.ndarray]:
+        at, wanted = np.broadcast_arrays(self.at, True if mask is None else mask)
+        used = at[wanted]
+        assert used.size == 0 or (used.min() >= 0 and used.max() < len(self.memory)), "outside of an array"
+        self.traffic.note(self.memory, used, write)
+        return at, wanted
+
+
+class Shared:
+    """A view of an allocation of shared memory. `pad`: so many numbers are left out after each so many."""
+
+    def __init__(
+        self, memory: np.ndarray, base: int, shape: Sequence[int], pad: tuple[int, int] | None = None
+    ) -> None:
+        self.memory, self.base, self.shape, self.pad = memory, base, tuple(shape), pad
+        self.part: tuple[slice, ...] = tuple(slice(None) for _ in self.shape)
+        self.dtype = memory.dtype
+
+    def index(self, i: int) -> Shared:
+        assert self.pad is None
+        assert 0 <= i < self.shape[0], "outside of an allocation"
+        return Shared(self.memory, self.base + i * math.prod(self.shape[1:]), self.shape[1:])
+
+    def _reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
+        assert dtype == self.dtype
+        return Shared(self.memory, self.base, shape, getattr(layout, "pad", None))
+
+    def slice(self, start: int, length: int, dim: int) -> Shared:
+        view = Shared(self.memory, self.base, self.shape, self.pad)
+        parts = list(self.part)
+        parts[dim] = slice(start, start + length)
+        view.part = tuple(parts)
+        return view
+
+    def _at(self) -> np.ndarray:
+        places = np.arange(math.prod(self.shape))
+        if self.pad is not None:
+            every, more = self.pad
+            places = places + places // every * more
+        places = (self.base + places).reshape(self.shape)[self.part]
+        assert places.min() >= 0, "outside of an allocation"
+        assert places.max() < len(self.memory), "outside of an allocation"
+        return places
+
+    def store(self, values: Array) -> None:
+        at = self._at()
+        assert at.shape == values.shape
+        assert values.dtype == self.dtype
+        self.memory[at] = values
+
+    def load(self, layout: Any = None) -> Array:
+        return _array(self.memory[self._at()])
+
+
+def _load(pointer: Pointer, mask: Any = None, other: Any = None) -> Array:
+    at, wanted = pointer.places(mask, write=False)
+    values = np.full(at.shape, np.nan if other is None else other, pointer.memory.dtype)
+    values[wanted] = pointer.memory[at[wanted]]
+    return _array(values)
+
+
+def _store(pointer: Pointer, values: Any, mask: Any = None) -> None:
+    at, wanted = pointer.places(mask, write=True)
+    assert values.dtype == pointer.memory.dtype
+    pointer.memory[at[wanted]] = np.broadcast_to(values, at.shape)[wanted]
+
+
+def _product(a: Shared, b: Shared, sums: Array, is_async: bool) -> Array:
+    assert (a.shape[0] % 64, a.shape[1] % 16, b.shape[1] % 8) == (0, 0, 0)
+    return _array(a.load().astype(np.float32) @ b.load().astype(np.float32) + sums)
+
+
+def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
+    memory = np.full(math.prod(shape), np.nan, dtype)
+    return Shared(memory, 0, shape)
+
+
+def _padded(pairs: Sequence[Sequence[int]], shape: Sequence[int], order: Sequence[int]) -> Any:
+    return types.SimpleNamespace(pad=tuple(pairs[0]))
+
+
+def _layout(*_: Any, **__: Any) -> Any:
+    return types.SimpleNamespace()
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _language(program: int) -> types.SimpleNamespace:
+    """What a kernel calls `gl`."""
+    return types.SimpleNamespace(
+        float16=np.dtype(np.float16),
+        float32=np.dtype(np.float32),
+        int64=np.dtype(np.int64),
+        constexpr=constexpr,
+        arange=lambda start, stop, layout: _array(np.arange(start, stop)),
+        full=lambda shape, value, dtype, layout: _array(np.full(shape, value, dtype)),
+        zeros=lambda shape, dtype, layout: _array(np.zeros(shape, dtype)),
+        where=lambda condition, a, b: _array(np.where(condition, a, b)),
+        minimum=lambda a, b, propagate_nan: _array(np.minimum(a, b)),  # numpy's keep NaN
+        maximum=lambda a, b, propagate_nan: _array(np.maximum(a, b)),
+        load=_load,
+        store=_store,
+        program_id=lambda axis: _array([program]),
+        static_range=range,
+        thread_barrier=_nothing,
+        allocate_shared_memory=_allocate,
+        BlockedLayout=_layout,
+        SliceLayout=_layout,
+        SwizzledSharedLayout=_layout,
+        NVMMASharedLayout=_layout,
+        NVMMADistributedLayout=_layout,
+        PaddedSharedLayout=types.SimpleNamespace(with_identity_for=_padded),
+    )
+
+
+def _globals(kernel: GluonJITFunction, program: int) -> dict[str, Any]:
+    """The globals of the kernel's module with numpy in the place of Gluon."""
+    names = dict(kernel.fn.__globals__)
+    for name, value in list(names.items()):
+        if isinstance(value, constexpr):
+            names[name] = value.value
+        elif isinstance(value, GluonJITFunction):
+            names[name] = types.FunctionType(value.fn.__code__, names, name)
+    names["gl"] = _language(program)
+    names["async_copy"] = types.SimpleNamespace(
+        async_copy_global_to_shared=lambda target, pointer: target.store(_load(pointer)),
+        commit_group=_nothing,
+        wait_group=_nothing,
+    )
+    names |= {"warpgroup_mma": _product, "fence_async_shared": _nothing, "range": range}
+    names["warpgroup_mma_wait"] = lambda outstanding, sums: sums if len(sums) > 1 else sums[0]
+    return names
+
+
+def run(kernel: GluonJITFunction, programs: int, arguments: Mapping[str, Any]) -> Traffic:
+    """Execute all programs, one after the other; arrays are changed in place.
+
+    Args:
+        kernel: a `gluon.jit` function.
+        programs: how many along the first dimension.
+        arguments: by name: flat numpy arrays for pointers, numbers for the rest.
+    """
+    traffic = Traffic()
+    sizes = {id(value): value.itemsize for value in arguments.values() if isinstance(value, np.ndarray)}
+    function: Callable[..., None]
+    for program in range(programs):
+        names = _globals(kernel, program)
+        function = types.FunctionType(kernel.fn.__code__, names, kernel.fn.__name__)
+        function(
+            **{
+                name: Pointer(value, 0, traffic) if isinstance(value, np.ndarray) else value
+                for name, value in arguments.items()
+            }
+        )
+        traffic.end_program(sizes)
+    return traffic
