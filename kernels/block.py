@@ -103,6 +103,43 @@ def _load_x(
 
 
 @gluon.jit
+def _gather_x(
+    x, tile, norm, image, images, top, left, image_step, channel_step, row_step, column_step,
+    H: gl.constexpr, W: gl.constexpr, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, BYTES: gl.constexpr,
+    SLOTS: gl.constexpr, PITCH: gl.constexpr, USED_ROWS: gl.constexpr, USED: gl.constexpr,
+    PIXELS: gl.constexpr, CHUNK: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """As `_load_x`, for the stem: a pixel's inputs are the 27 numbers of a photo under its window."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
+    D: gl.constexpr = tile.dtype
+    pixel = gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
+    k = gl.arange(0, 32, gl.SliceLayout(0, layout))
+    # Column k: channel k // 9 under tap k % 9, in the order of the weight.
+    source = (k // 9).to(gl.int64) * channel_step
+    for chunk in gl.static_range(PIXELS // CHUNK):
+        slot = (pixel + chunk * CHUNK) % SLOTS
+        row = (pixel + chunk * CHUNK) // SLOTS + top
+        column = slot % PITCH + left
+        other = slot // PITCH
+        inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        inside = inside & (row < top + USED_ROWS) & (slot % PITCH < USED) & (image + other < images)
+        line = (2 * row)[:, None] - 1 + (k % 9 // 3)[None, :]
+        at = (2 * column)[:, None] - 1 + (k % 3)[None, :]
+        seen = inside[:, None] & (k < 27)[None, :]
+        seen = seen & (line >= 0) & (line < HEIGHT) & (at >= 0) & (at < WIDTH)
+        offset = (image + other).to(gl.int64)[:, None] * image_step + source[None, :]
+        offset = offset + line.to(gl.int64) * row_step + at.to(gl.int64) * column_step
+        v = gl.load(x + offset, mask=seen, other=0)
+        if BYTES:
+            scale = gl.load(norm + k // 9, mask=k < 27, other=0.0)[None, :]
+            shift = gl.load(norm + 3 + k // 9, mask=k < 27, other=0.0)[None, :]
+            v = gl.where(seen, v.to(gl.float32) * scale + shift, gl.zeros([CHUNK, 32], gl.float32, layout))
+        one = gl.full([CHUNK, 32], 1.0, D, layout)
+        bias = inside[:, None] & ((k >= 27) & (k < 29))[None, :]
+        tile.index(chunk).store(gl.where(bias, one, v.to(D)))
+
+
+@gluon.jit
 def _expand(
     tile, w1, hidden, half,
     PIXELS: gl.constexpr, CHUNK: gl.constexpr, SLAB: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr,
@@ -220,16 +257,23 @@ def _finish(
     gl.store(y + offset, sums.to(y.dtype.element_ty), mask=mask)
 
 
-@gluon.jit
+# Slabs are counted at run time, also where there is one: Triton 3.6 cannot compile the loop unrolled.
+@gluon.jit(do_not_specialize=["slabs"])
 def block_kernel(
-    x,  # [images, H, W, CIN]
+    x,  # [images, H, W, CIN]; with STEM photos, [images, 3, HEIGHT, WIDTH] of any strides
     expand,  # [K * STEPS, HIDDEN]: the weight, two rows of bias, zeros
     depthwise,  # [9, HIDDEN], row 3 * ky + kx
     shift,  # [HIDDEN] float32, of the depthwise convolution
     project,  # [HIDDEN, N1 + N2]
     out_shift,  # [N1 + N2] float32
+    norm,  # [2, 3] float32: what a byte is multiplied with, and what is added; read with BYTES
     y,  # [images, HO, WO, COUT]
     images,
+    slabs,  # HIDDEN / SLAB
+    image_step,  # of photos
+    channel_step,
+    row_step,
+    column_step,
     H: gl.constexpr,
     W: gl.constexpr,
     CIN: gl.constexpr,
@@ -250,7 +294,11 @@ def block_kernel(
     STEPS: gl.constexpr,
     N1: gl.constexpr,
     N2: gl.constexpr,
-    WIDE: gl.constexpr,  # depthwise sums in float32, not in x's type
+    WIDE: gl.constexpr,  # depthwise sums in float32, not in the weights' type
+    STEM: gl.constexpr,  # the network's first convolution is the expansion
+    HEIGHT: gl.constexpr,  # of photos
+    WIDTH: gl.constexpr,
+    BYTES: gl.constexpr,
     WARPS: gl.constexpr,
 ):
     """One program: OUT_ROWS x OUT_COLS pixels of IMAGES images. All arrays contiguous."""
@@ -260,7 +308,7 @@ def block_kernel(
     OUT: gl.constexpr = SLOTS // STRIDE
     PIXELS: gl.constexpr = ROWS * SLOTS
     M: gl.constexpr = OUT * (ROWS // STRIDE)
-    D: gl.constexpr = x.dtype.element_ty
+    D: gl.constexpr = expand.dtype.element_ty
     SUMS: gl.constexpr = gl.float32 if WIDE else D
     tall: gl.constexpr = (HO + OUT_ROWS - 1) // OUT_ROWS
     broad: gl.constexpr = (WO + OUT_COLS - 1) // OUT_COLS
@@ -269,7 +317,6 @@ def block_kernel(
     top = program // broad % tall * OUT_ROWS
     left = program % broad * OUT_COLS
     # Images are counted with 64 bits, what is within one or two of them with 32.
-    x += image.to(gl.int64) * (H * W * CIN)
     y += image.to(gl.int64) * (HO * WO * COUT)
 
     groups: gl.constexpr = (SLAB + PAD) // 8
@@ -289,20 +336,29 @@ def block_kernel(
     small: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [WARPS, 1], [1, 0])
     # The left neighbour of the first slot. Right of the last one lies what no pixel of the output looks at.
     hidden.index(0)._reinterpret(D, [16, 8], plain).store(gl.full([16, 8], 0.0, D, small))
-    _load_x(
-        x, tile, image, images, top * STRIDE - ABOVE, left * STRIDE - LEFT,
-        H, W, CIN, SLOTS, PITCH, STRIDE * (OUT_ROWS - 1) + 2 + ABOVE, STRIDE * (OUT_COLS - 1) + 2 + LEFT,
-        PIXELS, CHUNK, K, STEPS, WARPS,
-    )  # fmt: skip
+    used_rows: gl.constexpr = STRIDE * (OUT_ROWS - 1) + 2 + ABOVE
+    used: gl.constexpr = STRIDE * (OUT_COLS - 1) + 2 + LEFT
+    if STEM:
+        _gather_x(
+            x, tile, norm, image, images, top - ABOVE, left - LEFT,
+            image_step, channel_step, row_step, column_step,
+            H, W, HEIGHT, WIDTH, BYTES, SLOTS, PITCH, used_rows, used, PIXELS, CHUNK, WARPS,
+        )  # fmt: skip
+    else:
+        x += image.to(gl.int64) * (H * W * CIN)
+        _load_x(
+            x, tile, image, images, top * STRIDE - ABOVE, left * STRIDE - LEFT,
+            H, W, CIN, SLOTS, PITCH, used_rows, used, PIXELS, CHUNK, K, STEPS, WARPS,
+        )  # fmt: skip
     m1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N1, 16])
     m2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N2 if N2 > 0 else 16, 16])
     sums = gl.zeros([M, N1], gl.float32, m1)
     more = gl.zeros([M, N2 if N2 > 0 else 16], gl.float32, m2)
-    for slab in range(HIDDEN // SLAB):
+    for slab in range(slabs):
         async_copy.wait_group(0)
         fence_async_shared()
         gl.thread_barrier()  # the slab's weights are there, and nobody reads the other half any more
-        if slab + 1 < HIDDEN // SLAB:
+        if slab + 1 < slabs:
             _copy_slab(expand, project, w1, w2, w3, slab + 1, HIDDEN, SLAB, K, STEPS, N1, N2, WARPS)
         half = slab % 2
         _expand(tile, w1, hidden, half, PIXELS, CHUNK, SLAB, STEPS, WARPS)

@@ -1,6 +1,6 @@
 """The network's end: 1x1 convolution + bias + ReLU6, the mean over H and W, and the classifier.
 
-A program makes the means of N features of one image: M pixels at a time are multiplied on tensor cores,
+A program makes the means of N features of IMAGES images: M pixels at a time are multiplied on tensor cores,
 activated and added up in registers, so that the widest activation of the network is never written. The
 classifier is a product over images, made by `pointwise`.
 """
@@ -25,27 +25,32 @@ def pool_kernel(
     weight,  # [COUT, CIN]
     bias,  # [COUT]
     out,  # [N, COUT]
+    images,
     pixels,
     CIN: tl.constexpr,
     COUT: tl.constexpr,
     TF32: tl.constexpr,
+    IMAGES: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
 ):
-    """One program: the means of N features of one image. All arrays contiguous."""
+    """One program: the means of N features of IMAGES images. All arrays contiguous."""
     precision: tl.constexpr = "tf32" if TF32 else "ieee"
-    image = tl.program_id(1).to(tl.int64)
+    first_image = tl.program_id(1).to(tl.int64) * IMAGES
     channel = tl.program_id(0) * N + tl.arange(0, N)
     shift = tl.load(bias + channel, mask=channel < COUT, other=0.0).to(tl.float32)
+    blocks = (pixels + M - 1) // M
     total = tl.zeros((N,), tl.float32)
-    for start in tl.range(0, pixels, M):
-        pixel = start + tl.arange(0, M)
+    for step in tl.range(0, IMAGES * blocks):
+        image = first_image + step // blocks
+        pixel = step % blocks * M + tl.arange(0, M)
+        there = (pixel < pixels) & (image < images)
         line = (image * pixels + pixel)[:, None] * CIN
         sums = tl.zeros((M, N), tl.float32)
         for first in tl.range(0, CIN, K):
             k = first + tl.arange(0, K)
-            a = tl.load(x + line + k[None, :], mask=(pixel < pixels)[:, None] & (k < CIN)[None, :], other=0.0)
+            a = tl.load(x + line + k[None, :], mask=there[:, None] & (k < CIN)[None, :], other=0.0)
             b = tl.load(
                 weight + channel[None, :] * CIN + k[:, None],
                 mask=(k < CIN)[:, None] & (channel < COUT)[None, :],
@@ -53,8 +58,11 @@ def pool_kernel(
             )
             sums = tl.dot(a, b, sums, input_precision=precision)
         sums = relu6(sums + shift[None, :])
-        total += tl.sum(tl.where((pixel < pixels)[:, None], sums, 0.0), axis=0)
-    tl.store(out + image * COUT + channel, (total / pixels).to(out.dtype.element_ty), mask=channel < COUT)
+        total += tl.sum(tl.where(there[:, None], sums, 0.0), axis=0)
+        if step % blocks == blocks - 1:
+            mean = (total / pixels).to(out.dtype.element_ty)
+            tl.store(out + image * COUT + channel, mean, mask=(channel < COUT) & (image < images))
+            total = tl.zeros((N,), tl.float32)
 
 
 def features(
@@ -90,20 +98,23 @@ def features(
         out = torch.empty((n, cout), dtype=x.dtype, device=x.device)
     if out.shape != (n, cout) or not out.is_contiguous() or (out.dtype, out.device) != (x.dtype, x.device):
         raise ValueError(f"out must be contiguous {(n, cout)} of {x.dtype} on {x.device}")
-    tile = tiles(device_of(x.device)[0], "head")[arithmetic(x.dtype, tf32)] if tile is None else tile
+    tile = choose_tile(x, cout, tf32) if tile is None else tile
     tile, image = pointwise.fit(tile, cin, cout), channels_last(x)
     with torch.cuda.device_of(x):
-        for first in range(0, n, GRID_LIMIT):
-            some = slice(first, first + GRID_LIMIT)
-            pool_kernel[triton.cdiv(cout, tile["n"]), len(out[some])](
+        most = GRID_LIMIT * tile["images"]
+        for first in range(0, n, most):
+            some = slice(first, first + most)
+            pool_kernel[triton.cdiv(cout, tile["n"]), triton.cdiv(len(out[some]), tile["images"])](
                 image[some],
                 weight.contiguous(),
                 bias.contiguous(),
                 out[some],
+                len(out[some]),
                 h * w,
                 CIN=cin,
                 COUT=cout,
                 TF32=tf32,
+                IMAGES=tile["images"],
                 M=tile["m"],
                 N=tile["n"],
                 K=tile["k"],
@@ -136,14 +147,23 @@ def head(
     return pointwise.pointwise(means, w2[:, :, None, None], b2, tf32=tf32)[:, :, 0, 0]
 
 
+def choose_tile(x: torch.Tensor, cout: int, tf32: bool) -> Tile:
+    """The table's tile for x [N, ...]; one image a program where several would leave the GPU idle."""
+    name, units = device_of(x.device)
+    tile = tiles(name, "head")[arithmetic(x.dtype, tf32)]
+    programs = triton.cdiv(cout, tile["n"]) * triton.cdiv(len(x), tile["images"])
+    return tile if programs >= 4 * units else {**tile, "images": 1}
+
+
 def compile_arguments(
     cin: int, cout: int, dtype: torch.dtype, tile: Tile, *, tf32: bool = False
 ) -> dict[str, str | int | bool]:
     """The arguments of the kernel of `features` as `aot.compile_for` takes them."""
     tile = pointwise.fit(tile, cin, cout)
     pointers = dict.fromkeys(("x", "weight", "bias", "out"), POINTERS[dtype])
-    constants = {"CIN": cin, "COUT": cout, "TF32": tf32, "M": tile["m"], "N": tile["n"], "K": tile["k"]}
-    return {**pointers, "pixels": "i32", **constants}
+    constants = {"CIN": cin, "COUT": cout, "TF32": tf32, "IMAGES": tile["images"]}
+    constants |= {"M": tile["m"], "N": tile["n"], "K": tile["k"]}
+    return {**pointers, "images": "i32", "pixels": "i32", **constants}
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

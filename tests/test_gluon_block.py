@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 import gluon_stand_in
 from mnv2_fast.kernels import aot, inverted_residual
 from mnv2_fast.kernels.block import block_kernel
+from mnv2_fast.kernels.common import tiles
 from mnv2_fast.kernels.inverted_residual import GEOMETRIES, Packed
 
 # Bytes of shared memory that a program may have on sm_90.
@@ -68,12 +69,15 @@ def _run(x: Tensor, packed: Packed, wide: int = 1) -> tuple[Tensor, gluon_stand_
     out = np.full(n * made * made * packed.cout, np.nan, np.float16)
     arguments = {
         "x": x.permute(0, 2, 3, 1).contiguous().numpy().reshape(-1),
+        **dict.fromkeys(("image_step", "channel_step", "row_step", "column_step"), 0),
+        "norm": np.zeros(6, np.float32),
         **{
             name: getattr(packed, name).numpy().reshape(-1)
             for name in ("expand", "depthwise", "shift", "project", "out_shift")
         },
         "y": out,
         "images": n,
+        "slabs": packed.slabs,
     }
     programs = GEOMETRIES[size, packed.stride].programs(n, made, made)
     constants = inverted_residual.compile_constants(packed, size, tile)
@@ -94,6 +98,47 @@ def test_source_matches_float64(block: tuple[int, int, int, int, int, bool]) -> 
     assert ((out - want).abs() <= allowed).all()
     assert (out - want).square().mean() < 1e-5 * want.square().mean()
     assert (traffic.read, traffic.written) == inverted_residual.traffic(packed, len(x), size)
+
+
+NORM = torch.tensor([[0.0171, 0.0175, 0.0174], [-2.118, -2.036, -1.804]])
+
+
+@pytest.mark.parametrize("size", [(224, 224), (223, 224)], ids=str)
+@pytest.mark.parametrize("kind", ["float16", "float32", "uint8", "uint8, NHWC"])
+def test_source_of_the_stem_with_its_block_matches_float64(size: tuple[int, int], kind: str) -> None:
+    torch.manual_seed(0)
+    weights = _weights(3, 32, 16) | {"expand": torch.randn(32, 3, 3, 3).half().float()}
+    packed = inverted_residual.pack(weights, 1, False, torch.float16, 32)
+    photos = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    scale, shift = (row.view(3, 1, 1) for row in NORM.double())
+    seen = photos.double() * scale + shift
+    x = photos if kind.startswith("uint8") else seen.to(getattr(torch, kind))
+    x = x.contiguous(memory_format=torch.channels_last) if kind.endswith("NHWC") else x
+    flat = x.permute(0, 2, 3, 1) if kind.endswith("NHWC") else x
+    out = np.full(2 * 112 * 112 * 16, np.nan, np.float16)
+    tile = tiles("", "block")["stem"]
+    constants = inverted_residual.compile_constants(packed, 112, tile, size, kind.startswith("uint8"))
+    arguments = {
+        "x": flat.contiguous().numpy().reshape(-1),
+        **dict(zip(("image_step", "channel_step", "row_step", "column_step"), x.stride(), strict=True)),
+        "norm": NORM.numpy().reshape(-1),
+        **{
+            name: getattr(packed, name).numpy().reshape(-1)
+            for name in ("expand", "depthwise", "shift", "project", "out_shift")
+        },
+        "y": out,
+        "images": 2,
+        "slabs": packed.slabs,
+    }
+    moved = gluon_stand_in.run(
+        block_kernel, inverted_residual.programs(packed, 2, 112), arguments | constants
+    )
+    made = torch.from_numpy(out).view(2, 112, 112, 16).permute(0, 3, 1, 2)
+    want = inverted_residual.reference(seen, weights, 1, False)
+    allowed = inverted_residual.tolerance(seen, weights, 1, False, torch.float16)
+    assert ((made - want).abs() <= allowed).all()
+    if size == (224, 224):
+        assert (moved.read, moved.written) == inverted_residual.traffic(packed, 2, 112, x.element_size())
 
 
 def test_sums_of_half_precision_are_near() -> None:
@@ -142,9 +187,28 @@ def test_compiles_without_spills(
     size, stride, cin, hidden, cout, residual = block
     tile = inverted_residual.choose_tile("", size, stride)
     packed = inverted_residual.pack(_weights(cin, hidden, cout), stride, residual, dtype, tile["slab"])
-    built = aot.compile_for(
-        block_kernel, 90, inverted_residual.compile_arguments(packed, size, tile), tile["warps"]
-    )
+    _compiles(packed, size, tile, False, record_property)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("from_bytes", [False, True])
+def test_the_stem_with_its_block_compiles_without_spills(
+    from_bytes: bool, dtype: torch.dtype, record_property: Callable[[str, object], None]
+) -> None:
+    weights = _weights(3, 32, 16) | {"expand": torch.randn(32, 3, 3, 3)}
+    packed = inverted_residual.pack(weights, 1, False, dtype, 32)
+    _compiles(packed, 112, tiles("", "block")["stem"], from_bytes, record_property)
+
+
+def _compiles(
+    packed: Packed,
+    size: int,
+    tile: Mapping[str, int],
+    from_bytes: bool,
+    record_property: Callable[[str, object], None],
+) -> None:
+    arguments = inverted_residual.compile_arguments(packed, size, tile, from_bytes)
+    built = aot.compile_for(block_kernel, 90, arguments, tile["warps"])
     for name in ("registers", "stack", "local", "shared"):
         record_property(name, getattr(built, name))
     print(f"registers {built.registers}, stack {built.stack}, local {built.local}, shared {built.shared}")

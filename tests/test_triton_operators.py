@@ -24,6 +24,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 
 from mnv2_fast.kernels import aot, depthwise, depthwise_gradient, head, pointwise, pointwise_gradient, stem
 from mnv2_fast.kernels.common import CONFIGS, DTYPES, arithmetic, tiles
+from mnv2_fast.kernels.inverted_residual import GEOMETRIES
 
 # Bytes of shared memory that one program may have: sm_80 163 KiB, sm_90 and sm_100 227 KiB.
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -442,10 +443,14 @@ def test_tile_table_is_complete(path: Path) -> None:
     wanted = {
         "stem": (kinds, warps | {"m"}),
         "pointwise": ([f"{size}_{kind}" for size in ("large", "small") for kind in kinds], product),
-        "head": (kinds, product),
+        "head": (kinds, product | {"images"}),
         "pointwise_gradient": (kinds, product),
         "depthwise_input_s2": (("large", "small"), warps | {"rows", "block"}),
         "depthwise_weight": (("s1", "s2"), warps | {"rows", "cols", "block"}),
+        "block": (
+            ("stem", *(f"{size}_s{stride}" for size, stride in GEOMETRIES)),
+            warps | {"slab", "wide"},
+        ),
     }
     table = json.loads(path.read_text())
     assert path.stem != "default" or table.keys() == wanted.keys() | {"depthwise"}
@@ -454,7 +459,7 @@ def test_tile_table_is_complete(path: Path) -> None:
         assert set(rows) <= table[kernel].keys()
         for row in table[kernel].values():
             assert row.keys() == names
-            assert all(row[name].bit_count() == 1 for name in row.keys() - {"rows", "stages"})
+            assert all(row[name].bit_count() == 1 for name in row.keys() - {"rows", "stages", "wide"})
 
 
 F16 = {"dtype": torch.float16}
