@@ -98,7 +98,7 @@ def features(
         out = torch.empty((n, cout), dtype=x.dtype, device=x.device)
     if out.shape != (n, cout) or not out.is_contiguous() or (out.dtype, out.device) != (x.dtype, x.device):
         raise ValueError(f"out must be contiguous {(n, cout)} of {x.dtype} on {x.device}")
-    tile = choose_tile(x, cout, tf32) if tile is None else tile
+    tile = choose_tile(x.device, n, cout, arithmetic(x.dtype, tf32)) if tile is None else tile
     tile, image = pointwise.fit(tile, cin, cout), channels_last(x)
     with torch.cuda.device_of(x):
         most = GRID_LIMIT * tile["images"]
@@ -147,12 +147,28 @@ def head(
     return pointwise.pointwise(means, w2[:, :, None, None], b2, tf32=tf32)[:, :, 0, 0]
 
 
-def choose_tile(x: torch.Tensor, cout: int, tf32: bool) -> Tile:
-    """The table's tile for x [N, ...]; one image a program where several would leave the GPU idle."""
-    name, units = device_of(x.device)
-    tile = tiles(name, "head")[arithmetic(x.dtype, tf32)]
-    programs = triton.cdiv(cout, tile["n"]) * triton.cdiv(len(x), tile["images"])
+def choose_tile(device: torch.device, n: int, cout: int, kind: str) -> Tile:
+    """The table's tile for n images and products of `kind`, see `common.arithmetic`; with one image a program
+    where several would leave the GPU idle.
+    """
+    name, units = device_of(device)
+    tile = tiles(name, "head")[kind]
+    programs = triton.cdiv(cout, tile["n"]) * triton.cdiv(n, tile["images"])
     return tile if programs >= 4 * units else {**tile, "images": 1}
+
+
+def traffic(n: int, pixels: int, w1: torch.Tensor, w2: torch.Tensor, kind: str) -> int:
+    """Bytes that `head` reads and writes for n images of so many pixels, with weights w1 and w2.
+
+    The unique addresses of each program, weights included, summed over programs. L2 serves a part.
+    """
+    (cout, cin), item = w1.shape[:2], w1.element_size()
+    tile = pointwise.fit(choose_tile(w1.device, n, cout, kind), cin, cout)
+    runs, groups = triton.cdiv(cout, tile["n"]), triton.cdiv(n, tile["images"])
+    features = n * pixels * cin * runs + groups * (cout * cin + cout) + n * cout
+    classes = len(w2)
+    tile = pointwise.choose_tile(w1.device, n, cout, classes, kind)
+    return features * item + pointwise.traffic(n, cout, classes, item, tile)
 
 
 def compile_arguments(

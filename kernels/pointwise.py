@@ -158,7 +158,9 @@ def _launch(
     """Fill out [N, H, W, Cout] from x [N, H, W, Cin]; the weight is [Cin, Cout, 1, 1] where it is turned."""
     cin, cout = x.shape[-1], out.shape[-1]
     pixels = out.numel() // cout
-    tile = choose_tile(x, pixels, cout, tf32) if tile is None else fit(tile, cin, cout)
+    if tile is None:
+        tile = choose_tile(x.device, pixels, cin, cout, arithmetic(x.dtype, tf32))
+    tile = fit(tile, cin, cout)
     with torch.cuda.device_of(x):
         pointwise_kernel[programs(pixels, cout, tile),](
             x,
@@ -193,14 +195,26 @@ def fit(tile: Tile, cin: int, cout: int) -> Tile:
     return {**tile, "n": min(tile["n"], n), "k": min(tile["k"], k)}
 
 
-def choose_tile(x: torch.Tensor, pixels: int, cout: int, tf32: bool) -> Tile:
-    """The table's tile for x [..., Cin]: its own where the table has one for these channels, "large", or
-    "small" where large ones would leave the GPU idle.
+def traffic(
+    pixels: int, cin: int, cout: int, item: int, tile: Tile, *, bias: bool = True, residual: bool = False
+) -> int:
+    """Bytes that `pointwise` reads and writes, `item` a number, with a tile that `fit` has made.
+
+    The unique addresses of each program, weights included, summed over programs. L2 serves a part.
     """
-    cin = x.shape[-1]
-    name, units = device_of(x.device)
+    runs, rows = triton.cdiv(cout, tile["n"]), triton.cdiv(pixels, tile["m"])
+    weights = rows * (cin * cout + (cout if bias else 0))
+    return (pixels * cin * runs + weights + pixels * cout * (2 if residual else 1)) * item
+
+
+def choose_tile(device: torch.device, pixels: int, cin: int, cout: int, kind: str) -> Tile:
+    """The table's tile for products of `kind`, see `common.arithmetic`.
+
+    Its own where the table has one for these channels, "large", or "small" where large ones would leave the
+    GPU idle.
+    """
+    name, units = device_of(device)
     table = tiles(name, "pointwise")
-    kind = arithmetic(x.dtype, tf32)
     large = fit(table.get(f"large_{kind}_{cin}x{cout}", table[f"large_{kind}"]), cin, cout)
     return large if programs(pixels, cout, large) >= 4 * units else fit(table[f"small_{kind}"], cin, cout)
 

@@ -7,11 +7,12 @@ with TRITON_INTERPRET=1 and prints a verdict for each case; the tests compile in
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -72,6 +73,56 @@ def mend() -> None:
     builder.cast_impl = cast_impl
     builder.create_dot = create_dot
     interpreter.range = lambda *bounds: builtins.range(*map(_number, bounds))
+
+
+class Traffic:
+    """Bytes that interpreted kernels move: unique addresses of each program, summed over programs."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._seen: dict[tuple[bool, int], list[np.ndarray]] = {}
+
+    def note(self, pointers: Any, mask: Any, write: bool) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        wanted = mask.data.astype(bool)  # it may be of bytes
+        used = np.unique(np.broadcast_to(pointers.data, wanted.shape)[wanted])
+        self._seen.setdefault((write, size), []).append(used)
+
+    def end_program(self) -> None:
+        for (_, size), found in self._seen.items():
+            self.total += size * len(np.unique(np.concatenate(found)))
+        self._seen.clear()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Traffic]:
+    """What the kernels launched within move."""
+    from triton.runtime import interpreter
+
+    builder, traffic = interpreter.InterpreterBuilder, Traffic()
+    load, store, place = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *more: Any) -> Any:
+        traffic.note(pointers, mask, write=False)
+        return load(self, pointers, mask, *more)
+
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
+        traffic.note(pointers, mask, write=True)
+        return store(self, pointers, value, mask, *more)
+
+    def set_grid_idx(self: Any, *index: int) -> None:
+        traffic.end_program()
+        place(self, *index)
+
+    builder.create_masked_load = create_masked_load
+    builder.create_masked_store = create_masked_store
+    builder.set_grid_idx = set_grid_idx
+    try:
+        yield traffic
+        traffic.end_program()
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+        builder.set_grid_idx = place
 
 
 def _factor(handle: Any, precision: str) -> np.ndarray:

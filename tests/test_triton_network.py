@@ -1,0 +1,192 @@
+"""The whole network on the Triton kernels: its launches, its answers when interpreted, its traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton_interpreter
+from torch import Tensor
+
+from mnv2_fast import arch
+from mnv2_fast.arch import LayerSpec, inverted_residual
+from mnv2_fast.backends import eager
+from mnv2_fast.chain import Chain, Link
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
+
+from mnv2_fast.kernels import head, pointwise
+from mnv2_fast.kernels.network import Launch, Network
+
+CPU = torch.device("cpu")
+NORM = torch.tensor([[0.0171, 0.0175, 0.0174], [-2.118, -2.036, -1.804]])
+
+
+def small_specs() -> list[LayerSpec]:
+    """Every kind of layer, a residual, and one over an expansion of 1."""
+    specs = [LayerSpec("stem", "", "", 3, 8, 2, True)]
+    specs += inverted_residual("", 8, 8, 1, 1)
+    specs += inverted_residual("", 8, 17, 2, 3)
+    specs += inverted_residual("", 17, 17, 1, 3)
+    return [*specs, LayerSpec("pointwise", "", "", 17, 40, 1, True), LayerSpec("linear", "", "", 40, 5)]
+
+
+def tensors(specs: list[LayerSpec] | tuple[LayerSpec, ...]) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    scale = {"stem": 0.3, "depthwise": 0.4}
+    return [
+        (
+            torch.randn(spec.weight_shape) * scale.get(spec.kind, 1.4 * spec.cin**-0.5),
+            torch.randn(spec.cout) * 0.3,
+        )
+        for spec in specs
+    ]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network's answer to two photos of 21 x 18, or the traffic of an operator on a shape."""
+
+    what: str
+    dtype: str = "float32"
+    tf32: bool = False
+    photos: str = "contiguous"
+    shape: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return "-".join(
+            filter(
+                None, (self.what, self.dtype, "tf32" * self.tf32, self.photos, "x".join(map(str, self.shape)))
+            )
+        )
+
+
+KINDS = (("float32", False), ("float32", True), ("float16", False), ("bfloat16", False))
+CASES = [
+    Case("network", *kind, photos) for kind in KINDS for photos in ("contiguous", "channels_last", "uint8")
+]
+CASES += [Case("network", "float16", photos="float32")]
+# N, pixels, Cin, Cout of the one; N, pixels, Cin, Cout, classes of the other.
+CASES += [
+    Case("pointwise traffic", shape=shape) for shape in ((1, 5, 16, 24), (3, 49, 40, 130), (2, 70, 33, 64))
+]
+CASES += [
+    Case("head traffic", shape=shape)
+    for shape in ((1, 1, 16, 24, 3), (5, 49, 40, 130, 10), (6, 70, 33, 64, 90))
+]
+
+
+def _network(case: Case) -> str:
+    specs = small_specs()
+    layers = tensors(specs)
+    dtype = getattr(torch, case.dtype)
+    network = Network(specs, layers, dtype, CPU, norm=NORM, tf32=case.tf32)
+    photos = torch.randint(0, 256, (2, 3, 21, 18), dtype=torch.uint8)
+    seen = photos.double() * NORM[0].double().view(3, 1, 1) + NORM[1].double().view(3, 1, 1)
+    if case.photos == "uint8":
+        got = network(photos.permute(0, 2, 3, 1))
+    else:
+        x = seen.to(torch.float32 if case.photos == "float32" else dtype)
+        got = network(
+            x.contiguous(memory_format=torch.channels_last) if case.photos == "channels_last" else x
+        )
+    chain = Chain(tuple(Link(spec, bias=True, norm=False) for spec in specs))
+    flat = [t for pair in layers for t in pair]
+
+    def answer(kind: torch.dtype) -> Tensor:
+        return eager.network(seen.to(kind), [t.to(kind) for t in flat], chain.encode()).double()
+
+    want = answer(torch.float64)
+    if got.dtype != torch.float32 or got.shape != want.shape:
+        return f"the answer is {got.dtype} {tuple(got.shape)}"
+    error, torchs = (got - want).abs().max(), (answer(dtype) - want).abs().max()
+    # TF32 keeps as many bits of a factor as float16, and cuts off where that rounds: twice its error.
+    torchs = 2 * (answer(torch.float16) - want).abs().max() if case.tf32 else torchs
+    return "" if error <= 2 * torchs + 1e-6 else f"off by {error:.3g}, torch by {torchs:.3g}"
+
+
+def _pointwise_traffic(case: Case) -> str:
+    n, pixels, cin, cout = case.shape
+    x, weight, bias = torch.randn(n, cin, pixels, 1), torch.randn(cout, cin, 1, 1), torch.randn(cout)
+    x = x.contiguous(memory_format=torch.channels_last)
+    residual = torch.randn(n, cout, pixels, 1).contiguous(memory_format=torch.channels_last)
+    tile = pointwise.choose_tile(CPU, n * pixels, cin, cout, "ieee")
+    with triton_interpreter.recorded() as found:
+        pointwise.pointwise(x, weight, bias, residual)
+    counted = pointwise.traffic(n * pixels, cin, cout, 4, tile, residual=True)
+    return "" if found.total == counted else f"counted {counted}, moved {found.total}"
+
+
+def _head_traffic(case: Case) -> str:
+    n, pixels, cin, cout, classes = case.shape
+    x = torch.randn(n, cin, pixels, 1).contiguous(memory_format=torch.channels_last)
+    w1, w2 = torch.randn(cout, cin, 1, 1), torch.randn(classes, cout)
+    with triton_interpreter.recorded() as found:
+        head.head(x, w1, torch.randn(cout), w2, torch.randn(classes))
+    counted = head.traffic(n, pixels, w1, w2, "ieee")
+    return "" if found.total == counted else f"counted {counted}, moved {found.total}"
+
+
+VERDICTS: dict[str, Callable[[Case], str]] = {
+    "network": _network,
+    "pointwise traffic": _pointwise_traffic,
+    "head traffic": _head_traffic,
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, str]:
+    return triton_interpreter.verdicts(__file__)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interpreted(case: Case, verdicts: dict[str, str]) -> None:
+    assert verdicts[str(case)] == ""
+
+
+@pytest.fixture(scope="module")
+def fused() -> Network:
+    specs = arch.network()
+    return Network(specs, tensors(specs), torch.float16, CPU, norm=NORM, fuse=True)
+
+
+def test_at_224_the_network_is_eighteen_launches(fused: Network) -> None:
+    """The stem with the first block, sixteen blocks, and the head, whose classifier is another one."""
+    plan = fused.plan(224, 224)
+    assert plan == [Launch("block", first, 3) for first in range(0, 51, 3)] + [Launch("head", 51, 2)]
+
+
+def test_other_sizes_go_layer_by_layer(fused: Network) -> None:
+    plan = fused.plan(96, 128)
+    assert [launch.form for launch in plan] == [spec.kind for spec in fused.specs[:-2]] + ["head"]
+    assert [launch.first for launch in plan] == list(range(len(plan)))
+
+
+def test_a_map_that_fits_in_between_is_one_launch(fused: Network) -> None:
+    """At 112 x 112 later blocks have the maps that earlier ones have at 224, and some the same slabs."""
+    plan = fused.plan(112, 112)
+    assert [launch.form for launch in plan[:3]] == ["stem", "depthwise", "pointwise"]
+    assert any(launch.form == "block" for launch in plan)
+    assert sum(launch.count for launch in plan) == len(fused.specs)
+
+
+@pytest.mark.parametrize("item", [1, 2], ids=["bytes", "fp16"])
+def test_an_image_moves_few_bytes(fused: Network, item: int) -> None:
+    """Of a batch of 256, halo and weights included; layer by layer the activations alone are 27.5 MB."""
+    megabytes = fused.traffic(256, 224, 224, item) / 256 / 1e6
+    print(f"{megabytes:.2f} MB an image")
+    assert megabytes == pytest.approx({1: 6.95, 2: 7.14}[item], abs=0.01)
+
+
+def test_what_is_no_network_is_refused() -> None:
+    specs = small_specs()
+    with pytest.raises(ValueError, match="from a stem to a head"):
+        Network(specs[1:], tensors(specs[1:]), torch.float16, CPU, norm=NORM)
+    with pytest.raises(ValueError, match="leave fuse out"):
+        Network(specs, tensors(specs), torch.float32, CPU, norm=NORM, fuse=True)
+
+
+if __name__ == "__main__":
+    triton_interpreter.print_verdicts(CASES, lambda case: VERDICTS[case.what](case))
