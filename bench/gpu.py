@@ -1,6 +1,8 @@
 """The GPU kernels against float64, against the memory's speed and against torch: `python -m bench.gpu`.
 
-Runs from a bare checkout: torch >= 2.11 and triton >= 3.6, no extension, no installation. About five minutes.
+Runs from a bare checkout: torch >= 2.11 and triton >= 3.6, no extension, no installation. Within eight
+minutes; what has no time left is left out and named. Checks come first, shared out among processes, which
+compile; what is wrong is not timed.
 """
 
 from __future__ import annotations
@@ -11,14 +13,18 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import results
+from bench.gpu_forms import Form, forms
+from bench.gpu_network import our_network, plain_network
 from mnv2_fast import arch
 
 if TYPE_CHECKING:
@@ -27,7 +33,16 @@ if TYPE_CHECKING:
 DEVICE = "cuda"
 OUTPUT = results.FOLDER / "gpu.csv"
 BUDGET_S = 440
-BATCHES = (256, 1)
+BATCHES = (256, 1)  # of torch's network, which takes long to compile
+OUR_BATCHES = (1, 8, 32, 256, 1024)
+CHECK_BATCH = 3
+# Name, dtype, whole blocks in one launch.
+NETWORKS = (
+    ("fused", "float16", True),
+    ("fused", "bfloat16", True),
+    ("by layer", "float16", False),
+    ("by layer", "float32", False),
+)
 ODD_SHAPES = ((1, 1, 1, 1), (3, 17, 15, 2), (2, 33, 7, 8), (1, 24, 1, 15))
 COPY_BYTES = 2**30
 # Elements of an activation that 32-bit offsets cannot reach.
@@ -51,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="only compile for sm_80 and sm_90: registers and spills",
     )
     parser.add_argument("--compiled", type=int, metavar="BATCH", help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, nargs=2, metavar=("K", "N"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     started = time.monotonic()
     if reason := unavailable(needs_gpu=not options.resources):
@@ -62,13 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.compiled:
         print(json.dumps(time_network(options.compiled, compiled=True)))
         return 0
+    if options.share:
+        print(json.dumps(list(check_forms(*options.share))))
+        return 0
     print_versions()
-    wrong = [*check_depthwise(check_shapes()), *filter(None, [check_far()])]
+    wrong = [*shared_out(options.budget / 3), *check_depthwise(check_shapes()), *filter(None, [check_far()])]
+    wrong += check_networks()
     for line in wrong:
         print(f"WRONG {line}")
     verdict = "WRONG" if wrong else "within tolerance, NaN kept, every output written"
-    print(f"depthwise against float64: {verdict}")
-    rows = measure(lambda: options.budget - (time.monotonic() - started))
+    print(f"all kernels against float64: {verdict}")
+    rows = measure(lambda: options.budget - (time.monotonic() - started), wrong)
     results.save(options.output, rows, results.context())
     print(f"{len(rows)} rows added to {options.output}")
     return 1 if wrong else 0
@@ -217,15 +237,120 @@ def check_far() -> str:
     )
 
 
-def measure(seconds_left: Callable[[], float]) -> list[results.Row]:
-    """Every measurement, printed as it is made."""
+def _usable(form: Form) -> bool:
+    """Whether this GPU has the kernel: whole blocks are for sm_90, and no interpreter runs them."""
+    import torch
+
+    return not form.whole_block or (DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0))
+
+
+def check_forms(share: int = 0, of: int = 1, layers: Sequence[arch.Layer] | None = None) -> Iterator[str]:
+    """What is wrong with every `of`-th kernel from `share` on, one line each: of random inputs, other ones at
+    each run, in fp16, and in bf16 and fp32 on every third; results begin as NaN.
+    """
+    import torch
+
+    chosen = [form for form in forms(layers) if _usable(form)]
+    for i, form in list(enumerate(chosen))[share::of]:
+        dtypes = [torch.float16] if i % 3 else [torch.float16, torch.bfloat16, torch.float32]
+        for dtype in dtypes:
+            if dtype == torch.float32 and form.whole_block:
+                continue
+            if why := _wrong_form(form, dtype):
+                yield f"{form.name} {form.layer} at {form.size}, {dtype}: {why}"
+
+
+def _wrong_form(form: Form, dtype: torch.dtype) -> str:
+    try:
+        probe = form.make(CHECK_BATCH, dtype, DEVICE)
+        probe.run()
+        want, allowed = probe.judge()
+    except Exception as error:  # a kernel that does not compile must not hide what the others do
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+    if probe.out.isnan().any():
+        return f"{int(probe.out.isnan().sum())} values not written, or NaN"
+    beyond = ((probe.out - want).abs() > allowed).sum()
+    return f"{int(beyond)} of {want.numel()} values beyond tolerance" if beyond else ""
+
+
+def shared_out(limit: float) -> list[str]:
+    """What `check_forms` finds in several processes, whose compiled kernels the cache on disk then has."""
+    of = max(1, min(12, (os.cpu_count() or 1) - 1))
+    command = [sys.executable, "-m", "bench.gpu", "--share"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(k), str(of)],
+            cwd=results.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for k in range(of)
+    ]
+    wrong, until = [], time.monotonic() + limit
+    for k, process in enumerate(processes):
+        try:
+            out, err = process.communicate(timeout=max(1.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            wrong.append(f"share {k} of {of}: not checked within {limit:.0f} s")
+            continue
+        if process.returncode:
+            wrong.append(f"share {k} of {of}: {(err.strip().splitlines() or ['no message'])[-1]}")
+        else:
+            wrong += json.loads(out.strip().splitlines()[-1])
+    return wrong
+
+
+def check_networks() -> Iterator[str]:
+    """What is wrong with the logits of whole networks, one line each, beside torch's own error."""
+    import torch
+
+    model = plain_network().eval().to(DEVICE)
+    x = torch.randn(3, 3, 224, 224, device=DEVICE)
+    with torch.no_grad():
+        want = deepcopy(model).double()(x.double())
+        for name, dtype, fuse in NETWORKS:
+            if fuse and torch.cuda.get_device_capability() != (9, 0):
+                continue
+            kind = getattr(torch, dtype)
+            try:
+                error = (our_network(model, kind, DEVICE, fuse)(x.to(kind)) - want).abs().max()
+            except Exception as problem:
+                yield f"network {name} {dtype}: {type(problem).__name__}: {problem}"
+                continue
+            theirs = (deepcopy(model).to(kind)(x.to(kind)).double() - want).abs().max()
+            if not error <= 2 * theirs:
+                yield f"network {name} {dtype}: logits off by {error:.3g}, torch's by {theirs:.3g}"
+
+
+def replayed(call: Callable[[], object]) -> Callable[[], object]:
+    """The same launches as one CUDA graph."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def measure(seconds_left: Callable[[], float], wrong: Sequence[str] = ()) -> list[results.Row]:
+    """Every measurement, printed as it is made; of kernels that `wrong` names there is none."""
     import torch
 
     device = torch.cuda.get_device_name()
     torch.backends.cudnn.benchmark = True
     copy = copy_bandwidth()
     print(f"\ncopy of {COPY_BYTES >> 20} MiB: {copy:.0f} GB/s read and written\n")
-    rows = [*_depthwise_rows(BATCHES[0], copy, device)]
+    rows = [*_form_rows(BATCHES[0], copy, device, wrong)]
+    for batch in OUR_BATCHES:
+        rows += _our_rows(batch, device, wrong)
     for batch in BATCHES:
         rows.append(_network_row(batch, "torch eager channels_last", time_network(batch), device))
     for i, batch in enumerate(BATCHES):
@@ -252,94 +377,62 @@ def copy_bandwidth() -> float:
     return 2 * COPY_BYTES / timed(lambda: target.copy_(source))[0] / 1e6
 
 
-def _contenders(layer: arch.Layer, batch: int) -> dict[str, Callable[[], object]]:
-    """The calls that make one depthwise layer's output, bias and ReLU6 included, in fp16."""
+def _form_rows(batch: int, copy: float, device: str, wrong: Sequence[str]) -> Iterator[results.Row]:
+    """Every kernel beside torch's way to make the same."""
     import torch
-    import torch.nn.functional as F
 
-    from kernels import depthwise
-
-    c, stride = layer.spec.cin, layer.spec.stride
-    x, weight, bias = depthwise_inputs((batch, c, layer.h, layer.w), torch.float16)
-    out = depthwise.depthwise(x, weight, bias, stride, True)
-    plain = weight.contiguous(memory_format=torch.channels_last)
-    return {
-        "triton": lambda: depthwise.depthwise(x, weight, bias, stride, True, out=out),
-        "torch eager channels_last": lambda: F.relu6(
-            F.conv2d(x, plain, bias, stride, 1, groups=c), inplace=True
-        ),
-    }
-
-
-def _depthwise_rows(batch: int, copy: float, device: str) -> Iterator[results.Row]:
-    totals: dict[str, float] = collections.defaultdict(float)
-    print(f"depthwise + bias + ReLU6, batch {batch}, fp16: ms median (20% - 80%), GB/s, share of the copy")
-    for layer, count in depthwise_layers():
-        spec = layer.spec
-        gigabytes = (batch * layer.elements + layer.weights) * HALF / 1e9
-        for name, call in _contenders(layer, batch).items():
+    totals: dict[tuple[str, str], float] = collections.defaultdict(float)
+    print(f"batch {batch}, fp16: ms median (20% - 80%), GB/s, share of the copy")
+    for form in forms():
+        named = f"{form.name} {form.layer}"
+        if not _usable(form) or any(line.startswith(f"{named} at {form.size},") for line in wrong):
+            continue
+        probe = form.make(batch, torch.float16, DEVICE)
+        for name, call in (("triton", probe.run), ("torch eager channels_last", probe.eager)):
             median, low, high = timed(call)
-            totals[name] += count * median
-            gbs = gigabytes / median * 1e3
+            totals[form.name, name] += form.count * median
+            gbs = probe.bytes / 1e6 / median
             print(
-                f"{spec.cin:>4} x {layer.h:>3} s{spec.stride} x{count}  {name:<26} "
+                f"{named:<44} {form.size:>3} x{form.count}  {name:<26} "
                 f"{median:7.3f} ({low:.3f} - {high:.3f})  {gbs:6.0f}  {gbs / copy:4.0%}"
             )
             yield results.Row(
                 "gpu",
-                f"depthwise {spec.cin} s{spec.stride}",
+                named,
                 name,
                 dtype="fp16",
                 device=device,
-                size=str(layer.h),
+                size=str(form.size),
                 batch=batch,
                 form="kernel",
                 ms=median,
                 ms_p20=low,
                 ms_p80=high,
-                gmacs=batch * layer.macs / median / 1e6,
+                gmacs=batch * form.macs / median / 1e6,
                 gbs=gbs,
                 gbs_copy=copy,
                 gbs_share=gbs / copy,
-                note=f"occurs {count} times",
+                note=f"occurs {form.count} times",
             )
-    print(*(f"all depthwise layers, {name}: {total:.3f} ms" for name, total in totals.items()), "", sep="\n")
+    print()
+    for (kind, name), total in totals.items():
+        print(f"all of {kind}, {name}: {total:.3f} ms")
+    print()
 
 
-def plain_network(num_classes: int = 1000) -> torch.nn.Module:
-    """MobileNetV2 in plain torch modules, from the table of layers: [N, 3, H, W] -> [N, num_classes]."""
-    from torch import Tensor, nn
+def _our_rows(batch: int, device: str, wrong: Sequence[str]) -> Iterator[results.Row]:
+    """Our network as one CUDA graph, in each form that is right."""
+    import torch
 
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.specs = arch.network(num_classes)
-            self.layers = nn.ModuleList(_plain_layer(spec) for spec in self.specs)
-            self.branches = {i - spec.residual for i, spec in enumerate(self.specs) if spec.residual}
-
-        def forward(self, x: Tensor) -> Tensor:
-            saved = x
-            for i, (spec, layer) in enumerate(zip(self.specs, self.layers, strict=True)):
-                if i in self.branches:
-                    saved = x
-                x = layer(x)
-                if spec.residual:
-                    x = x + saved
-            return x
-
-    return Plain()
-
-
-def _plain_layer(spec: arch.LayerSpec) -> torch.nn.Module:
-    from torch import nn
-
-    if spec.kind == "linear":
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(spec.cin, spec.cout))
-    kernel = 1 if spec.kind == "pointwise" else 3
-    groups = spec.cin if spec.kind == "depthwise" else 1
-    convolution = nn.Conv2d(spec.cin, spec.cout, kernel, spec.stride, kernel // 2, groups=groups, bias=False)
-    activation = [nn.ReLU6(inplace=True)] if spec.relu6 else []
-    return nn.Sequential(convolution, nn.BatchNorm2d(spec.cout), *activation)
+    model = plain_network().eval().to(DEVICE)
+    for name, dtype, fuse in NETWORKS:
+        if dtype != "float16" or any(line.startswith(f"network {name} {dtype}") for line in wrong):
+            continue
+        if fuse and torch.cuda.get_device_capability() != (9, 0):
+            continue
+        network = our_network(model, torch.float16, DEVICE, fuse)
+        x = torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8, device=DEVICE)
+        yield _network_row(batch, f"mnv2_fast {name}, graph", timed(replayed(lambda: network(x))), device)  # noqa: B023
 
 
 def time_network(batch: int, compiled: bool = False) -> Times:

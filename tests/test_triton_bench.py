@@ -50,12 +50,23 @@ def test_runs_from_a_bare_checkout(tmp_path: Path) -> None:
     (tmp_path / "mnv2_fast").mkdir()
     for name in ("__init__.py", "arch.py"):
         shutil.copy(ROOT / "mnv2_fast" / name, tmp_path / "mnv2_fast")
+    shutil.copy(ROOT / "tests" / "triton_interpreter.py", tmp_path)
     program = (
-        "import sys, torch, kernels\n"
+        "import sys, torch, kernels, triton_interpreter\n"
+        "triton_interpreter.mend()\n"
         "from bench import gpu\n"
         "gpu.DEVICE = 'cpu'\n"
         "shapes = [(shape, stride) for shape in gpu.ODD_SHAPES[-2:] for stride in (1, 2)]\n"
         "assert list(gpu.check_depthwise(shapes, [torch.float16])) == []\n"
+        "from mnv2_fast import arch\n"
+        "specs = [arch.LayerSpec('stem', '', '', 3, 8, 2, True), *arch.inverted_residual('', 8, 8, 2, 3)]\n"
+        "specs += arch.inverted_residual('', 8, 8, 1, 2) + list(arch.network(5, 0.01)[-2:])\n"
+        "specs[-2] = arch.LayerSpec('pointwise', '', '', 8, 40, 1, True)\n"
+        "layers = arch.layers(size=11, specs=specs)\n"
+        "shares = [list(gpu.check_forms(k, 2, layers)) for k in (0, 1)]\n"
+        "assert shares == [[], []], shares\n"
+        "made = gpu.forms(layers)\n"
+        "assert {form.name for form in made} > {'stem', 'features', 'block', 'pointwise weight gradient'}\n"
         "assert not [name for name in sys.modules if name.startswith('mnv2_fast.') and 'arch' not in name]\n"
         "print(kernels.__file__)\n"
     )
@@ -92,6 +103,55 @@ def test_check_finds_a_wrong_kernel(gpu, monkeypatch: pytest.MonkeyPatch, kernel
     assert list(gpu.check_depthwise(*arguments))
 
 
+class _Probe:
+    """A kernel that fills its result with what is right, or with `values`."""
+
+    bytes = 10**6
+
+    def __init__(self, values: float | None = None) -> None:
+        self.out, self.values = torch.full((4, 5), torch.nan), values
+
+    def run(self) -> None:
+        self.out.copy_(self.judge()[0] if self.values is None else torch.full((4, 5), self.values))
+
+    def eager(self) -> None:
+        pass
+
+    def judge(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.arange(20.0).view(4, 5), torch.full((4, 5), 0.1)
+
+
+def _forms(gpu, **probes: _Probe | None) -> list:
+    def make(probe: _Probe | None) -> Callable:
+        def made(*_: object) -> _Probe:
+            if probe is None:
+                raise RuntimeError("ptxas\nis out of registers")
+            return probe
+
+        return made
+
+    return [gpu.Form(name, "8 to 8 s1", 7, 10**9, 3, make(probe)) for name, probe in probes.items()]
+
+
+def test_what_is_wrong_is_named(gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = {"right": _Probe(), "off": _Probe(3.05), "unwritten": _Probe(math.nan), "broken": None}
+    monkeypatch.setattr(gpu, "forms", lambda layers: _forms(gpu, **probes))
+    said = "\n".join(gpu.check_forms())
+    assert "right" not in said
+    assert "off 8 to 8 s1 at 7, torch.float16: 19 of 20 values beyond tolerance" in said
+    assert "unwritten 8 to 8 s1 at 7, torch.float16: 20 values not written, or NaN" in said
+    assert "broken 8 to 8 s1 at 7, torch.float16: RuntimeError: is out of registers" in said
+
+
+def test_shares_are_all_forms_and_a_lost_one_is_named(gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "forms", lambda layers: _forms(gpu, **{f"f{i}": None for i in range(7)}))
+    said = [line.split()[0] for share in range(3) for line in gpu.check_forms(share, 3)]
+    assert set(said) == {f"f{i}" for i in range(7)}
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(gpu.sys, "executable", "/bin/false")
+    assert gpu.shared_out(5.0) == ["share 0 of 2: no message", "share 1 of 2: no message"]
+
+
 def test_every_measurement_makes_a_row(gpu, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def once(call: Callable[[], object]) -> tuple[float, float, float]:
         call()
@@ -99,20 +159,54 @@ def test_every_measurement_makes_a_row(gpu, monkeypatch: pytest.MonkeyPatch, cap
 
     monkeypatch.setattr(gpu, "timed", once)
     monkeypatch.setattr(gpu, "BATCHES", (1,))
+    monkeypatch.setattr(gpu, "OUR_BATCHES", (1,))
     monkeypatch.setattr(gpu, "COPY_BYTES", 2**20)
+    monkeypatch.setattr(gpu, "replayed", lambda call: call)
+    monkeypatch.setattr(gpu, "our_network", lambda *_: lambda x: x)
     monkeypatch.setattr(gpu, "_compiled_times", lambda batch, limit: f"not compiled within {limit:.0f} s")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
-    rows = gpu.measure(lambda: 7.0)
-    layers = gpu.depthwise_layers()
-    assert sum(count for _, count in layers) == 17
-    assert len(rows) == 2 * len(layers) + 2
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(gpu, "forms", lambda: _forms(gpu, right=_Probe(), off=_Probe()))
+    rows = gpu.measure(lambda: 7.0, ["off 8 to 8 s1 at 7, torch.float16: 19 of 20 values beyond tolerance"])
+    named = [(row.name, row.contender) for row in rows]
+    assert named == [
+        ("right 8 to 8 s1", "triton"),
+        ("right 8 to 8 s1", "torch eager channels_last"),
+        ("network", "mnv2_fast by layer, graph"),
+        ("network", "torch eager channels_last"),
+        ("network", "torch.compile max-autotune"),
+    ]
     for row in rows[:-1]:
         assert (row.device, row.dtype, row.ms, row.ms_p20, row.ms_p80) == ("a GPU", "fp16", 2.0, 1.0, 3.0)
+    assert rows[0].gbs == pytest.approx(1e6 / 1e9 / 2e-3)
     assert rows[0].gbs_share == pytest.approx(rows[0].gbs / rows[0].gbs_copy)
-    assert rows[0].gbs == pytest.approx((32 * 112 * 112 * 2 + 32 * 10) * 2 / 1e9 / 2e-3)
     assert math.isnan(rows[-1].ms)
     assert rows[-1].note == "not compiled within 7 s"
-    assert "all depthwise layers, triton: 34.000 ms" in capsys.readouterr().out
+    assert "all of right, triton: 6.000 ms" in capsys.readouterr().out
+
+
+def test_our_network_is_the_plain_one(gpu) -> None:
+    """Its folded layers, by the float64 twins of the operators, for no interpreter is in this process."""
+    torch.manual_seed(0)
+    model = gpu.plain_network(7).eval()
+    for layer in model.layers[:-1]:
+        torch.nn.init.uniform_(layer[1].running_mean, -0.1, 0.1)
+        torch.nn.init.uniform_(layer[1].running_var, 0.5, 2)
+    network = gpu.our_network(model, torch.float32, "cpu", False)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        y = x
+        inputs = []
+        for spec, (weight, bias) in zip(network.specs, network._layers, strict=True):
+            inputs.append(y)
+            if spec.kind == "linear":
+                y = torch.nn.functional.linear(y.mean((2, 3)), weight, bias)
+                break
+            groups = spec.cout if spec.kind == "depthwise" else 1
+            y = torch.nn.functional.conv2d(y, weight, bias, spec.stride, weight.shape[2] // 2, 1, groups)
+            y = y.clamp(0, 6) if spec.relu6 else y
+            y = y + inputs[-spec.residual - 1] if spec.residual else y
+        torch.testing.assert_close(y, model(x))
 
 
 def test_plain_network_is_torchvisions(gpu) -> None:
