@@ -114,6 +114,15 @@ class Network:
         size = min((known for known, of in GEOMETRIES if of == stride), key=lambda known: abs(known - size))
         return f"{size}_s{stride}"
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights and biases, those of whole blocks included."""
+        packed = [
+            (block.expand, block.depthwise, block.shift, block.project, block.out_shift)
+            for block in self._blocks.values()
+        ]
+        return sum(t.numel() * t.element_size() for some in (*self._layers, *packed) for t in some)
+
     def plan(self, h: int, w: int) -> list[Launch]:
         """The launches for photos of h x w, in order. The last one is of the head: two kernels."""
         launches, i, last = [], 0, len(self.specs) - 2

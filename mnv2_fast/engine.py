@@ -7,6 +7,7 @@ and its preprocessing. An Engine is immutable and may be called from several thr
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import operator
@@ -20,10 +21,11 @@ from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from . import arch, env, int8, machine, weights
+from . import env, int8, machine, weights
 from .arch import KINDS, LayerSpec
-from .backends import cpu, eager
-from .chain import Chain, Link, weight_dtype
+from .backends import cpu, triton
+from .chain import weight_dtype
+from .eager_network import EagerInt8Network, EagerNetwork, Folded
 from .errors import UserError
 from .int8 import QuantizedNetwork
 from .model import InputError, MobileNetV2, accelerate
@@ -36,14 +38,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("mnv2_fast")
 
 DTYPES = ("fp32", "bf16", "int8")
-
+GPU_DTYPES = tuple(triton.DTYPES)
+CPU = torch.device("cpu")
 
 VERSION = "1"
 
 _TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())
-
-Folded = Sequence[tuple[Tensor, Tensor]]
-
 
 _NO_CALIBRATION = (
     "dtype='int8' needs calibration images: give calibration= (`mnv2 predict` and `bench`: --calibration), "
@@ -58,71 +58,12 @@ class _Network(Protocol):
     def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int: ...
 
 
-class _Eager:
-    """A network in plain torch: for a machine without the extension, and the twin that judges it."""
-
-    weight_bytes = 0  # it reads the tensors given
-    _table: Tensor  # [3, 256], what each uint8 is to the network
-
-    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
-        raise NotImplementedError
-
-    def _see(self, x: Tensor) -> Tensor:
-        """The images as [N, 3, H, W], uint8 ones looked up.
-
-        Raises:
-            MemoryError: there is less memory than the call needs.
-        """
-        n, h, w = x.shape[0], *(x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:])
-        need = self.workspace_bytes(n, h, w, 1)
-        if not machine.fits_memory(need):
-            raise machine.no_memory(need, n, h, w)
-        if x.dtype == torch.uint8:
-            return torch.stack([self._table[c][x[..., c].long()] for c in range(3)], 1)
-        return x
-
-
-class _EagerNetwork(_Eager):
-    """The same layers, folded."""
-
-    def __init__(self, layers: Sequence[LayerSpec], tensors: Folded, table: Tensor) -> None:
-        self._layers = tuple(layers)
-        self._spec = Chain(tuple(Link(spec, bias=True, norm=False) for spec in layers)).encode()
-        self._tensors = [tensor.float() for pair in tensors for tensor in pair]
-        self._table = table
-
-    @torch.no_grad()
-    @torch.autocast("cpu", enabled=False)  # float32 logits, whatever surrounds the call
-    def run(self, x: Tensor, threads: int | None = None) -> Tensor:
-        return eager.network(self._see(x), self._tensors, self._spec)
-
-    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
-        """What its largest layer reads and writes: about what torch's allocator is asked for."""
-        largest = max(layer.elements for layer in arch.layers(size=(h, w), specs=self._layers))
-        return 4 * n * max(largest, 5 * h * w * 3)  # a byte becomes an index of 8, then a float
-
-
-class _EagerInt8Network(_Eager):
-    """A quantized network by its definition."""
-
-    def __init__(self, network: QuantizedNetwork, table: Tensor) -> None:
-        self._quantized, self._table = network, table
-
-    @torch.autocast("cpu", enabled=False)
-    def run(self, x: Tensor, threads: int | None = None) -> Tensor:
-        return int8.reference(self._quantized, self._see(x))
-
-    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
-        """What its largest layer reads and writes, in float64."""
-        layers = arch.layers(size=(h, w), specs=self._quantized.specs)
-        return 8 * n * max(layer.elements for layer in layers)
-
-
 class Engine:
     """A frozen MobileNetV2: float32 logits from images.
 
     `compile` and `load` make one. Calls take float32 [N, 3, H, W] of any strides, normalized as
-    `preprocessing` says, or uint8 [N, H, W, 3] RGB, normalized inside; any N >= 0, H and W >= 1.
+    `preprocessing` says, or uint8 [N, H, W, 3] RGB, normalized inside; any N >= 0, H and W >= 1; on the
+    engine's `device`, where the answer is, too.
     Each call has memory of its own, so that calls from several threads run side by side. The tensors given
     are kept, not copied.
     """
@@ -137,8 +78,10 @@ class Engine:
         labels: Sequence[str] | None = None,
         preprocessing: Preprocessing | None = None,
         backend: str = "auto",
+        device: torch.device = CPU,
     ) -> None:
-        self.dtype = check_dtype(dtype)
+        self.device = device
+        self.dtype = check_dtype(dtype, device)
         self.threads = check_threads(threads)
         self.layers = tuple(layers)
         self.labels = None if labels is None else list(labels)
@@ -153,8 +96,8 @@ class Engine:
 
     def _build(self) -> None:
         table = byte_table(self.preprocessing)
-        reason, strict = _why_eager(self._asked), env.strict()
-        self.backend = "eager" if reason else "cpu"
+        reason, strict = _why_eager(self._asked, self.device), env.strict()
+        self.backend = "eager" if reason else "cpu" if self.device.type == "cpu" else "triton"
         self._network: _Network
         if reason:
             if strict and self._asked == "auto" and env.backend() != "eager":
@@ -162,10 +105,15 @@ class Engine:
             log.debug("engine in plain torch: %s", reason)
         if isinstance(self._tensors, QuantizedNetwork):
             grid = int8.byte_grid(self._tensors, table)
-            kind = _EagerInt8Network if reason else cpu.Int8Network
-            self._network = kind(self._tensors, grid)
+            self._network = (EagerInt8Network if reason else cpu.Int8Network)(self._tensors, grid)
         elif reason:
-            self._network = _EagerNetwork(self.layers, self._tensors, table)
+            kind = triton.DTYPES[self.dtype][0] if self.device.type == "cuda" else torch.float32
+            self._network = EagerNetwork(self.layers, self._tensors, table, self.device, kind)
+        elif self.device.type == "cuda":
+            scale_and_shift = byte_norm(self.preprocessing)
+            self._network = triton.Network(
+                self.layers, self._tensors, norm=scale_and_shift, dtype=self.dtype, device=self.device
+            )
         else:
             self._network = cpu.Network(self.layers, self._tensors, table=table, dtype=self.dtype)
 
@@ -209,7 +157,7 @@ class Engine:
             TypeError: x is no tensor.
             MemoryError: the batch needs more memory than there is; nothing has been worked on.
         """
-        check_images(x)
+        check_images(x, self.device)
         return self._network.run(x.detach().resolve_neg(), self.threads)
 
     def workspace_bytes(self, n: int = 1, h: int = 224, w: int = 224) -> int:
@@ -264,7 +212,9 @@ class Engine:
         self._build()
 
     def __repr__(self) -> str:
-        where = f"{self.backend} {self.isa}".strip()
+        where = (
+            f"{self.backend} {self.isa}".strip() if self.device == CPU else f"{self.backend} {self.device}"
+        )
         return f"Engine({self.num_classes} classes, {self.dtype}, {where}, threads={self.threads or 'auto'})"
 
 
@@ -278,9 +228,11 @@ def compile(
     """Freeze a model into an Engine; the model itself is untouched and later changes to it are not seen.
 
     Args:
-        model: a MobileNetV2 of this package, of torchvision or of timm, on the CPU.
+        model: a MobileNetV2 of this package, of torchvision or of timm, on the CPU or on one GPU, where the
+            engine is then, too.
         dtype: arithmetic of the network: "fp32"; "bf16", whose sums are float32 (on a processor without
-            instructions for it the weights alone are bf16); or "int8".
+            instructions for it the weights alone are bf16); or "int8". On a GPU "fp32", which is exact,
+            "tf32", "fp16" or "bf16".
         threads: at most this many; by default torch's number at each call.
         calibration: images to quantize by, about 100, for "int8" alone: a tensor, batches of a loader, a
             folder of photos or a list of them, as `calibration.read` takes them. Labels are not looked at.
@@ -291,7 +243,7 @@ def compile(
             argument makes no sense.
         TypeError: model is no module.
     """
-    check_dtype(dtype)
+    check_dtype(dtype, _device_of(model))
     check_threads(threads)
     if calibration is not None and dtype != "int8":
         raise UserError(f"calibration is for dtype='int8': leave it out with dtype={dtype!r}")
@@ -310,9 +262,7 @@ def compile(
         raise UserError(f"cannot compile this model: {reason}") from None
     if reading.rest is not None:
         raise UserError("cannot compile this model: its classifier is not (Dropout, Linear) with classes")
-    for tensor in reading.tensors:
-        if tensor.device.type != "cpu":
-            raise UserError(f"cannot compile a model on {tensor.device}: move it with model.cpu()")
+    device, tensors_here = _device_of(model), [tensor.cpu() for tensor in reading.tensors]
     chain = reading.chain
     preprocessing = getattr(model, "preprocessing", None)
     tensors: Folded | QuantizedNetwork
@@ -323,9 +273,9 @@ def compile(
         from .calibration import read
 
         batches = read(calibration, images)
-        tensors = quant.quantize(chain.specs, chain.fold(reading.tensors), batches, images, progress)
+        tensors = quant.quantize(chain.specs, chain.fold(tensors_here), batches, images, progress)
     else:
-        tensors = chain.fold(reading.tensors, dtype)
+        tensors = chain.fold(tensors_here, dtype)
     classes = chain.specs[-1].cout
     labels = getattr(model, "labels", None)
     if labels is None and classes == len(weights.imagenet_labels()):
@@ -338,20 +288,62 @@ def compile(
         labels=labels,
         preprocessing=preprocessing,
         backend=model.backend,
+        device=device,
     )
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
+def _place(device: str | torch.device) -> torch.device:
+    """A device as tensors on it name theirs.
+
+    Raises:
+        UserError: it is none that is here.
+    """
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device={str(device)!r} is none: use cpu, or cuda where there is a GPU") from None
+    if place.type == "cpu":
+        return CPU
+    if place.type != "cuda" or not torch.cuda.is_available():
+        raise UserError(f"device={str(device)!r}: torch finds no such GPU here, use cpu")
+    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+
+
+def _device_of(model: object) -> torch.device:
+    """Where a model is.
+
+    Raises:
+        UserError: in several places, or where no engine is.
+    """
+    if not isinstance(model, nn.Module):
+        return CPU
+    places = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())} or {CPU}
+    if len(places) > 1:
+        names = " and ".join(sorted(map(str, places)))
+        raise UserError(
+            f"cannot compile a model on {names}: move it with model.to({str(min(places, key=str))!r})"
+        )
+    (place,) = places
+    if place.type not in ("cpu", "cuda"):
+        raise UserError(f"cannot compile a model on {place}: move it with model.cpu()")
+    return place
+
+
+def load(
+    path: str | os.PathLike[str], threads: int | None = None, device: str | torch.device = CPU
+) -> Engine:
     """The Engine that `Engine.save` wrote, or one that comes with the package.
 
     Args:
         path: of the file; or `flowers`.
         threads: at most this many; by default torch's number at each call.
+        device: to run on.
 
     Raises:
-        UserError: no such file, truncated, no engine, of another version, or its tensors do not fit its
-            architecture.
+        UserError: no such file, truncated, no engine, of another version, its tensors do not fit its
+            architecture, or its dtype is none of the device.
     """
+    place = _place(device)
     state, metadata = weights.load_state_dict(path if weights.boxed(path) else Path(path))
     if metadata.get("format") != weights.ENGINE_FORMAT:
         raise UserError(
@@ -364,7 +356,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
         )
     layers = _architecture(metadata.get("architecture", ""), path)
     try:
-        dtype = check_dtype(metadata.get("dtype", "fp32"))
+        dtype = check_dtype(metadata.get("dtype", "fp32"), place)
         return Engine(
             layers,
             _tensors_of(layers, state, dtype, path),
@@ -372,6 +364,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
             threads=threads,
             labels=weights.labels_of(metadata, layers[-1].cout),
             preprocessing=weights.preprocessing_of(metadata),
+            device=place,
         )
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
@@ -401,15 +394,20 @@ def _tensors_of(
     return [(own[f"{spec.conv}.weight"], own[f"{spec.conv}.bias"]) for spec in layers]
 
 
-def check_dtype(dtype: str) -> str:
-    """`dtype` if an engine has it.
+def check_dtype(dtype: str, device: torch.device = CPU) -> str:
+    """`dtype` if an engine on `device` has it.
 
     Raises:
         UserError: it does not; lists those there are.
     """
-    if dtype == "fp16":
-        raise UserError(f"dtype='fp16' has no arithmetic on a CPU: use one of {', '.join(DTYPES)}")
-    if dtype not in DTYPES:
+    if device.type != "cpu":
+        if dtype not in GPU_DTYPES:
+            raise UserError(f"dtype={dtype!r} is not offered on a GPU: use one of {', '.join(GPU_DTYPES)}")
+    elif dtype in GPU_DTYPES and dtype not in DTYPES:
+        raise UserError(
+            f"dtype={dtype!r} has no arithmetic on a CPU: use one of {', '.join(DTYPES)}, or a GPU for it"
+        )
+    elif dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not offered: use one of {', '.join(DTYPES)}")
     return dtype
 
@@ -435,8 +433,8 @@ def check_threads(threads: int | None) -> int | None:
     return number
 
 
-def check_images(x: Any) -> None:
-    """Say in one line what is wrong with a batch of images.
+def check_images(x: Any, device: torch.device = CPU) -> None:
+    """Say in one line what is wrong with a batch of images for an engine on `device`.
 
     Raises:
         InputError: wrong dtype, rank, channels, size, device or layout; no plain tensor, or a transform or a
@@ -471,8 +469,10 @@ def check_images(x: Any) -> None:
         )
     if h < 1 or w < 1:
         raise InputError(f"H and W must be at least 1, {got}")
-    if x.device.type != "cpu" or x.layout != torch.strided:
-        raise InputError(f"this engine takes dense CPU tensors, got {x.layout} on {x.device}: use x.cpu()")
+    if x.device != device or x.layout != torch.strided:
+        use = "x.cpu()" if device == CPU else f"x.to({str(device)!r})"
+        where = "CPU tensors" if device == CPU else f"tensors on {device}"
+        raise InputError(f"this engine takes dense {where}, got {x.layout} on {x.device}: use {use}")
 
 
 def _watcher(x: Tensor) -> str:
@@ -497,11 +497,20 @@ def byte_table(preprocessing: Preprocessing) -> Tensor:
     return values.expand(3, 256).sub(mean).div(std)
 
 
-def _why_eager(backend: str) -> str:
+def byte_norm(preprocessing: Preprocessing) -> Tensor:
+    """[2, 3]: what each uint8 is multiplied with in R, G and B, and what is added, as `byte_table` has it."""
+    std = torch.tensor(preprocessing.std, dtype=torch.float64)
+    mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
+    return torch.stack([1 / (255 * std), -mean / std]).float()
+
+
+def _why_eager(backend: str, device: torch.device = CPU) -> str:
     """Why an engine runs in plain torch; empty where it need not."""
     name = env.backend() if backend == "auto" else backend
     if name == "eager":
         return "the backend asked for is eager"
+    if device.type == "cuda":
+        return triton.network_declines(device) or ""
     if name == "triton":
         return "the Triton backend has no engine"
     return cpu.unavailable_reason()

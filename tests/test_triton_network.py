@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from mnv2_fast import arch
 from mnv2_fast.arch import LayerSpec, inverted_residual
-from mnv2_fast.backends import eager
+from mnv2_fast.backends import eager, replay
+from mnv2_fast.backends import triton as backend
 from mnv2_fast.chain import Chain, Link
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
@@ -67,7 +69,7 @@ KINDS = (("float32", False), ("float32", True), ("float16", False), ("bfloat16",
 CASES = [
     Case("network", *kind, photos) for kind in KINDS for photos in ("contiguous", "channels_last", "uint8")
 ]
-CASES += [Case("network", "float16", photos="float32")]
+CASES += [Case("network", "float16", photos="float32"), Case("engine", "float16")]
 # N, pixels, Cin, Cout of the one; N, pixels, Cin, Cout, classes of the other.
 CASES += [
     Case("pointwise traffic", shape=shape) for shape in ((1, 5, 16, 24), (3, 49, 40, 130), (2, 70, 33, 64))
@@ -129,10 +131,36 @@ def _head_traffic(case: Case) -> str:
     return "" if found.total == counted else f"counted {counted}, moved {found.total}"
 
 
+def _engine(case: Case) -> str:
+    """The backend's network, whose graph is the launches themselves, for batches that fit and that do not."""
+    specs = small_specs()
+    layers = tensors(specs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "place", lambda x: 0)
+        patch.setattr(replay, "capturing", lambda: False)
+        patch.setattr(replay, "capture", by_launches)
+        network = backend.Network(specs, layers, norm=NORM, dtype="fp16", device=CPU, fuse=False)
+        direct = Network(specs, layers, torch.float16, CPU, norm=NORM)
+        for n in (0, 1, 3, 4):
+            photos = torch.randint(0, 256, (n, 9, 10, 3), dtype=torch.uint8)
+            if not torch.equal(network.run(photos), direct(photos)):
+                return f"{n} photos: not the answer of the launches"
+    return (
+        "" if network.weight_bytes == sum(t.numel() * 2 for pair in layers for t in pair) else "weight_bytes"
+    )
+
+
+def by_launches(run: replay.Run, x: Tensor) -> replay.Graph:
+    """A graph that launches anew."""
+    y = run(x)
+    return replay.Graph(lambda: y.copy_(run(x)), x, y, threading.Lock())
+
+
 VERDICTS: dict[str, Callable[[Case], str]] = {
     "network": _network,
     "pointwise traffic": _pointwise_traffic,
     "head traffic": _head_traffic,
+    "engine": _engine,
 }
 
 

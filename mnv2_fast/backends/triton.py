@@ -12,12 +12,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import env
+from .. import arch, env
+from ..arch import LayerSpec
+from . import replay
 
 # min.NaN, max.NaN and bfloat16 begin here.
 CAPABILITY = (8, 0)
+# How an engine of a dtype computes: type of weights and activations, whether float32 is multiplied as TF32.
+DTYPES = {
+    "fp32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "fp16": (torch.float16, False),
+    "bf16": (torch.bfloat16, False),
+}
+# Whole blocks in one launch are for this capability, alone.
+FUSED_CAPABILITY = (9, 0)
 OPERATORS = ("stem", "depthwise", "pointwise", "head")
-# Those of them whose checks in `python -m bench.gpu` have passed on a GPU; the others are off by default.
+# Those of them, "block" and "network" whose checks in `python -m bench.gpu` have passed on a GPU; the others
+# are off by default.
 PROVEN: frozenset[str] = frozenset()
 
 
@@ -54,11 +66,75 @@ def declines(op: str, *args: object) -> str | None:
     x, *others = (arg for arg in args if isinstance(arg, Tensor))
     if reason := _device_reason(x.device):
         return reason
-    if op not in PROVEN and env.backend() != "triton":
-        return (
-            f"the {op} kernel has not run on a GPU yet: set {env.BACKEND.name}=triton to use it all the same"
-        )
-    return _tensor_reason(op, x, others)
+    return _unproven(op) or _tensor_reason(op, x, others)
+
+
+def network_declines(device: torch.device) -> str | None:
+    """Why this backend does not run whole networks on a device, or None where it does."""
+    if reason := _device_reason(device):
+        return reason
+    return _unproven("network")
+
+
+def _unproven(op: str) -> str | None:
+    if op in PROVEN or env.backend() == "triton":
+        return None
+    return f"the {op} kernel has not run on a GPU yet: set {env.BACKEND.name}=triton to use it"
+
+
+class Network:
+    """A frozen network of folded layers on a GPU, replayed as CUDA graphs. Immutable.
+
+    Args:
+        layers: first to last, from the stem to the classifier.
+        tensors: for each layer (weight, bias), batch norm folded in; copied.
+        norm: [2, 3], what each uint8 is multiplied with for R, G and B, and what is added.
+        dtype: of `DTYPES`.
+        device: a CUDA device.
+        fuse: whole blocks in one launch; by default where the GPU has them and they are proven.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        tensors: Sequence[tuple[Tensor, Tensor]],
+        *,
+        norm: Tensor,
+        dtype: str,
+        device: torch.device,
+        fuse: bool | None = None,
+    ) -> None:
+        from mnv2_fast.kernels import inverted_residual, network
+
+        kind, tf32 = DTYPES[dtype]
+        if fuse is None:
+            fuse = (
+                kind in inverted_residual.DTYPES
+                and torch.cuda.get_device_capability(device) == FUSED_CAPABILITY
+                and ("block" in PROVEN or env.backend() == "triton")
+            )
+        self._network = network.Network(layers, tensors, kind, device, norm=norm, tf32=tf32, fuse=fuse)
+        self._replayed = replay.Replayed(self._network)
+        self._layers, self._item = tuple(layers), kind.itemsize
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights as the kernels read them."""
+        return self._network.weight_bytes
+
+    def run(self, x: Tensor, threads: int | None = None) -> Tensor:
+        """Logits [N, classes], float32, of float32 [N, 3, H, W] or uint8 [N, H, W, 3].
+
+        Raises:
+            MemoryError: the batch needs more memory than the GPU has.
+        """
+        with torch.no_grad():
+            return self._replayed(x)
+
+    def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
+        """What its largest layer reads and writes for the batch whose graph serves n images."""
+        largest = max(layer.elements for layer in arch.layers(size=(h, w), specs=self._layers))
+        return self._item * replay.bucket(min(n, replay.MOST)) * largest
 
 
 def stem(x: Tensor, weight: Tensor, bias: Tensor, relu6: bool) -> Tensor:
