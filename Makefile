@@ -24,7 +24,7 @@ INPUTS := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find cs
 CPP_SOURCES := $(filter %.h %.cpp,$(INPUTS))
 
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-all bench bench-flowers flowers-model flowers-report lint format wheel clean
+.PHONY: help build demo test test-all test-triton-next bench bench-flowers flowers-model flowers-report lint format wheel clean
 
 help:
 	@sed -n '2,6s/^# *//p' Makefile
@@ -39,6 +39,12 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PY) -m pytest --durations=20 $(PYTEST_ARGS)
+
+# The GPU kernels, interpreted and compiled for every GPU, by the Triton that newer builds of torch bring.
+test-triton-next: $(VENV)/.dev
+	$(PIP) install --quiet --upgrade --target $(VENV)/triton-next --no-deps triton==3.7.1
+	PYTHONPATH=$(VENV)/triton-next $(PY) -m pytest tests/test_triton_depthwise.py tests/test_triton_operators.py \
+	  tests/test_triton_network.py tests/test_gluon_block.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench
 	$(PY) -m bench.kernels

@@ -37,6 +37,7 @@ from triton.language import PropagateNan
 
 PAD = gl.constexpr(8)  # 16-bit numbers after each pixel of the hidden tile
 KEEP_NAN = gl.constexpr(PropagateNan.ALL)
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
 
 @gluon.jit
@@ -357,18 +358,18 @@ def block_kernel(
     for slab in range(slabs):
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()  # the slab's weights are there, and nobody reads the other half any more
+        thread_barrier()  # the slab's weights are there, and nobody reads the other half any more
         if slab + 1 < slabs:
             _copy_slab(expand, project, w1, w2, w3, slab + 1, HIDDEN, SLAB, K, STEPS, N1, N2, WARPS)
         half = slab % 2
         _expand(tile, w1, hidden, half, PIXELS, CHUNK, SLAB, STEPS, WARPS)
-        gl.thread_barrier()
+        thread_barrier()
         _depthwise(
             hidden, made, depthwise, shift, slab,
             HIDDEN, SLAB, STRIDE, SLOTS, OUT_ROWS, ABOVE, LEFT, SUMS, WARPS,
         )  # fmt: skip
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         ready = made._reinterpret(D, [M, SLAB], b)
         sums = warpgroup_mma(ready, w2.index(half), sums, is_async=True)
         if N2 > 0:

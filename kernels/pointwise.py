@@ -208,15 +208,18 @@ def traffic(
 
 
 def choose_tile(device: torch.device, pixels: int, cin: int, cout: int, kind: str) -> Tile:
-    """The table's tile for products of `kind`, see `common.arithmetic`.
-
-    Its own where the table has one for these channels, "large", or "small" where large ones would leave the
-    GPU idle.
+    """The table's tile for products of `kind`, see `common.arithmetic`: "large", or "small" where large ones
+    would leave the GPU idle.
     """
     name, units = device_of(device)
-    table = tiles(name, "pointwise")
-    large = fit(table.get(f"large_{kind}_{cin}x{cout}", table[f"large_{kind}"]), cin, cout)
-    return large if programs(pixels, cout, large) >= 4 * units else fit(table[f"small_{kind}"], cin, cout)
+    large = row(name, f"large_{kind}", cin, cout)
+    return large if programs(pixels, cout, large) >= 4 * units else row(name, f"small_{kind}", cin, cout)
+
+
+def row(device_name: str, size: str, cin: int, cout: int) -> Tile:
+    """A tile of the table: the one for these channels, such as "large_half_192x32", where it has one."""
+    table = tiles(device_name, "pointwise")
+    return fit(table.get(f"{size}_{cin}x{cout}", table[size]), cin, cout)
 
 
 def compile_arguments(

@@ -168,7 +168,6 @@ def _language(program: int) -> types.SimpleNamespace:
         store=_store,
         program_id=lambda axis: _array([program]),
         static_range=range,
-        thread_barrier=_nothing,
         allocate_shared_memory=_allocate,
         BlockedLayout=_layout,
         SliceLayout=_layout,
@@ -193,7 +192,7 @@ def _globals(kernel: GluonJITFunction, program: int) -> dict[str, Any]:
         commit_group=_nothing,
         wait_group=_nothing,
     )
-    names |= {"warpgroup_mma": _product, "fence_async_shared": _nothing, "range": range}
+    names |= {"warpgroup_mma": _product, "fence_async_shared": _nothing, "thread_barrier": _nothing}
     names["warpgroup_mma_wait"] = lambda outstanding, sums: sums if len(sums) > 1 else sums[0]
     return names
 

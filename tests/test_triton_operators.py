@@ -354,11 +354,12 @@ def _kernels(
     for (cin, cout, _, relu6), size in itertools.product(
         [*_layers("pointwise"), (1280, 1000, 1, False)], ("large", "small")
     ):
-        tile = tiles("", "pointwise")[f"{size}_{kind}"]
+        tile = pointwise.row("", f"{size}_{kind}", cin, cout)
         arguments = pointwise.compile_arguments(
             cin, cout, dtype, tile, relu6=relu6, residual=not relu6, tf32=tf32
         )
         yield f"pointwise {cin}x{cout} {size}", pointwise.pointwise_kernel, arguments, tile, relu6, True
+        tile = pointwise.row("", f"{size}_{kind}", cout, cin)
         arguments = pointwise.compile_arguments(
             cout, cin, dtype, tile, residual=True, gradient=True, tf32=tf32
         )
