@@ -45,7 +45,6 @@ GEOMETRIES = {
 STEM_SIZE = 112
 STEM_GEOMETRY = Geometry(1, 32, 16, 14, 28, 1, 1)
 DTYPES = (torch.float16, torch.bfloat16)
-CAPABILITY = (9, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +71,7 @@ class Packed:
 
 def split(channels: int) -> tuple[int, int]:
     """Columns of the projection's two products: powers of two; the second is 0 where one product does."""
+    channels = max(channels, 16)  # the narrowest that the layout of shared memory takes
     most = 1 << (channels.bit_length() - 1)
     if most == channels:
         return channels, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -58,7 +59,10 @@ class EagerNetwork(_Eager):
 
     @torch.no_grad()
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # float32 logits, whatever surrounds the call
+        flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        exact = flags if x.is_cuda else contextlib.nullcontext()
+        # Float32 is exact, and logits are float32, whatever surrounds the call.
+        with exact, torch.autocast(x.device.type, enabled=False):
             return eager.network(self._see(x).to(self._dtype), self._tensors, self._spec).float()
 
     def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:

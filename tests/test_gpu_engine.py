@@ -121,6 +121,34 @@ def test_a_lack_of_memory_is_one_line_and_the_next_call_is_served(captured: Capt
     torch.testing.assert_close(replayed(x), sums(x))
 
 
+def test_graphs_of_inference_mode_serve_outside_of_it(captured: Captured) -> None:
+    replayed = replay.Replayed(sums)
+    x = torch.randn(2, 3, 4, 5)
+    with torch.inference_mode():
+        replayed(x)
+    torch.testing.assert_close(replayed(x), sums(x))
+    with torch.inference_mode():
+        torch.testing.assert_close(replayed(x + 1), sums(x + 1))
+    assert captured.sizes == [2]
+
+
+def test_memory_that_graphs_hold_is_given_to_a_call_that_lacks_it(captured: Captured) -> None:
+    held = []
+
+    def run(x: Tensor) -> Tensor:
+        if len(held) == 1 and len(x) == 4:
+            held.append(True)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        held.append(True)
+        return sums(x)
+
+    replayed = replay.Replayed(run)
+    replayed(torch.randn(1, 3, 4, 5))
+    del held[1:]
+    x = torch.randn(4, 3, 4, 5)
+    torch.testing.assert_close(replayed(x), sums(x))
+
+
 def test_within_a_capture_the_launches_go_into_it(
     captured: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""A network replayed as CUDA graphs: one launch, memory for the answer alone, no wait for the GPU."""
+"""A network replayed as CUDA graphs: two copies and one launch, no wait for the GPU."""
 
 from __future__ import annotations
 
@@ -82,15 +82,25 @@ class Replayed:
         if capturing():
             return self._run(x)
         try:
-            parts = [self._part(part) for part in x.split(MOST)] if len(x) else [self._run(x)]
+            return self._parts(x)
+        except torch.cuda.OutOfMemoryError:
+            with self._lock:
+                self._graphs.clear()  # whose memory may be all that the call lacks
+        try:
+            return self._parts(x)
         except torch.cuda.OutOfMemoryError:
             with self._lock:
                 self._graphs.clear()
-            n, *size = x.shape
-            raise MemoryError(
-                f"{n} images of {size} need more memory than the GPU has: use smaller batches or images"
-            ) from None
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        n, *size = x.shape
+        raise MemoryError(
+            f"{n} images of {size} need more memory than the GPU has: use smaller batches or images"
+        )
+
+    def _parts(self, x: Tensor) -> Tensor:
+        # Memory made in inference mode could not be written outside of it, in a later call.
+        with torch.inference_mode(False), torch.no_grad():
+            parts = [self._part(part) for part in x.split(MOST)] if len(x) else [self._run(x)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _part(self, x: Tensor) -> Tensor:
         graph = self._graph(x)
