@@ -44,7 +44,6 @@ class Form:
     count: int
     make: Callable[[int, torch.dtype, str], Probe]
     whole_block: bool = False
-    gradient: bool = False
 
 
 def forms(layers: Sequence[arch.Layer] | None = None) -> list[Form]:
@@ -68,10 +67,8 @@ def _all(layers: Sequence[arch.Layer]) -> Iterator[Form]:
             yield Form(spec.kind, name, layer.h, layer.macs, 1, _with(make, layer))
         if spec.kind in ("pointwise", "depthwise"):
             for what, gradient in (("input", _input_gradient), ("weight", _weight_gradient)):
-                yield Form(
-                    f"{spec.kind} {what} gradient", name, layer.h, layer.macs, 1, _with(gradient, layer),
-                    gradient=True,
-                )  # fmt: skip
+                named = f"{spec.kind} {what} gradient"
+                yield Form(named, name, layer.h, layer.macs, 1, _with(gradient, layer))
         block = list(layers[i : i + 3])
         kinds = [one.spec.kind for one in block]
         if (

@@ -76,6 +76,22 @@ def _copy_slab(
 
 
 @gluon.jit
+def _place(
+    pixel, image, images, top, left,
+    H: gl.constexpr, W: gl.constexpr, SLOTS: gl.constexpr, PITCH: gl.constexpr,
+    USED_ROWS: gl.constexpr, USED: gl.constexpr,
+):  # fmt: skip
+    """Row, column and image (from the program's first on) of a tile's pixels, and whether they are in it."""
+    slot = pixel % SLOTS
+    row = pixel // SLOTS + top
+    column = slot % PITCH + left
+    other = slot // PITCH
+    inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+    inside = inside & (row < top + USED_ROWS) & (slot % PITCH < USED) & (image + other < images)
+    return row, column, other, inside
+
+
+@gluon.jit
 def _load_x(
     x, tile, image, images, top, left,
     H: gl.constexpr, W: gl.constexpr, CIN: gl.constexpr, SLOTS: gl.constexpr, PITCH: gl.constexpr,
@@ -87,12 +103,9 @@ def _load_x(
     pixel = gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
     channel = gl.arange(0, K, gl.SliceLayout(0, layout))
     for chunk in gl.static_range(PIXELS // CHUNK):
-        slot = (pixel + chunk * CHUNK) % SLOTS
-        row = (pixel + chunk * CHUNK) // SLOTS + top
-        column = slot % PITCH + left
-        other = slot // PITCH
-        inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
-        inside = inside & (row < top + USED_ROWS) & (slot % PITCH < USED) & (image + other < images)
+        row, column, other, inside = _place(
+            pixel + chunk * CHUNK, image, images, top, left, H, W, SLOTS, PITCH, USED_ROWS, USED
+        )
         line = ((other * H + row) * W + column) * CIN
         for step in gl.static_range(STEPS):
             c = step * K + channel
@@ -118,12 +131,9 @@ def _gather_x(
     # Column k: channel k // 9 under tap k % 9, in the order of the weight.
     source = (k // 9).to(gl.int64) * channel_step
     for chunk in gl.static_range(PIXELS // CHUNK):
-        slot = (pixel + chunk * CHUNK) % SLOTS
-        row = (pixel + chunk * CHUNK) // SLOTS + top
-        column = slot % PITCH + left
-        other = slot // PITCH
-        inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
-        inside = inside & (row < top + USED_ROWS) & (slot % PITCH < USED) & (image + other < images)
+        row, column, other, inside = _place(
+            pixel + chunk * CHUNK, image, images, top, left, H, W, SLOTS, PITCH, USED_ROWS, USED
+        )
         line = (2 * row)[:, None] - 1 + (k % 9 // 3)[None, :]
         at = (2 * column)[:, None] - 1 + (k % 3)[None, :]
         seen = inside[:, None] & (k < 27)[None, :]

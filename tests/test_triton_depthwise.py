@@ -131,16 +131,8 @@ def _verdict(case: Case) -> str:
     if not (guarded[0].isnan().all() and guarded[-1].isnan().all()):
         return "wrote outside the output"
     want = depthwise.reference(x, weight, bias, case.stride, case.relu6)
-    special = ~want.isfinite()
-    if not torch.equal(out[special].double().nan_to_num(9e9), want[special].nan_to_num(9e9)):
-        return "NaN or Inf is not where float64 has it"
-    if not out[~special].isfinite().all():
-        return "NaN or Inf where float64 has a number"
     allowed = depthwise.tolerance(x, weight, bias, case.stride, want)
-    excess = ((out - want).abs() - allowed)[~special]
-    if excess.numel() and excess.max() > 0:
-        return f"off by up to {(out - want).abs()[~special].max():.3g}, {int((excess > 0).sum())} elements"
-    return ""
+    return triton_interpreter.judge(out, want, allowed)
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,21 @@ def print_verdicts(cases: Iterable[Case], verdict: Callable[[Case], str]) -> Non
     print(json.dumps({str(case): verdict(case) for case in cases}))
 
 
+def judge(out: torch.Tensor, want: torch.Tensor, allowed: torch.Tensor) -> str:
+    """What is wrong with `out`, "" where nothing is: NaN and infinity are where float64 has them, numbers off
+    by no more than is allowed.
+    """
+    special = ~want.isfinite()
+    if not torch.equal(out[special].double().nan_to_num(9e9), want[special].nan_to_num(9e9)):
+        return "NaN or Inf is not where float64 has it"
+    if not out[~special].isfinite().all():
+        return "NaN or Inf where float64 has a number"
+    excess = ((out - want).abs() - allowed)[~special]
+    if excess.numel() and excess.max() > 0:
+        return f"off by up to {(out - want).abs()[~special].max():.3g}, {int((excess > 0).sum())} elements"
+    return ""
+
+
 def mend() -> None:
     """Make Triton 3.6's interpreter do what the hardware does where it does not.
 

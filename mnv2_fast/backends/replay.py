@@ -29,9 +29,6 @@ class Graph:
     lock: threading.Lock
 
 
-Capture = Callable[[Run, Tensor], Graph]
-
-
 def bucket(n: int) -> int:
     """The batch of the graph that serves n images, at most MOST of them."""
     return next((size for size in SMALL if size >= n), -(-n // STEP) * STEP)

@@ -71,9 +71,7 @@ def declines(op: str, *args: object) -> str | None:
 
 def network_declines(device: torch.device) -> str | None:
     """Why this backend does not run whole networks on a device, or None where it does."""
-    if reason := _device_reason(device):
-        return reason
-    return _unproven("network")
+    return _device_reason(device) or _unproven("network")
 
 
 def _unproven(op: str) -> str | None:
@@ -111,7 +109,7 @@ class Network:
             fuse = (
                 kind in inverted_residual.DTYPES
                 and torch.cuda.get_device_capability(device) == FUSED_CAPABILITY
-                and ("block" in PROVEN or env.backend() == "triton")
+                and _unproven("block") is None
             )
         self._network = network.Network(layers, tensors, kind, device, norm=norm, tf32=tf32, fuse=fuse)
         self._replayed = replay.Replayed(self._network)
