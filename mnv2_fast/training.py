@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import arch, packs, training_head
 from .arch import LayerSpec
 from .autograd import TWICE, gradients
-from .backends import cpu_train, eager
+from .backends import cpu_train, eager, triton_train
 from .backends.cpu_train import Conv, Expansion, ExpansionGradient, Gradient, Norm, Step
 from .chain import Chain, Link
 from .reading import Declined, Reading
@@ -94,9 +94,9 @@ def decline_input(x: Tensor, chain: TrainChain) -> None:
     Raises:
         Declined: they do not.
     """
-    autocast = torch.is_autocast_enabled("cpu")
-    if x.dtype is not torch.float32 and not (autocast and x.dtype is torch.bfloat16):
-        raise Declined(f"the input is {x.dtype}, the training kernels take float32, or bf16 under autocast")
+    autocast, dtype = torch.is_autocast_enabled(x.device.type), _dtype(x.device)
+    if x.dtype not in (torch.float32, dtype):
+        raise Declined(f"the input is {x.dtype}, the training kernels take float32, or autocast's own type")
     if autocast and chain.residual and x.dtype is torch.float32:
         raise Declined("autocast adds a float32 input to a bfloat16 answer")
     if x.shape[0] == 0:
@@ -112,7 +112,7 @@ def run(
     """The layers on x, within autograd; running statistics are updated as torch does.
 
     Args:
-        x: float32 [N, C, H, W] on the CPU, or bfloat16 under autocast.
+        x: float32 [N, C, H, W], or of autocast's dtype within it.
         layers: first to last; a stem only as the first.
         tensors: weight, scale and shift of each, float32; None for a scale of ones or a shift of zeros.
         residual: x is added to the result.
@@ -128,6 +128,17 @@ def run(
     return y
 
 
+def _kernels(x: Tensor) -> Any:
+    """The training kernels of a tensor's device."""
+    return triton_train if x.is_cuda else cpu_train
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """Of a training step on a device: autocast's, or float32."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+
 class ChainTraining(torch.autograd.Function):
     """`run` as a node of autograd."""
 
@@ -137,8 +148,8 @@ class ChainTraining(torch.autograd.Function):
     ) -> Tensor:
         """The result; arguments as `run` has them."""
         specs = [layer.spec for layer in layers]
-        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
-        # A stem's image is float32, which its kernel multiplies in.
+        kernels, dtype = _kernels(x), _dtype(x.device)
+        # A stem's image is float32, which its kernel multiplies in or rounds itself.
         stem = specs[0].kind == "stem"
         first = x.detach().float() if stem else _nhwc(x.detach().to(dtype))
         read: Tensor | Expansion = first
@@ -149,33 +160,25 @@ class ChainTraining(torch.autograd.Function):
         for i, layer in enumerate(layers):
             weight, gamma, beta = (_dense(t) for t in tensors[3 * i : 3 * i + 3])
             assert weight is not None
-            if layer.spec.kind == "pointwise":
+            if layer.spec.kind in kernels.ROUNDED:
                 weight = weight.to(dtype)
             batch = layer.batch_moments
             z: Tensor | Expansion
-            if i == 0 and _is_remade(specs, math.prod(first.shape[:3])):
+            if i == 0 and kernels is cpu_train and _is_remade(specs, math.prod(first.shape[:3])):
                 moments = cpu_train.input_moments(first) if batch else None
                 z = Expansion(first, weight, moments)
                 total = cpu_train.expansion_sums(z) if batch else None
             else:
                 conv = Conv(layer.spec.kind, weight, layer.spec.stride)
-                z, total = cpu_train.forward(conv, read, norm, sums=batch, dtype=dtype)
+                z, total = kernels.forward(conv, read, norm, sums=batch, dtype=dtype)
             pixels = math.prod(z.shape[:3]) if batch else 0
-            share = None
-            if total is None or not batch:
-                total = _running_moments(layer.norm)
-            else:
-                share = _share(layer.norm)
-                _check_pixels(z.shape)
-            norm = cpu_train.normalize(total, pixels, gamma, beta, eps=layer.norm.eps, relu6=layer.spec.relu6)
-            if share is not None:
-                _move_running(layer.norm, norm, pixels, share)
+            norm = _normalize(kernels, layer, z, total if batch else None, (gamma, beta))
             saved += [weight, gamma, z if isinstance(z, Tensor) else None, norm.moments, norm.values]
             norms.append((norm.eps, norm.relu6, pixels))
             read = z
         assert norm is not None
         assert isinstance(read, Tensor)
-        y = cpu_train.activate(read, norm, first if residual else None)
+        y = kernels.activate(read, norm, first if residual else None)
         ctx.layers, ctx.residual, ctx.norms = specs, residual, norms
         ctx.save_for_backward(first, moments, *saved)
         return y.permute(0, 3, 1, 2).data  # no view for autograd, which would forbid to write in place
@@ -238,17 +241,18 @@ def _gradients(
     """
     found: list[Tensor | None] = [None] * len(needed)
     x, last = first[0], layers[-1]
+    kernels = _kernels(x)
     assert last.z is not None
     # Of the layer at hand: the gradient of what follows its norm, the norm whose ReLU6 has yet to mask it,
     # and the norm's sums.
     g: Tensor | ExpansionGradient | None = grad
     mask = last.norm if last.relu6 else None
-    total = cpu_train.sums(grad, last.z, last.norm) if last.pixels or any(needed[-2:]) else None
+    total = kernels.sums(grad, last.z, last.norm) if last.pixels or any(needed[-2:]) else None
     for i in reversed(range(len(layers))):
         if not any(needed[: 3 * i + 4]):
             break
         layer = layers[i]
-        coefficients, *affine = cpu_train.norm_gradient(total, layer.norm, layer.gamma, layer.pixels)
+        coefficients, *affine = kernels.norm_gradient(total, layer.norm, layer.gamma, layer.pixels)
         added = grad if residual and i == 0 and layer.spec.kind == "pointwise" else None
         dw: Tensor | None = None
         if not any(needed[: 3 * i + 2]):
@@ -258,9 +262,8 @@ def _gradients(
             g, dw = cpu_train.expansion_finish(remade, g, layer.norm, coefficients, added)
         else:
             assert g is not None
-            g, total, dw = _layer_gradients(
-                layers[: i + 1], first, Gradient(g, mask, coefficients), added, needed
-            )
+            gradient = Gradient(g, mask, coefficients)
+            g, total, dw = _layer_gradients(layers[: i + 1], first, gradient, added, needed)
         of_layer = slice(3 * i + 1, 3 * i + 4)
         found[of_layer] = [
             t if need else None for t, need in zip((dw, *affine), needed[of_layer], strict=True)
@@ -295,7 +298,7 @@ def _layer_gradients(
             step, for_x=needed[0], for_weight=needed[1], for_after=for_weight
         )
         return begun, begun.total, dw
-    g, total, dw = cpu_train.backward(
+    g, total, dw = _kernels(first[0]).backward(
         step, residual=residual, for_x=for_x and not stem, for_weight=for_weight
     )
     return _stem_input(step) if stem and for_x else g, total, dw
@@ -342,13 +345,7 @@ def release_training_memory() -> int:
 
 def _stem_input(step: Step) -> Tensor:
     """The gradient of a stem's image, which training does not ask for: by torch."""
-    g, z = step.gradient.g, step.z
-    if step.gradient.mask is not None:
-        _, scale, shift = step.gradient.mask.values
-        at = torch.addcmul(shift, z, scale)
-        g = g.masked_fill((at <= 0) | (at >= 6), 0)
-    of_g, of_z, constant = step.gradient.coefficients
-    dz = (of_g * g + of_z * z + constant).permute(0, 3, 1, 2)
+    dz = _kernels(step.z).raw_gradient(step.gradient, step.z).float().permute(0, 3, 1, 2)
     dx: Tensor = torch.ops.aten.convolution_backward(
         dz, step.x, step.conv.weight, None, (2, 2), (1, 1), (1, 1), False, (0, 0), 1, (True, False, False)
     )[0]
@@ -449,8 +446,7 @@ def _dense(t: Tensor | None) -> Tensor | None:
 def _nhwc(x: Tensor) -> Tensor:
     """[N, C, H, W] of any strides -> [N, H, W, C] without gaps; a view where it is channels_last already."""
     x = x.permute(0, 2, 3, 1)
-    # In memory of the step before: torch's would be fresh pages.
-    return x if x.is_contiguous() else cpu_train.empty(*x.shape, dtype=x.dtype).copy_(x)
+    return x if x.is_contiguous() else _kernels(x).empty(*x.shape, dtype=x.dtype).copy_(x)
 
 
 def _check_pixels(shape: torch.Size) -> None:
@@ -461,10 +457,22 @@ def _check_pixels(shape: torch.Size) -> None:
         )
 
 
-def _running_moments(norm: nn.BatchNorm2d | FrozenNorm) -> Tensor:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    return torch.stack((norm.running_mean, norm.running_var)).double()
+def _normalize(
+    kernels: Any, layer: TrainLayer, z: Tensor | Expansion, total: Any, affine: Sequence[Tensor | None]
+) -> Norm:
+    """The norm of a layer's raw output z: by the batch's sums, towards which its running statistics are moved
+    as in torch, or by these where there are no sums.
+    """
+    of, relu6 = layer.norm, layer.spec.relu6
+    if total is None:
+        running = (_dense(t) for t in (of.running_mean, of.running_var))
+        return cast("Norm", kernels.normalize_running(*running, *affine, eps=of.eps, relu6=relu6))
+    share, moved = _share(of), None
+    _check_pixels(z.shape)
+    if share is not None and of.running_mean is not None and of.running_var is not None:
+        moved = (of.running_mean, of.running_var, share)
+    pixels = math.prod(z.shape[:3])
+    return cast("Norm", kernels.normalize(total, pixels, *affine, eps=of.eps, relu6=relu6, moved=moved))
 
 
 @torch.no_grad()
@@ -481,9 +489,3 @@ def _share(norm: nn.BatchNorm2d | FrozenNorm) -> float | None:
         if share is None:
             share = 1.0 / float(norm.num_batches_tracked)
     return share or 0.0
-
-
-@torch.no_grad()
-def _move_running(norm: nn.BatchNorm2d | FrozenNorm, found: Norm, pixels: int, share: float) -> None:
-    if norm.running_mean is not None and norm.running_var is not None:
-        cpu_train.move_running(norm.running_mean, norm.running_var, found, pixels, share)

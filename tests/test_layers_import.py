@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("autograd", "reading"),
     ("ops",),
     ("packs",),
+    ("backends.triton_train",),
     ("backends.cpu_train",),
     ("backends.cpu", "backends.triton", "backends.eager"),
     ("backends.replay",),

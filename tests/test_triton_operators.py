@@ -438,6 +438,17 @@ def test_tile_table_is_complete(path: Path) -> None:
         "pointwise": ([f"{size}_{kind}" for size in ("large", "small") for kind in kinds], product),
         "head": (kinds, product | {"images"}),
         "pointwise_gradient": (kinds, product),
+        "norm": (("sums", "activate"), warps | {"m", "n"}),
+        "train_stem": (kinds, warps | {"m"}),
+        "train_depthwise": (
+            [f"{what}_s{stride}" for what in ("forward", "gradients") for stride in (1, 2)],
+            warps | {"rows", "cols", "patches", "lanes"},
+        ),
+        "train_pointwise": (
+            [f"{what}_{kind}" for what in ("forward", "input", "weight") for kind in kinds],
+            product,
+        ),
+        "train_pointwise_both": (kinds, warps | {"m", "most", "stages"}),
         "depthwise_input_s2": (("large", "small"), warps | {"rows", "block"}),
         "depthwise_weight": (("s1", "s2"), warps | {"rows", "cols", "block"}),
         "block": (

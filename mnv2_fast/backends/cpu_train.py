@@ -16,6 +16,9 @@ from torch import Tensor
 
 from . import cpu
 
+# Layers whose weight a step has in its own dtype.
+ROUNDED = ("pointwise",)
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -53,7 +56,7 @@ class Gradient:
 
     g: Tensor
     mask: Norm | None
-    coefficients: Tensor
+    coefficients: Any
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,14 @@ def expansion_sums(x: Expansion) -> Tensor:
 
 
 def normalize(
-    moments: Tensor, pixels: int, gamma: Tensor | None, beta: Tensor | None, *, eps: float, relu6: bool
+    moments: Tensor,
+    pixels: int,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    eps: float,
+    relu6: bool,
+    moved: tuple[Tensor, Tensor, float] | None = None,
 ) -> Norm:
     """The norm of a raw output.
 
@@ -217,13 +227,24 @@ def normalize(
         gamma, beta: [C], or None for ones and zeros.
         eps: is added to the variance.
         relu6: follows.
+        moved: running mean and variance, which are moved towards the batch's by a share, see `move_running`.
     """
     channels = moments.shape[1]
     values = torch.empty((3, channels), dtype=torch.float32, device="cpu")
     cpu.extension().train_norm(
         moments.data_ptr(), pixels, _address(gamma), _address(beta), eps, values.data_ptr(), channels
     )
-    return Norm(moments, values, eps, relu6)
+    norm = Norm(moments, values, eps, relu6)
+    if moved is not None:
+        move_running(*moved[:2], norm, pixels, moved[2])
+    return norm
+
+
+def normalize_running(
+    mean: Tensor, variance: Tensor, gamma: Tensor | None, beta: Tensor | None, *, eps: float, relu6: bool
+) -> Norm:
+    """As `normalize`, by running statistics, [C]."""
+    return normalize(torch.stack((mean, variance)).double(), 0, gamma, beta, eps=eps, relu6=relu6)
 
 
 def move_running(mean: Tensor, variance: Tensor, norm: Norm, pixels: int, share: float) -> None:
@@ -451,3 +472,14 @@ def expansion_finish(
         torch.get_num_threads(),
     )
     return dx, begun.dw
+
+
+def raw_gradient(gradient: Gradient, z: Tensor) -> Tensor:
+    """The gradient of a raw output z, made, by torch."""
+    g = gradient.g
+    if gradient.mask is not None:
+        _, scale, shift = gradient.mask.values
+        y = torch.addcmul(shift, z, scale)
+        g = g.masked_fill((y <= 0) | (y >= 6), 0)
+    of_g, of_z, constant = gradient.coefficients
+    return of_g * g + of_z * z + constant

@@ -1,0 +1,507 @@
+"""1x1 convolution in a training step: raw outputs in and out, batch norm applied and measured on the way.
+
+Forward, the norm and ReLU6 of the layer before are applied to its raw output as that is read, and the moments
+of what is written are found from the registers (`norm`). Backward, the gradient of the raw output is made
+as it is read from the two things it is linear in, and what leaves is masked and summed for the norm before.
+So a layer reads and writes what a convolution alone would.
+
+Where all its weights' gradients fit in registers one kernel makes both gradients, from one reading of g, z
+and x; elsewhere each has its own. Programs take shares of the pixels and loop, so that sums over pixels leave
+one part a program: no atomics, the bits are the same every time.
+"""
+
+# Triton's language is not Python's: arguments carry no annotations.
+# mypy: disable-error-code="no-untyped-def,assignment"
+# ruff: noqa: PLR0917
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import Tile, arithmetic, device_of, tiles
+from .norm import (
+    Applied,
+    RawGradient,
+    masked,
+    normalized,
+    read_gradient,
+    store_moments,
+    three,
+    with_tile,
+)
+from .parts import add_parts, number_of_parts
+from .pointwise import DOT
+
+
+@triton.jit
+def _read(x, pixel, channel, pixels, values, C: tl.constexpr, NORM: tl.constexpr, RELU6: tl.constexpr, kind):
+    """[pixels, channels] of what a convolution multiplies, of type `kind`; zero outside."""
+    inside = (pixel < pixels)[:, None] & (channel < C)[None, :]
+    a = tl.load(x + pixel[:, None] * C + channel[None, :], mask=inside, other=0.0)
+    if NORM:
+        mean, scale, shift = three(values, channel, C)
+        a = normalized(a.to(tl.float32), mean[None, :], scale[None, :], shift[None, :], RELU6)
+        a = tl.where(inside, a, 0.0)
+    return a.to(kind)
+
+
+@triton.jit
+def _pass_back(
+    dx,
+    x,
+    residual,
+    out,
+    pixel,
+    channel,
+    pixels,
+    values,
+    total,
+    product,
+    C: tl.constexpr,
+    NORM: tl.constexpr,
+    RELU6: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Store the gradient dx of what a convolution multiplied: with the residual added, or, where there is a
+    norm, masked by its ReLU6 and added to its two sums, which are returned.
+    """
+    inside = (pixel < pixels)[:, None] & (channel < C)[None, :]
+    at = pixel[:, None] * C + channel[None, :]
+    if NORM:
+        mean, scale, shift = three(values, channel, C)
+        raw = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if RELU6:
+            dx = masked(dx, raw, mean[None, :], scale[None, :], shift[None, :])
+        # The sums are of what the layer before will read, so after rounding.
+        dx = tl.where(inside, dx.to(out.dtype.element_ty).to(tl.float32), 0.0)
+        total += tl.sum(dx, 0)
+        product += tl.sum(dx * (raw - mean[None, :]), 0)
+    if RESIDUAL:
+        dx += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, dx.to(out.dtype.element_ty), mask=inside)
+    return total, product
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def forward_kernel(
+    x,  # [pixels, CIN]
+    x_values,  # [3, CIN] float32, the norm of x; not read without NORM
+    weight,  # [COUT, CIN], of any type
+    out,  # [pixels, COUT]
+    parts,  # [P, 3, COUT] float32; not written without MOMENTS
+    pixels,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    NORM: tl.constexpr,
+    RELU6: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    TF32: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """One program: N output channels of one part of the pixels, M at a time. All arrays contiguous."""
+    precision: tl.constexpr = "tf32" if TF32 else "ieee"
+    kind: tl.constexpr = x.dtype.element_ty
+    channel = tl.program_id(0) * N + tl.arange(0, N)
+    part, number = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    steps = (pixels.to(tl.int64) + M - 1) // M
+    count = tl.zeros((N,), tl.float32)
+    mean = tl.zeros((N,), tl.float32)
+    spread = tl.zeros((N,), tl.float32)
+    for step in tl.range(part * steps // number, (part + 1) * steps // number):
+        pixel = step * M + tl.arange(0, M)
+        sums = tl.zeros((M, N), tl.float32)
+        for first in tl.range(0, CIN, K):
+            k = first + tl.arange(0, K)
+            a = _read(x, pixel, k, pixels, x_values, CIN, NORM, RELU6, kind)
+            known = (k < CIN)[:, None] & (channel < COUT)[None, :]
+            b = tl.load(weight + channel[None, :] * CIN + k[:, None], mask=known, other=0.0).to(kind)
+            sums = tl.dot(a, b, sums, input_precision=precision)
+        stored = sums.to(kind)
+        inside = (pixel < pixels)[:, None] & (channel < COUT)[None, :]
+        tl.store(out + pixel[:, None] * COUT + channel[None, :], stored, mask=inside)
+        if MOMENTS:
+            # Of what the next layer will read, so after rounding.
+            z = stored.to(tl.float32)
+            count, mean, spread = with_tile(count, mean, spread, z, pixel < pixels)
+    if MOMENTS:
+        store_moments(parts, part, channel, count, mean, spread, COUT)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def input_gradient_kernel(
+    g,  # [pixels, COUT]
+    z,  # [pixels, COUT]; not read without MASK or BATCH
+    z_values,  # [3, COUT] float32
+    coefficients,  # [3, COUT] float32
+    weight,  # [COUT, CIN], of any type
+    x,  # [pixels, CIN]; not read without NORM
+    x_values,  # [3, CIN] float32; likewise
+    residual,  # [pixels, CIN]; not read without RESIDUAL
+    out,  # [pixels, CIN]
+    parts,  # [P, 2, CIN] float32; not written without NORM
+    pixels,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    MASK: tl.constexpr,
+    BATCH: tl.constexpr,
+    NORM: tl.constexpr,
+    RELU6: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    TF32: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """One program: N input channels of one part of the pixels, M at a time. All arrays contiguous."""
+    precision: tl.constexpr = "tf32" if TF32 else "ieee"
+    kind: tl.constexpr = out.dtype.element_ty
+    channel = tl.program_id(0) * N + tl.arange(0, N)
+    part, number = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    steps = (pixels.to(tl.int64) + M - 1) // M
+    total = tl.zeros((N,), tl.float32)
+    product = tl.zeros((N,), tl.float32)
+    for step in tl.range(part * steps // number, (part + 1) * steps // number):
+        pixel = step * M + tl.arange(0, M)
+        dx = tl.zeros((M, N), tl.float32)
+        for first in tl.range(0, COUT, K):
+            k = first + tl.arange(0, K)
+            dz = read_gradient(g, z, pixel, k, pixels, z_values, coefficients, COUT, MASK, BATCH).to(kind)
+            known = (k < COUT)[:, None] & (channel < CIN)[None, :]
+            b = tl.load(weight + k[:, None] * CIN + channel[None, :], mask=known, other=0.0).to(kind)
+            dx = tl.dot(dz, b, dx, input_precision=precision)
+        total, product = _pass_back(
+            dx, x, residual, out, pixel, channel, pixels, x_values, total, product, CIN, NORM, RELU6, RESIDUAL
+        )
+    if NORM:
+        at = parts + part * (2 * CIN) + channel
+        tl.store(at, total, mask=channel < CIN)
+        tl.store(at + CIN, product, mask=channel < CIN)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def weight_gradient_kernel(
+    g,  # [pixels, COUT]
+    z,  # [pixels, COUT]; not read without MASK or BATCH
+    z_values,  # [3, COUT] float32
+    coefficients,  # [3, COUT] float32
+    x,  # [pixels, CIN]
+    x_values,  # [3, CIN] float32; not read without NORM
+    parts,  # [P, COUT, CIN] float32
+    pixels,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    MASK: tl.constexpr,
+    BATCH: tl.constexpr,
+    NORM: tl.constexpr,
+    RELU6: tl.constexpr,
+    TF32: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """One program: M output by N input channels over one part of the pixels, K at a time."""
+    precision: tl.constexpr = "tf32" if TF32 else "ieee"
+    kind: tl.constexpr = x.dtype.element_ty
+    rows: tl.constexpr = (COUT + M - 1) // M
+    program, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o = program % rows * M + tl.arange(0, M)
+    i = program // rows * N + tl.arange(0, N)
+    number = tl.num_programs(1)
+    steps = (pixels.to(tl.int64) + K - 1) // K
+    sums = tl.zeros((M, N), tl.float32)
+    for step in tl.range(part * steps // number, (part + 1) * steps // number):
+        pixel = step * K + tl.arange(0, K)
+        dz = read_gradient(g, z, pixel, o, pixels, z_values, coefficients, COUT, MASK, BATCH).to(kind)
+        a = _read(x, pixel, i, pixels, x_values, CIN, NORM, RELU6, kind)
+        sums = tl.dot(tl.trans(dz), a, sums, input_precision=precision)
+    at = part * (COUT * CIN) + o[:, None] * CIN + i[None, :]
+    tl.store(parts + at, sums, mask=(o < COUT)[:, None] & (i < CIN)[None, :])
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def both_gradients_kernel(
+    g,  # [pixels, COUT]
+    z,  # [pixels, COUT]; not read without MASK or BATCH
+    z_values,  # [3, COUT] float32
+    coefficients,  # [3, COUT] float32
+    weight,  # [COUT, CIN], of any type
+    x,  # [pixels, CIN]
+    x_values,  # [3, CIN] float32; not read without NORM
+    residual,  # [pixels, CIN]; not read without RESIDUAL
+    out,  # [pixels, CIN]
+    parts,  # [P, 2, CIN] float32; not written without NORM
+    weight_parts,  # [P, COUT, CIN] float32
+    pixels,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    MASK: tl.constexpr,
+    BATCH: tl.constexpr,
+    NORM: tl.constexpr,
+    RELU6: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    TF32: tl.constexpr,
+    M: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741 (input channels, a power of two)
+    O: tl.constexpr,  # noqa: E741 (output channels, likewise)
+):
+    """One program: both gradients over one part of the pixels, M at a time. All arrays contiguous."""
+    precision: tl.constexpr = "tf32" if TF32 else "ieee"
+    kind: tl.constexpr = out.dtype.element_ty
+    i = tl.arange(0, I)
+    o = tl.arange(0, O)
+    part, number = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    steps = (pixels.to(tl.int64) + M - 1) // M
+    known = (o < COUT)[:, None] & (i < CIN)[None, :]
+    held = tl.load(weight + o[:, None] * CIN + i[None, :], mask=known, other=0.0).to(kind)
+    sums = tl.zeros((O, I), tl.float32)
+    total = tl.zeros((I,), tl.float32)
+    product = tl.zeros((I,), tl.float32)
+    for step in tl.range(part * steps // number, (part + 1) * steps // number):
+        pixel = step * M + tl.arange(0, M)
+        dz = read_gradient(g, z, pixel, o, pixels, z_values, coefficients, COUT, MASK, BATCH).to(kind)
+        a = _read(x, pixel, i, pixels, x_values, CIN, NORM, RELU6, kind)
+        sums = tl.dot(tl.trans(dz), a, sums, input_precision=precision)
+        dx = tl.dot(dz, held, input_precision=precision)
+        # It reads x again, which the cache has.
+        total, product = _pass_back(
+            dx, x, residual, out, pixel, i, pixels, x_values, total, product, CIN, NORM, RELU6, RESIDUAL
+        )
+    if NORM:
+        at = parts + part * (2 * CIN) + i
+        tl.store(at, total, mask=i < CIN)
+        tl.store(at + CIN, product, mask=i < CIN)
+    at = part * (COUT * CIN) + o[:, None] * CIN + i[None, :]
+    tl.store(weight_parts + at, sums, mask=known)
+
+
+def forward(
+    x: torch.Tensor,
+    norm: Applied | None,
+    weight: torch.Tensor,
+    *,
+    moments: bool,
+    tf32: bool = False,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The raw output of a 1x1 convolution, and the moments of it.
+
+    Args:
+        x: [N, H, W, Cin], float32, float16 or bfloat16, contiguous.
+        norm: applied to x first; None for none.
+        weight: [Cout, Cin, 1, 1], contiguous, float32 or x's dtype; rounded to that.
+        moments: are wanted.
+        tf32: multiply float32 as TF32; in full precision otherwise.
+        tile: a row of the tile table, instead of the one for this GPU.
+
+    Returns:
+        [N, H, W, Cout] of x's dtype, sums in float32, rounded once; [P, 3, Cout] as `norm.normalize` takes
+        them.
+    """
+    cin, cout = x.shape[-1], weight.shape[0]
+    pixels = x.numel() // cin
+    z = torch.empty((*x.shape[:-1], cout), dtype=x.dtype, device=x.device)
+    name, units = device_of(x.device)
+    kind = arithmetic(x.dtype, tf32)
+    tile = fit(tiles(name, "train_pointwise")[f"forward_{kind}"] if tile is None else tile, cout, cin)
+    runs = triton.cdiv(cout, tile["n"])
+    number = number_of_parts(triton.cdiv(pixels, tile["m"]), runs, units)
+    parts = torch.empty((number, 3, cout), dtype=torch.float32, device=x.device) if moments else None
+    with torch.cuda.device_of(x):
+        forward_kernel[runs, number](
+            x,
+            x if norm is None else norm.values,
+            weight,
+            z,
+            z if parts is None else parts,
+            pixels,
+            CIN=cin,
+            COUT=cout,
+            NORM=norm is not None,
+            RELU6=norm is not None and norm.relu6,
+            MOMENTS=moments,
+            TF32=tf32,
+            M=tile["m"],
+            N=tile["n"],
+            K=tile["k"],
+            num_warps=tile["warps"],
+            num_stages=tile["stages"],
+        )
+    return z, parts
+
+
+def gradients(
+    of: RawGradient,
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    norm: Applied | None,
+    residual: torch.Tensor | None = None,
+    *,
+    for_x: bool = True,
+    for_weight: bool = True,
+    tf32: bool = False,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of `forward`, whose x, norm and weight these are.
+
+    Args:
+        of: the gradient of the raw output.
+        weight, x, norm: as they were for `forward`.
+        residual: [N, H, W, Cin], added to the gradient of x; where x has no norm, only.
+        for_x: the gradient of x is wanted.
+        for_weight: that of the weight is.
+        tf32: as for `forward`.
+        tile: a row of the tile table for the one gradient that is wanted, instead of the one for this GPU.
+
+    Returns:
+        The gradient of x, or of what follows its norm, masked; the norm's sums [P, 2, Cin], as
+        `norm.norm_gradient` takes them, if it has one; the gradient of the weight, float32.
+    """
+    cin, cout = x.shape[-1], weight.shape[0]
+    kind = arithmetic(x.dtype, tf32)
+    name = device_of(x.device)[0]
+    table = tiles(name, "train_pointwise")
+    call = _Gradients(of, weight, x, norm, residual, tf32)
+    if for_x and for_weight:
+        both = tiles(name, "train_pointwise_both")[kind]
+        if power(cin) * power(cout) <= both["most"]:
+            return call.both(both)
+    dx = parts = dw = None
+    if for_x:
+        dx, parts = call.of_input(fit(table[f"input_{kind}"] if tile is None else tile, cin, cout))
+    if for_weight:
+        dw = call.of_weight(table[f"weight_{kind}"] if tile is None else tile)
+    return dx, parts, dw
+
+
+class _Gradients(NamedTuple):
+    """One call of `gradients`."""
+
+    of: RawGradient
+    weight: torch.Tensor
+    x: torch.Tensor
+    norm: Applied | None
+    residual: torch.Tensor | None
+    tf32: bool
+
+    @property
+    def constants(self) -> dict[str, bool | int]:
+        return {
+            "CIN": self.x.shape[-1],
+            "COUT": self.weight.shape[0],
+            "MASK": self.of.mask,
+            "BATCH": self.of.batch,
+            "NORM": self.norm is not None,
+            "RELU6": self.norm is not None and self.norm.relu6,
+            "TF32": self.tf32,
+        }
+
+    def number(self, rows: int, programs: int) -> int:
+        """Parts that the pixels are cut into, `rows` of them a step."""
+        pixels = self.x.numel() // self.x.shape[-1]
+        return number_of_parts(triton.cdiv(pixels, rows), programs, device_of(self.x.device)[1])
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
+
+    def of_input(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The gradient of x, and the sums of its norm."""
+        cin = self.x.shape[-1]
+        runs = triton.cdiv(cin, tile["n"])
+        number = self.number(tile["m"], runs)
+        dx = torch.empty_like(self.x)
+        parts = None if self.norm is None else self.empty(number, 2, cin)
+        with torch.cuda.device_of(dx):
+            input_gradient_kernel[runs, number](
+                *self.arguments(dx, parts),
+                dx.numel() // cin,
+                **self.constants,
+                RESIDUAL=self.residual is not None,
+                M=tile["m"],
+                N=tile["n"],
+                K=tile["k"],
+                num_warps=tile["warps"],
+                num_stages=tile["stages"],
+            )
+        return dx, parts
+
+    def of_weight(self, tile: Tile) -> torch.Tensor:
+        """The gradient of the weight."""
+        of, cin, cout = self.of, self.x.shape[-1], self.weight.shape[0]
+        m, n = min(tile["m"], power(cout)), min(tile["n"], power(cin))
+        programs = triton.cdiv(cout, m) * triton.cdiv(cin, n)
+        number = self.number(tile["k"], programs)
+        parts, dw = self.empty(number, cout, cin), self.empty(cout, cin, 1, 1)
+        with torch.cuda.device_of(dw):
+            weight_gradient_kernel[programs, number](
+                of.g,
+                of.z,
+                of.values,
+                of.coefficients,
+                self.x,
+                of.values if self.norm is None else self.norm.values,
+                parts,
+                self.x.numel() // cin,
+                **self.constants,
+                M=m,
+                N=n,
+                K=tile["k"],
+                num_warps=tile["warps"],
+                num_stages=tile["stages"],
+            )
+            add_parts(parts, dw)
+        return dw
+
+    def both(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """What `of_input` and `of_weight` give, in one pass."""
+        cin, cout = self.x.shape[-1], self.weight.shape[0]
+        number = self.number(tile["m"], 1)
+        dx = torch.empty_like(self.x)
+        parts = None if self.norm is None else self.empty(number, 2, cin)
+        weight_parts, dw = self.empty(number, cout, cin), self.empty(cout, cin, 1, 1)
+        with torch.cuda.device_of(dx):
+            both_gradients_kernel[number,](
+                *self.arguments(dx, parts),
+                weight_parts,
+                dx.numel() // cin,
+                **self.constants,
+                RESIDUAL=self.residual is not None,
+                M=tile["m"],
+                I=power(cin),
+                O=power(cout),
+                num_warps=tile["warps"],
+                num_stages=tile["stages"],
+            )
+            add_parts(weight_parts, dw)
+        return dx, parts, dw
+
+    def arguments(self, dx: torch.Tensor, parts: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """The arrays of a kernel that makes the gradient of x, in its order; one not read is another one."""
+        of, norm = self.of, self.norm
+        return (
+            of.g,
+            of.z,
+            of.values,
+            of.coefficients,
+            self.weight,
+            self.x,
+            of.values if norm is None else norm.values,
+            dx if self.residual is None else self.residual,
+            dx,
+            of.coefficients if parts is None else parts,
+        )
+
+
+def power(channels: int) -> int:
+    """So many channels as a dimension of `tl.dot`."""
+    return max(DOT, triton.next_power_of_2(channels))
+
+
+def fit(tile: Tile, n: int, k: int) -> Tile:
+    """A tile of the table without what lies past n and k channels."""
+    return {**tile, "n": min(tile["n"], power(n)), "k": min(tile["k"], power(k))}
