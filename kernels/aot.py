@@ -84,7 +84,8 @@ class Launch:
     """A kernel's launch as a launcher asked for it."""
 
     kernel: Any
-    arguments: dict[str, Any]  # by name, in order
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by name
     warps: int
     stages: int
 
@@ -126,7 +127,7 @@ def launches() -> Iterator[list[Launch]]:
         self: Any, *values: Any, grid: Any, warmup: bool, num_warps: int, num_stages: int = 3, **named: Any
     ) -> None:
         names = [parameter.name for parameter in self.params]
-        made.append(Launch(self, dict(zip(names, values, strict=False)) | named, num_warps, num_stages))
+        made.append(Launch(self, grid, dict(zip(names, values, strict=False)) | named, num_warps, num_stages))
 
     triton.runtime.JITFunction.run = record
     try:

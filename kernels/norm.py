@@ -124,9 +124,28 @@ def three(rows, channel, C: tl.constexpr):
 
 
 @triton.jit
+def gradient_rows(values, coefficients, channel, C: tl.constexpr, MASK: tl.constexpr, BATCH: tl.constexpr):
+    """Norm and coefficients of some channels as `raw_gradient` takes them, [1, channels], those it reads."""
+    known = channel < C
+    none = tl.zeros_like(channel).to(tl.float32)
+    mean, scale, shift, of_z, constant = none, none, none, none, none
+    of_g = tl.load(coefficients + channel, mask=known, other=0.0)
+    if MASK:
+        mean, scale, shift = three(values, channel, C)
+    elif BATCH:
+        mean = tl.load(values + channel, mask=known, other=0.0)
+    if BATCH:
+        of_z = tl.load(coefficients + C + channel, mask=known, other=0.0)
+        constant = tl.load(coefficients + 2 * C + channel, mask=known, other=0.0)
+    norm = (mean[None, :], scale[None, :], shift[None, :])
+    return norm, (of_g[None, :], of_z[None, :], constant[None, :])
+
+
+@triton.jit
 def read_gradient(
     g,
     z,
+    remade,
     pixel,
     channel,
     pixels,
@@ -135,25 +154,19 @@ def read_gradient(
     C: tl.constexpr,
     MASK: tl.constexpr,
     BATCH: tl.constexpr,
+    REMADE: tl.constexpr,
 ):
-    """[pixels, channels] of the gradient of a raw output, float32; zero outside."""
+    """[pixels, channels] of the gradient of a raw output, float32; zero outside. z is `remade`, or read."""
     inside = (pixel < pixels)[:, None] & (channel < C)[None, :]
     at = pixel[:, None] * C + channel[None, :]
     gradient = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
     raw = gradient
-    if MASK or BATCH:
+    if REMADE:
+        raw = remade
+    elif MASK or BATCH:
         raw = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-    mean, scale, shift = three(values, channel, C)
-    of_g, of_z, constant = three(coefficients, channel, C)
-    dz = raw_gradient(
-        gradient,
-        raw,
-        (mean[None, :], scale[None, :], shift[None, :]),
-        (of_g[None, :], of_z[None, :], constant[None, :]),
-        MASK,
-        BATCH,
-    )
-    return tl.where(inside, dz, 0.0)
+    norm, rows = gradient_rows(values, coefficients, channel, C, MASK, BATCH)
+    return tl.where(inside, raw_gradient(gradient, raw, norm, rows, MASK, BATCH), 0.0)
 
 
 @triton.jit(do_not_specialize=["number"])

@@ -19,7 +19,17 @@ import triton.language as tl
 
 from .common import Tile, device_of, tiles
 from .depthwise import _add_taps
-from .norm import Applied, RawGradient, masked, merged, normalized, raw_gradient, store_moments, three
+from .norm import (
+    Applied,
+    RawGradient,
+    gradient_rows,
+    masked,
+    merged,
+    normalized,
+    raw_gradient,
+    store_moments,
+    three,
+)
 from .parts import add_parts, number_of_parts
 
 
@@ -295,8 +305,7 @@ def gradients_kernel(
     channel = each[None, :]
     run, part, number = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(2)
     column = ((run * PATCHES + tl.arange(0, PATCHES)) * COLS)[:, None]
-    z_norm = _across(z_values, each, C)
-    of_z = _across(coefficients, each, C)
+    z_norm, of_z = gradient_rows(z_values, coefficients, each, C, MASK, BATCH)
     norm = _across(x_values, each, C) if NORM else (0.0, 0.0, 0.0)
     taps = _nine(weight, each, C)
     zero = tl.zeros((PATCHES, CHANNELS), tl.float32)

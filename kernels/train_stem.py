@@ -115,7 +115,9 @@ def weight_gradient_kernel(
     sums = tl.zeros((N, 32), tl.float32)
     for step in tl.range(part * steps // number, (part + 1) * steps // number):
         pixel = step * M + tl.arange(0, M)
-        dz = read_gradient(g, z, pixel, channel, pixels, z_values, coefficients, COUT, MASK, BATCH).to(kind)
+        dz = read_gradient(
+            g, z, 0.0, pixel, channel, pixels, z_values, coefficients, COUT, MASK, BATCH, False
+        ).to(kind)
         strides = (image_step, channel_step, row_step, column_step)
         a = _windows(x, strides, pixel, pixels, (h, w, ho, wo), kind)
         sums = tl.dot(tl.trans(dz), a, sums, input_precision=precision)

@@ -445,7 +445,11 @@ def test_tile_table_is_complete(path: Path) -> None:
             warps | {"rows", "cols", "patches", "lanes"},
         ),
         "train_pointwise": (
-            [f"{what}_{kind}" for what in ("forward", "input", "weight") for kind in kinds],
+            [
+                f"{what}_{kind}"
+                for what in ("forward", "forward_wide", "input", "input_wide", "weight")
+                for kind in kinds
+            ],
             product,
         ),
         "train_pointwise_both": (kinds, warps | {"m", "most", "stages"}),

@@ -88,6 +88,8 @@ def _cases() -> list[Case]:
         for split, wanted in itertools.product((False, True), ("x", "weight"))
     ]
     strides, kinds = ("depthwise s1", "depthwise s2"), [k for k in _kinds() if not k.get("tf32")]
+    for kind, split in itertools.product(_kinds(), (False, True)):
+        found.append(Case("pointwise", (2, 5, 7, 17), 40, **kind, norm="", residual=True, split=split))
     # 300 columns: more than one program's patches.
     rows = [(1, 1, 2, 1), (3, 7, 7, 8), (2, 15, 2, 17), (1, 8, 9, 33), (1, 2, 300, 3)]
     for kind, dtype, shape in itertools.product(strides, kinds, rows):
@@ -174,7 +176,9 @@ def _run(case: Case) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         if not case.planted:
             yield from _moments(z, parts)
         z_values, g = _norm(case.cout), torch.randn(z.shape).to(dtype)
-        held = _away(z.nan_to_num(0, 0, 0) if case.planted else z, z_values)
+        # An expansion's raw output is made again, so it must be its own.
+        remade = case.kind == "pointwise" and not case.norm and not case.mask
+        held = z if remade else _away(z.nan_to_num(0, 0, 0), z_values)
         coefficients = torch.randn(3, case.cout)
         of = RawGradient(_plant(g, case), held, z_values, coefficients, case.mask, case.batch)
         residual = torch.randn(case.shape).to(dtype) if case.residual else None
@@ -232,7 +236,7 @@ def _sizes(x: Tensor, applied: Applied | None) -> tuple[Tensor, None]:
 def _gradient_size(of: RawGradient) -> RawGradient:
     """A gradient whose terms are all positive, as large as its roundings are."""
     mean = of.values[0].double()
-    distance = (of.z.double() - mean).abs()
+    distance = of.z.double().abs() + mean.abs()  # z may be made again, unrounded
     return RawGradient(
         of.g.abs(), distance + mean, of.values.double(), of.coefficients.abs(), False, of.batch
     )

@@ -1,7 +1,7 @@
 """The kernels of a training step on a GPU, as `cpu_train` has them for the CPU: tensors [N, H, W, C].
 
-All tensors of a step are of one dtype: float32, or float16 or bfloat16 under autocast. Weights, norms, sums
-and every weight's gradient are float32; weights are rounded to the step's dtype as they are read. Sums are
+All tensors of a step, and the weights of its 1x1 convolutions, are of one dtype: float32, or float16 or
+bfloat16 under autocast. The rest is float32: norms, sums, other weights, every weight's gradient. Sums are
 what the programs of a kernel leave, which the next one adds up.
 
 Importing this module imports no triton.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mnv2_fast.kernels.norm import Applied, RawGradient
 
 # Layers whose weight a step has in its own dtype.
-ROUNDED = ()
+ROUNDED = ("pointwise",)
 
 
 class Coefficients(NamedTuple):
