@@ -579,7 +579,7 @@ class _Gradients(NamedTuple):
 def _number(pixels: int, rows: int, programs: int, units: int, fixed: float) -> int:
     """Parts that the pixels are cut into, `rows` of them a step, for so many programs each.
 
-    As `number_of_parts` has it, but fewer, down to one program a unit, where what every part moves, as much as
+    As `number_of_parts` has it, but fewer, down to one program a unit, where what each part moves, as much as
     `fixed` pixels, would be more than a sixteenth of the rest.
     """
     number = number_of_parts(triton.cdiv(pixels, rows), programs, units)
