@@ -11,7 +11,7 @@ from helpers import SMALL, calibrate
 from torch import Tensor
 
 import mnv2_fast
-from mnv2_fast import Engine, MobileNetV2, UserError, engine
+from mnv2_fast import Engine, MobileNetV2, UserError, engine, images
 from mnv2_fast.backends import replay
 from mnv2_fast.backends import triton as backend
 from mnv2_fast.eager_network import EagerNetwork
@@ -207,9 +207,9 @@ def test_images_of_another_device_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"takes dense tensors on cuda:0, got .* on cpu: use x.to\('cuda:0'\)"
     ):
-        engine.check_images(x, GPU)
+        images.check_images(x, GPU)
     with pytest.raises(ValueError, match=r"takes dense CPU tensors, got .* on meta: use x.cpu\(\)"):
-        engine.check_images(x.to("meta"))
+        images.check_images(x.to("meta"))
 
 
 def test_a_model_in_two_places_is_refused() -> None:
@@ -224,7 +224,11 @@ def test_a_model_in_two_places_is_refused() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_file_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     mnv2_fast.compile(MobileNetV2(**SMALL).eval()).save(tmp_path / "e.safetensors")
-    for device, said in (("cuda", "no such GPU here"), ("cuda:1", "no such GPU here"), ("gpu", "is none")):
+    for device, said in (
+        ("cuda", "no such device here"),
+        ("cuda:1", "no such device here"),
+        ("gpu", "is none"),
+    ):
         with pytest.raises(UserError, match=said):
             mnv2_fast.load(tmp_path / "e.safetensors", device=device)
 
