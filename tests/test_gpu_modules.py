@@ -16,18 +16,18 @@ from helpers import SMALL, TOLERANCE, changed, check, eager, one_thread  # noqa:
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from mnv2_fast import MobileNetV2, UserError, ops, packs, training
+from mnv2_fast import MobileNetV2, UserError, info, ops, packs, training
 from mnv2_fast.backends import chains, replay
 from mnv2_fast.backends import triton as backend
 from mnv2_fast.nn import ConvBNReLU6, InvertedResidual
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
-pytestmark = pytest.mark.usefixtures("native", "one_thread")
+pytestmark = pytest.mark.usefixtures("native")
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch, model: MobileNetV2) -> StandIn:
+def gpu(one_thread: None, model: MobileNetV2, monkeypatch: pytest.MonkeyPatch) -> StandIn:  # noqa: F811
     """After `model`, which is calibrated in train mode."""
     return StandIn(monkeypatch)
 
@@ -489,3 +489,14 @@ def test_the_operator_of_a_network(x: Tensor, gpu: StandIn, monkeypatch: pytest.
     assert "the input is torch.float16" in str(ops.network_declines(args[0].half(), *args[1:]))
     monkeypatch.setenv("MNV2_BACKEND", "auto")
     assert "has not run on a GPU yet" in str(ops.network_declines(*args))
+
+
+def test_info_tells_what_serves(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = next(op for op in ops.OPS if op.name == "network")
+    assert info._backend(network, "cpu") == "triton"
+    monkeypatch.setenv("MNV2_BACKEND", "auto")
+    assert info._backend(network, "cpu").startswith("eager (the network kernel has not run on a GPU yet: set")
+    monkeypatch.setenv("MNV2_BACKEND", "cpu")
+    assert "MNV2_BACKEND=cpu has no kernels on cpu: unset it, or set it to triton" in info._backend(
+        network, "cpu"
+    )
