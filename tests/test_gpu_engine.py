@@ -268,6 +268,9 @@ def test_an_operator_that_is_off_runs_in_torch_and_the_engine_says_so(
         torch.testing.assert_close(found.network.run(x), want(x), rtol=1e-4, atol=1e-4)
     assert set(gpu.launches) == {"depthwise", "pointwise", "head"}
     assert gpu.captured.sizes == [4, 2]
+    with torch.autocast("cpu", torch.bfloat16):  # engines are of their own dtype
+        x = torch.randn(1, 3, 40, 33)
+        torch.testing.assert_close(found.network.run(x), want(x), rtol=1e-4, atol=1e-4)
 
 
 def test_strict_engines_are_whole(frozen: tuple[Engine, StandIn], monkeypatch: pytest.MonkeyPatch) -> None:

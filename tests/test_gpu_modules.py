@@ -16,7 +16,8 @@ from helpers import SMALL, TOLERANCE, changed, check, eager, one_thread  # noqa:
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from mnv2_fast import MobileNetV2, UserError, info, ops, packs, training
+import mnv2_fast.nn
+from mnv2_fast import MobileNetV2, UserError, info, ops, packs, reading, training, training_head
 from mnv2_fast.backends import chains, replay
 from mnv2_fast.backends import triton as backend
 from mnv2_fast.nn import ConvBNReLU6, InvertedResidual
@@ -58,8 +59,12 @@ def near(model: MobileNetV2, x: Tensor, dtype: torch.dtype) -> None:
     with torch.autocast("cpu", enabled=False):
         exact = copy.deepcopy(model).double()._forward_impl(x.double())
     ours, torchs = model(x), eager(model, x)
-    assert ours.dtype == torchs.dtype == dtype
+    assert ours.dtype == torchs.dtype == model._plan(x).pack._network.run(x).dtype == dtype
     assert (ours - exact).norm() <= 1.5 * (torchs - exact).norm() + 1e-5 * exact.norm()
+
+
+def never(*args: object, **kwargs: object) -> None:
+    raise AssertionError("what is another device's was called")
 
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -259,9 +264,6 @@ def test_what_the_kernels_would_hide_from_declines(model: MobileNetV2, x: Tensor
 def test_gradients_are_plain_torchs(
     model: MobileNetV2, x: Tensor, monkeypatch: pytest.MonkeyPatch, cast: torch.dtype | None
 ) -> None:
-    def never(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the training kernels of another device were called")
-
     monkeypatch.setattr(training, "run", never)
     found = []
     for name in ("auto", "eager"):
@@ -283,6 +285,7 @@ def test_gradients_are_plain_torchs(
 def test_training_is_torchs_and_says_so(
     model: MobileNetV2, x: Tensor, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(training_head, "run", never)
     model.train()
     assert model.why_not(x) == "the input is on cpu, the training kernels are on "
     model(x).sum().backward()
@@ -416,6 +419,24 @@ def test_tensors_in_other_places(model: MobileNetV2, x: Tensor) -> None:
     assert "holds torch.float32 on meta, the kernels take" in str(model.why_not(x))
     with pytest.raises((RuntimeError, NotImplementedError)):
         model(x)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_another_device_with_kernels_of_the_same_kind(
+    model: MobileNetV2, x: Tensor, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    """As a second GPU is: its calls would find the pack of the first one."""
+    monkeypatch.setitem(chains.KERNELS, "meta", chains.KERNELS["cpu"])
+    for module in (reading, mnv2_fast.nn):  # there is no autocast for meta
+        monkeypatch.setattr(module, "autocast_dtype", lambda device: None)
+    if packed:
+        model(x)
+    elsewhere = x.to("meta")
+    assert model.why_not(elsewhere) == "the input is on meta, the weights are on cpu"
+    with pytest.raises(ValueError, match="the input is on meta, the model on cpu"):
+        model(elsewhere)
+    model.features[3].to("meta")
+    assert model.why_not(x) == "tensors are on several devices: cpu, meta"
 
 
 def test_the_device_of_the_tensors_is_the_current_one_within(
