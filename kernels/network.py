@@ -7,12 +7,12 @@ is the caller's function in plain torch, among the other launches. Nothing here 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from triton.errors import TritonError
 
 from . import head, inverted_residual, pointwise
 from .common import arithmetic, device_of, tiles
@@ -76,7 +76,8 @@ class Network:
         pool: a chain that ends in a pointwise layer gives its mean over H and W.
         answer: dtype of the answer.
         plain: operators in plain torch, by name, for those that are off and for inputs past a kernel's limit.
-        off: those of them whose kernels are not used.
+        off: those of them whose kernels are not used, and why; a kernel that turns out not to fit on the GPU
+            is added.
 
     Raises:
         ValueError: such a chain is not made (see `refuses`), or whole blocks are asked for in float32.
@@ -95,7 +96,7 @@ class Network:
         pool: bool = False,
         answer: torch.dtype = torch.float32,
         plain: Mapping[str, Plain] | None = None,
-        off: Collection[str] = (),
+        off: dict[str, str] | None = None,
     ) -> None:
         if refused := refuses(specs, pool):
             raise ValueError(refused)
@@ -103,7 +104,7 @@ class Network:
             raise ValueError(f"whole blocks are of float16 and bfloat16, not {dtype}: leave fuse out")
         self.specs, self.dtype, self.tf32, self.fuse = tuple(specs), dtype, tf32, fuse
         self.device, self.norm = device, None if norm is None else norm.to(device)
-        self.answer, self._plain, self._off = answer, dict(plain or {}), frozenset(off)
+        self.answer, self._plain, self.off = answer, dict(plain or {}), {} if off is None else off
         # Layers of the head, which is two kernels' work: the mean of the last 1x1 layer, and a classifier.
         self._head_layers = 2 if specs[-1].kind == "linear" else 1 if pool else 0
         wide = [
@@ -197,10 +198,24 @@ class Network:
             inputs = [*inputs, *[y] * launch.count][-kept:]
         return inputs[-1].to(self.answer)
 
-    def _in_torch(self, operator: str, x: torch.Tensor) -> Plain | None:
-        """What makes a layer in plain torch, or None where its kernel does."""
+    def _by(
+        self,
+        operator: str,
+        x: torch.Tensor,
+        ours: Callable[[], torch.Tensor],
+        torchs: Callable[[Plain], torch.Tensor],
+    ) -> torch.Tensor:
+        """A layer by its kernel, or by torch where that is off, x is too large, or it does not fit here."""
         large = operator in ("stem", "depthwise") and limit(x.shape) is not None
-        return self._plain.get(operator) if large or operator in self._off else None
+        if operator not in self._plain or not (large or operator in self.off):
+            try:
+                return ours()
+            except TritonError as error:
+                if operator not in self._plain:
+                    raise
+                said = str(error).strip().partition("\n")[0]
+                self.off[operator] = f"the {operator} kernel does not run on this GPU: {said}"
+        return torchs(self._plain[operator])
 
     def _block(self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None) -> torch.Tensor:
         packed = self._blocks[launch.first]
@@ -210,19 +225,22 @@ class Network:
 
     def _stem(self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None) -> torch.Tensor:
         x, layer, relu6 = inputs[-1], self._layers[0], self.specs[0].relu6
-        plain = self._in_torch("stem", x)
-        if plain is None:
+
+        def torchs(plain: Plain) -> torch.Tensor:
+            seen = x if norm is None else x * norm[0].view(3, 1, 1) + norm[1].view(3, 1, 1)
+            return plain(seen.to(self.dtype), *layer, relu6)
+
+        def ours() -> torch.Tensor:
             return stem(x if norm is not None else x.to(self.dtype), *layer, relu6, norm=norm, tf32=self.tf32)
-        if norm is not None:
-            x = x * norm[0].view(3, 1, 1) + norm[1].view(3, 1, 1)
-        return plain(x.to(self.dtype), *layer, relu6)
+
+        return self._by("stem", x, ours, torchs)
 
     def _depthwise(
         self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None
     ) -> torch.Tensor:
         spec = self.specs[launch.first]
-        make = self._in_torch("depthwise", inputs[-1]) or depthwise
-        return make(inputs[-1], *self._layers[launch.first], spec.stride, spec.relu6)
+        call = inputs[-1], *self._layers[launch.first], spec.stride, spec.relu6
+        return self._by("depthwise", inputs[-1], lambda: depthwise(*call), lambda plain: plain(*call))
 
     def _pointwise(
         self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None
@@ -239,24 +257,22 @@ class Network:
         residual: torch.Tensor | None,
         relu6: bool,
     ) -> torch.Tensor:
-        plain = self._in_torch("pointwise", x)
-        if plain is not None:
-            return plain(x, weight, bias, residual, relu6)
-        return pointwise.pointwise(x, weight, bias, residual, relu6, tf32=self.tf32)
+        def ours() -> torch.Tensor:
+            return pointwise.pointwise(x, weight, bias, residual, relu6, tf32=self.tf32)
+
+        return self._by("pointwise", x, ours, lambda plain: plain(x, weight, bias, residual, relu6))
 
     def _head(self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None) -> torch.Tensor:
-        x, (weight, bias), classifier = (
-            inputs[-1],
-            self._layers[launch.first],
-            self._layers[launch.first + 1 :],
+        x, (weight, bias) = inputs[-1], self._layers[launch.first]
+        if launch.count == 2:
+            call = x, weight, bias, *self._layers[-1]
+            return self._by("head", x, lambda: head.head(*call, tf32=self.tf32), lambda plain: plain(*call))
+        return self._by(
+            "head",
+            x,
+            lambda: head.features(x, weight, bias, tf32=self.tf32),
+            lambda plain: self._multiply(x, weight, bias, None, relu6=True).mean((2, 3)),
         )
-        plain = self._in_torch("head", x)
-        if classifier:
-            make = plain or functools.partial(head.head, tf32=self.tf32)
-            return make(x, weight, bias, *classifier[0])
-        if plain is None:
-            return head.features(x, weight, bias, tf32=self.tf32)
-        return self._multiply(x, weight, bias, None, relu6=True).mean((2, 3))
 
     def traffic(self, n: int, h: int, w: int, item: int) -> int:
         """Bytes that all launches read and write for n photos of h x w, of `item` bytes a number.

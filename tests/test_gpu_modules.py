@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import mnv2_fast.nn
-from mnv2_fast import MobileNetV2, UserError, info, ops, packs, reading, training, training_head
+from mnv2_fast import MobileNetV2, UserError, arch, info, ops, packs, reading, training, training_head
 from mnv2_fast.backends import chains, replay
 from mnv2_fast.backends import triton as backend
 from mnv2_fast.nn import ConvBNReLU6, InvertedResidual
@@ -327,7 +327,7 @@ def test_an_operator_that_is_off_runs_in_torch_among_the_others(
     monkeypatch.setattr(backend, "PROVEN", frozenset({"network", "stem", "pointwise", "head"}))
     with caplog.at_level(logging.DEBUG, "mnv2_fast"):
         check(model, x)
-    assert "in plain torch: the depthwise kernel has not run on a GPU yet" in caplog.text
+    assert "a depthwise layer runs in plain torch: the depthwise kernel has not run on a GPU" in caplog.text
     assert {name.partition(":")[0] for name in gpu.launches} == {"stem", "pointwise", "head"}
     assert gpu.captured.sizes == [2]
     monkeypatch.setenv("MNV2_STRICT", "1")
@@ -372,6 +372,43 @@ def test_a_row_too_long_for_its_kernel_runs_in_torch(
     model.refresh()
     with pytest.raises(UserError, match="MNV2_STRICT=1, and a depthwise layer would run in plain torch"):
         model(x)
+
+
+def test_a_kernel_that_does_not_fit_on_the_gpu_gives_way_to_torch(
+    model: MobileNetV2, x: Tensor, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with less shared memory than its tiles take."""
+    from triton.runtime.errors import OutOfResources
+
+    from mnv2_fast.kernels import network
+
+    tried = []
+
+    def too_large(*args: object, **kwargs: object) -> None:
+        tried.append(True)
+        raise OutOfResources(166912, 101376, "shared memory")
+
+    monkeypatch.setattr(network, "depthwise", too_large)
+    check(model, x)
+    assert len(tried) == 1  # of all layers, and of all calls
+    assert list(model._plan(x).pack.in_torch) == ["depthwise"]
+    assert "pointwise:tf32" in gpu.launches
+    monkeypatch.setenv("MNV2_STRICT", "1")
+    with pytest.raises(
+        UserError, match="the depthwise kernel does not run on this GPU: out of resource: sha"
+    ):
+        model(x)
+    model.refresh()
+    with pytest.raises(
+        UserError, match="MNV2_STRICT=1, and a depthwise layer would run in plain torch: the d"
+    ):
+        model(x)
+    with pytest.raises(OutOfResources):  # where nothing can take its place
+        network.Network(list(arch.network()), _zeros(), torch.float32, x.device)(x)
+
+
+def _zeros() -> list[tuple[Tensor, Tensor]]:
+    return [(torch.zeros(spec.weight_shape), torch.zeros(spec.cout)) for spec in arch.network()]
 
 
 def test_in_a_capture_of_the_callers(

@@ -9,7 +9,8 @@ import contextlib
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ class OutOfMemoryError(MemoryError, torch.OutOfMemoryError):
 
 
 class Network:
-    """A frozen network of folded layers on a GPU. Immutable; may be run from several threads at once.
+    """A frozen network of folded layers on a GPU. May be run from several threads at once.
 
     One with a head is replayed as CUDA graphs; any other chain is launched layer by layer, into new memory.
     An operator whose kernel is off runs in plain torch, among the other ones' launches.
@@ -155,10 +156,9 @@ class Network:
                 and torch.cuda.get_device_capability(device) == FUSED_CAPABILITY
                 and _unproven("block", asked) is None
             )
-        # Operator -> why it runs in plain torch.
-        self.in_torch = {op: why for op in OPERATORS if (why := _unproven(op, asked))}
-        for why in self.in_torch.values():
-            log.debug("in a network on %s, in plain torch: %s", device, why)
+        # Operator -> why it runs in plain torch; a kernel that does not fit on the GPU comes to it later.
+        found = {op: why for op in OPERATORS if (why := _unproven(op, asked))}
+        self.in_torch: Mapping[str, str] = types.MappingProxyType(found)
         self._network = network.Network(
             layers,
             tensors,
@@ -169,8 +169,8 @@ class Network:
             fuse=fuse,
             pool=pool,
             answer=answer,
-            plain={op: functools.partial(_in_torch, op, tf32) for op in OPERATORS},
-            off=self.in_torch,
+            plain={op: functools.partial(_in_torch, op, tf32, found) for op in OPERATORS},
+            off=found,
         )
         self._run = replay.Replayed(self._network) if graphs else self._network
         self._layers, self._item = tuple(layers), kind.itemsize
@@ -185,7 +185,7 @@ class Network:
 
         Raises:
             OutOfMemoryError: the batch needs more memory than the GPU has; later calls are served.
-            UserError: a layer is too large for its kernel, and MNV2_STRICT is 1.
+            UserError: a layer would run in plain torch, and MNV2_STRICT is 1.
         """
         try:
             # The current device may be another one, and a capture there is not ours.
@@ -200,18 +200,18 @@ class Network:
         return self._item * replay.bucket(min(n, replay.MOST)) * largest
 
 
-def _in_torch(op: str, tf32: bool, x: Tensor, *rest: object) -> Tensor:
+def _in_torch(op: str, tf32: bool, off: Mapping[str, str], x: Tensor, *rest: object) -> Tensor:
     """An operator in plain torch, as exact as its kernel: one that is off, or for an input past its limit.
 
     Raises:
-        UserError: it is such an input, and MNV2_STRICT is 1.
+        UserError: MNV2_STRICT is 1.
     """
     from mnv2_fast.kernels.depthwise import limit
 
-    if op in ("stem", "depthwise") and (why := limit(x.shape)):
-        if env.strict():
-            raise UserError(f"{env.STRICT.name}=1, and a {op} layer would run in plain torch: {why}")
-        log.debug("a %s layer runs in plain torch: %s", op, why)
+    why = off.get(op) or limit(x.shape)
+    if env.strict():
+        raise UserError(f"{env.STRICT.name}=1, and a {op} layer would run in plain torch: {why}")
+    log.debug("a %s layer runs in plain torch: %s", op, why)
     make: Callable[..., Tensor] = getattr(eager, op)
     exact = eager.float32_products(tf32) if x.is_cuda else contextlib.nullcontext()
     with exact, torch.autocast(x.device.type, enabled=False):
