@@ -164,11 +164,11 @@ class Automatic(nn.Module):
         dtype, chain, kernels = reading.dtype, reading.chain, chains.KERNELS[device.type]
         if reading.device != device:
             raise Declined(f"the input is on {device}, the weights are on {reading.device}")
-        if not kernels.samples and any(t.is_inference() for t in reading.tensors):
-            raise Declined(chains.UNSEEN)
         if reason := kernels.declines_chain(chain):
             raise Declined(reason)
         modules = ModuleWatch(self, reading.modules)
+        if not kernels.samples and any(t.is_inference() for t in modules.tensors):
+            raise Declined(chains.UNSEEN)
         # The watch comes before the weights are read: a write in between is seen at the next call.
         watch = TensorWatch(modules.tensors)
         pack = Pack(chain, reading.tensors, dtype, autocast=autocast, settings=settings)

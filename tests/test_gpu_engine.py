@@ -16,7 +16,7 @@ from torch import Tensor
 
 import mnv2_fast
 from mnv2_fast import Engine, MobileNetV2, UserError, engine, images, machine
-from mnv2_fast.backends import replay
+from mnv2_fast.backends import eager, replay
 from mnv2_fast.backends import triton as backend
 from mnv2_fast.eager_network import EagerNetwork
 from mnv2_fast.nn import eager_only
@@ -290,6 +290,16 @@ def test_strict_engines_are_whole(frozen: tuple[Engine, StandIn], monkeypatch: p
     whole = Engine(want.layers, want.tensors, device=GPU)
     assert not whole.in_torch
     assert repr(whole).endswith("triton cuda:0, threads=auto)")
+
+
+@pytest.mark.parametrize(("tf32", "wanted"), [(True, "tf32"), (False, "ieee")])
+def test_torchs_switches_are_as_they_were(tf32: bool, wanted: str) -> None:
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    with pytest.raises(ZeroDivisionError), eager.float32_products(tf32):
+        assert [switch.fp32_precision for switch in switches] == [wanted, wanted]
+        raise ZeroDivisionError
+    assert [switch.fp32_precision for switch in switches] == before
 
 
 def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,11 @@ def test_weights_of_inference_mode_are_torchs(x: Tensor) -> None:
         model(x)
         model.classifier[1].weight.add_(1)
         check(model, x, served=False)
+        counter = model.features[0][1].num_batches_tracked.clone()
+    model = MobileNetV2(**SMALL).eval()
+    check(model, x)
+    model.features[0][1].num_batches_tracked = counter  # which alone tells of a batch norm's moves
+    assert model.why_not(x) == chains.UNSEEN
 
 
 def test_functional_call(model: MobileNetV2, x: Tensor) -> None:
