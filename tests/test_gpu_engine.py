@@ -296,9 +296,14 @@ def test_strict_engines_are_whole(frozen: tuple[Engine, StandIn], monkeypatch: p
 def test_torchs_switches_are_as_they_were(tf32: bool, wanted: str) -> None:
     switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = [switch.fp32_precision for switch in switches]
-    with pytest.raises(ZeroDivisionError), eager.float32_products(tf32):
-        assert [switch.fp32_precision for switch in switches] == [wanted, wanted]
-        raise ZeroDivisionError
+
+    def fails() -> None:
+        with eager.float32_products(tf32):
+            assert [switch.fp32_precision for switch in switches] == [wanted, wanted]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert [switch.fp32_precision for switch in switches] == before
 
 
