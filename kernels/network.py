@@ -1,20 +1,22 @@
 """The whole network on a GPU, batch norm folded: which kernel makes which layers, and the launches in order.
 
 On sm_90, in fp16 and bf16, whole blocks are one launch each where they have a geometry (`fuse`); everywhere
-else, and for every other size, each layer is one. Nothing here waits for the GPU.
+else, and for every other size, each layer is one. An operator whose kernel is off, or cannot take an input,
+is the caller's function in plain torch, among the other launches. Nothing here waits for the GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from triton.errors import TritonError
 
 from . import head, inverted_residual, pointwise
 from .common import arithmetic, device_of, tiles
-from .depthwise import depthwise, pack_weight
+from .depthwise import depthwise, limit, pack_weight
 from .inverted_residual import GEOMETRIES, STEM_SIZE, Packed
 from .stem import stem
 
@@ -42,22 +44,43 @@ class Launch:
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+# An operator in plain torch: `(x, weight, bias, ...)`, as its launcher without what is passed by name.
+Plain = Callable[..., torch.Tensor]
+
+
+def refuses(specs: Sequence[Spec], pool: bool = False) -> str | None:
+    """Why such layers are no chain that a `Network` makes, or None."""
+    kinds = [spec.kind for spec in specs]
+    if "stem" in kinds[1:] or "linear" in kinds[:-1]:
+        return "a stem comes first and a linear layer last"
+    if any(spec.residual and spec.kind != "pointwise" for spec in specs):
+        return "only a pointwise layer adds a residual"
+    if pool or kinds[-1] == "linear":
+        last = specs[-2:-1] if kinds[-1] == "linear" else specs[-1:]
+        if not last or last[0].kind != "pointwise" or not last[0].relu6 or last[0].residual:
+            return "a head's mean is of a pointwise layer with ReLU6"
+    return None
 
 
 class Network:
-    """A chain from the stem to the classifier, as `Chain.fold` gives its layers.
+    """A chain of layers as `Chain.fold` gives them, such as that from the stem to the classifier.
 
     Args:
-        specs: the layers; the last two are a pointwise one and the classifier.
+        specs: the layers; a stem only as the first, a linear one only as the last.
         tensors: weight and bias of each, float32, batch norm folded in, in torch's layout.
         dtype: float32, float16 or bfloat16, of activations and weights.
         device: to run on.
-        norm: [2, 3], what makes a number of a byte, see `stem.stem`.
+        norm: [2, 3], what makes a number of a byte, see `stem.stem`; needed for bytes alone.
         tf32: multiply float32 as TF32; in full precision otherwise.
         fuse: whole blocks in one launch where there is a form for them.
+        pool: a chain that ends in a pointwise layer gives its mean over H and W.
+        answer: dtype of the answer.
+        plain: operators in plain torch, by name, for those that are off and for inputs past a kernel's limit.
+        off: those of them whose kernels are not used, and why; a kernel that turns out not to fit on the GPU
+            is added.
 
     Raises:
-        ValueError: a layer is none that the kernels know, or whole blocks are asked for in float32.
+        ValueError: such a chain is not made (see `refuses`), or whole blocks are asked for in float32.
     """
 
     def __init__(
@@ -67,19 +90,23 @@ class Network:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        norm: torch.Tensor,
+        norm: torch.Tensor | None = None,
         tf32: bool = False,
         fuse: bool = False,
+        pool: bool = False,
+        answer: torch.dtype = torch.float32,
+        plain: Mapping[str, Plain] | None = None,
+        off: dict[str, str] | None = None,
     ) -> None:
-        kinds = [spec.kind for spec in specs]
-        if kinds[0] != "stem" or kinds[-2:] != ["pointwise", "linear"] or not specs[-2].relu6:
-            raise ValueError(f"a network goes from a stem to a head, not {kinds[0]} to {kinds[-2:]}")
-        if any(spec.residual and spec.kind != "pointwise" for spec in specs):
-            raise ValueError("only a pointwise layer adds a residual")
+        if refused := refuses(specs, pool):
+            raise ValueError(refused)
         if fuse and dtype not in inverted_residual.DTYPES:
             raise ValueError(f"whole blocks are of float16 and bfloat16, not {dtype}: leave fuse out")
         self.specs, self.dtype, self.tf32, self.fuse = tuple(specs), dtype, tf32, fuse
-        self.device, self.norm = device, norm.to(device)
+        self.device, self.norm = device, None if norm is None else norm.to(device)
+        self.answer, self._plain, self.off = answer, dict(plain or {}), {} if off is None else off
+        # Layers of the head, which is two kernels' work: the mean of the last 1x1 layer, and a classifier.
+        self._head_layers = 2 if specs[-1].kind == "linear" else 1 if pool else 0
         wide = [
             (weight.to(device, torch.float32), bias.to(device, torch.float32)) for weight, bias in tensors
         ]
@@ -124,8 +151,8 @@ class Network:
         return sum(t.numel() * t.element_size() for some in (*self._layers, *packed) for t in some)
 
     def plan(self, h: int, w: int) -> list[Launch]:
-        """The launches for photos of h x w, in order. The last one is of the head: two kernels."""
-        launches, i, last = [], 0, len(self.specs) - 2
+        """The launches for photos of h x w, in order. The last one is of the head, where there is one."""
+        launches, i, last = [], 0, len(self.specs) - self._head_layers
         while i < last:
             count = 3 if self._whole(i, h, w) else 1
             spec = self.specs[i]
@@ -133,7 +160,7 @@ class Network:
             for spec in self.specs[i : i + count]:
                 h, w = (h - 1) // spec.stride + 1, (w - 1) // spec.stride + 1
             i += count
-        return [*launches, Launch("head", last, 2)]
+        return [*launches, Launch("head", last, self._head_layers)] if self._head_layers else launches
 
     def _whole(self, i: int, h: int, w: int) -> bool:
         """Whether one launch makes the block that begins with layer i, whose input is h x w."""
@@ -147,24 +174,48 @@ class Network:
         return h == w and (h, packed.stride) in GEOMETRIES and table[row]["slab"] == packed.slab
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of photos.
+        """The chain's answer, such as logits of photos.
 
         Args:
-            x: [N, 3, H, W], of the network's dtype or float32, any strides; or uint8 [N, H, W, 3].
+            x: [N, C, H, W], of the network's dtype or any other float, any strides; or uint8 [N, H, W, 3].
 
         Returns:
-            [N, classes], float32.
+            [N, classes] or [N, C] of a head, else [N, C, HO, WO] in channels_last; of the dtype `answer`.
+
+        Raises:
+            ValueError: x is of bytes and the network has no norm for them.
         """
         from_bytes = x.dtype == torch.uint8
+        if from_bytes and self.norm is None:
+            raise ValueError("bytes are made numbers by a norm: give the network one")
         norm = self.norm if from_bytes else None
-        x = x.permute(0, 3, 1, 2) if from_bytes else x
+        x = x.permute(0, 3, 1, 2) if from_bytes else x if self.specs[0].kind == "stem" else x.to(self.dtype)
         # A residual counts layers back; what is further back may be freed.
         kept = 1 + max(spec.residual for spec in self.specs)
         inputs = [x]
         for launch in self.plan(*x.shape[2:]):
             y = getattr(self, f"_{launch.form}")(launch, inputs, norm)
             inputs = [*inputs, *[y] * launch.count][-kept:]
-        return inputs[-1].float()
+        return inputs[-1].to(self.answer)
+
+    def _by(
+        self,
+        operator: str,
+        x: torch.Tensor,
+        ours: Callable[[], torch.Tensor],
+        torchs: Callable[[Plain], torch.Tensor],
+    ) -> torch.Tensor:
+        """A layer by its kernel, or by torch where that is off, x is too large, or it does not fit here."""
+        large = operator in ("stem", "depthwise") and limit(x.shape) is not None
+        if operator not in self._plain or not (large or operator in self.off):
+            try:
+                return ours()
+            except TritonError as error:
+                if operator not in self._plain:
+                    raise
+                said = str(error).strip().partition("\n")[0]
+                self.off[operator] = f"the {operator} kernel does not run on this GPU: {said}"
+        return torchs(self._plain[operator])
 
     def _block(self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None) -> torch.Tensor:
         packed = self._blocks[launch.first]
@@ -173,25 +224,55 @@ class Network:
         return inverted_residual.block(inputs[-1], packed)
 
     def _stem(self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None) -> torch.Tensor:
-        x = inputs[-1] if norm is not None else inputs[-1].to(self.dtype)
-        return stem(x, *self._layers[0], self.specs[0].relu6, norm=norm, tf32=self.tf32)
+        x, layer, relu6 = inputs[-1], self._layers[0], self.specs[0].relu6
+
+        def torchs(plain: Plain) -> torch.Tensor:
+            seen = x if norm is None else x * norm[0].view(3, 1, 1) + norm[1].view(3, 1, 1)
+            return plain(seen.to(self.dtype), *layer, relu6)
+
+        def ours() -> torch.Tensor:
+            return stem(x if norm is not None else x.to(self.dtype), *layer, relu6, norm=norm, tf32=self.tf32)
+
+        return self._by("stem", x, ours, torchs)
 
     def _depthwise(
         self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None
     ) -> torch.Tensor:
         spec = self.specs[launch.first]
-        return depthwise(inputs[-1], *self._layers[launch.first], spec.stride, spec.relu6)
+        call = inputs[-1], *self._layers[launch.first], spec.stride, spec.relu6
+        return self._by("depthwise", inputs[-1], lambda: depthwise(*call), lambda plain: plain(*call))
 
     def _pointwise(
         self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None
     ) -> torch.Tensor:
         spec = self.specs[launch.first]
         residual = inputs[-spec.residual - 1] if spec.residual else None
-        layer = self._layers[launch.first]
-        return pointwise.pointwise(inputs[-1], *layer, residual, spec.relu6, tf32=self.tf32)
+        return self._multiply(inputs[-1], *self._layers[launch.first], residual, spec.relu6)
+
+    def _multiply(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        residual: torch.Tensor | None,
+        relu6: bool,
+    ) -> torch.Tensor:
+        def ours() -> torch.Tensor:
+            return pointwise.pointwise(x, weight, bias, residual, relu6, tf32=self.tf32)
+
+        return self._by("pointwise", x, ours, lambda plain: plain(x, weight, bias, residual, relu6))
 
     def _head(self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None) -> torch.Tensor:
-        return head.head(inputs[-1], *self._layers[-2], *self._layers[-1], tf32=self.tf32)
+        x, (weight, bias) = inputs[-1], self._layers[launch.first]
+        if launch.count == 2:
+            call = x, weight, bias, *self._layers[-1]
+            return self._by("head", x, lambda: head.head(*call, tf32=self.tf32), lambda plain: plain(*call))
+        return self._by(
+            "head",
+            x,
+            lambda: head.features(x, weight, bias, tf32=self.tf32),
+            lambda plain: self._multiply(x, weight, bias, None, relu6=True).mean((2, 3)),
+        )
 
     def traffic(self, n: int, h: int, w: int, item: int) -> int:
         """Bytes that all launches read and write for n photos of h x w, of `item` bytes a number.

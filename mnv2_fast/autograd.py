@@ -30,7 +30,7 @@ def gradients(
     needed: Sequence[bool],
     compute: Callable[[list[Any]], Tensor],
     *,
-    autocast: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Gradients of what was computed, by computing it again within autograd.
 
@@ -39,7 +39,7 @@ def gradients(
         tensors: what it was computed of.
         needed: for each, whether its gradient is asked for.
         compute: gives the result for tensors in their places.
-        autocast: recompute under autocast to bfloat16, as the call ran.
+        autocast: recompute under autocast to it, as the call ran; None: without.
 
     Returns:
         The gradients asked for, in order.
@@ -51,7 +51,7 @@ def gradients(
     wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need and leaf is not None]
     device = grad.device.type
     # Whatever surrounds the backward pass.
-    surroundings = torch.autocast(device, torch.bfloat16, enabled=autocast, cache_enabled=False)
+    surroundings = torch.autocast(device, autocast, enabled=autocast is not None, cache_enabled=False)
     with torch.enable_grad(), surroundings:
         y = compute(leaves)
         found = torch.autograd.grad(y, wanted, grad, allow_unused=True)

@@ -51,17 +51,18 @@ class EagerNetwork(_Eager):
         table: Tensor,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        tf32: bool = False,
     ) -> None:
-        self._layers, self._dtype = tuple(layers), dtype
+        self._layers, self._dtype, self._tf32 = tuple(layers), dtype, tf32
         self._spec = Chain(tuple(Link(spec, bias=True, norm=False) for spec in layers)).encode()
         self._tensors = [tensor.to(device, dtype) for pair in tensors for tensor in pair]
         self._table = table.to(device)
 
     @torch.no_grad()
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:
-        flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        exact = flags if x.is_cuda else contextlib.nullcontext()
-        # Float32 is exact, and logits are float32, whatever surrounds the call.
+        exact = eager.float32_products(self._tf32) if x.is_cuda else contextlib.nullcontext()
+        # Float32 is as exact as was asked for, and logits are float32, whatever surrounds the call.
         with exact, torch.autocast(x.device.type, enabled=False):
             return eager.network(self._see(x).to(self._dtype), self._tensors, self._spec).float()
 

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from . import env, int8, machine, weights
 from .arch import KINDS, LayerSpec
 from .backends import cpu, triton
-from .chain import weight_dtype
+from .chain import Chain, weight_dtype
 from .eager_network import EagerInt8Network, EagerNetwork, Folded
 from .errors import UserError
+from .images import CPU, check_images
 from .int8 import QuantizedNetwork
-from .model import InputError, MobileNetV2, accelerate
+from .model import MobileNetV2, accelerate
 from .nn import Declined
 from .weights import Preprocessing
 
@@ -39,11 +40,8 @@ log = logging.getLogger("mnv2_fast")
 
 DTYPES = ("fp32", "bf16", "int8")
 GPU_DTYPES = tuple(triton.DTYPES)
-CPU = torch.device("cpu")
 
 VERSION = "1"
-
-_TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())
 
 _NO_CALIBRATION = (
     "dtype='int8' needs calibration images: give calibration= (`mnv2 predict` and `bench`: --calibration), "
@@ -96,26 +94,35 @@ class Engine:
 
     def _build(self) -> None:
         table = byte_table(self.preprocessing)
-        reason, strict = _why_eager(self._asked, self.device), env.strict()
+        reason = _why_eager(self._asked, self.device, self.layers)
         self.backend = "eager" if reason else "cpu" if self.device.type == "cpu" else "triton"
+        wanted = self._asked == "auto" and env.backend() != "eager"
+        _tell("in plain torch", reason, wanted=wanted)
         self._network: _Network
-        if reason:
-            if strict and self._asked == "auto" and env.backend() != "eager":
-                raise UserError(f"{env.STRICT.name}=1, and the engine would run in plain torch: {reason}")
-            log.debug("engine in plain torch: %s", reason)
         if isinstance(self._tensors, QuantizedNetwork):
             grid = int8.byte_grid(self._tensors, table)
             self._network = (EagerInt8Network if reason else cpu.Int8Network)(self._tensors, grid)
         elif reason:
-            kind = triton.DTYPES[self.dtype][0] if self.device.type == "cuda" else torch.float32
-            self._network = EagerNetwork(self.layers, self._tensors, table, self.device, kind)
+            kind, tf32 = triton.DTYPES[self.dtype] if self.device.type == "cuda" else (torch.float32, False)
+            self._network = EagerNetwork(self.layers, self._tensors, table, self.device, kind, tf32=tf32)
         elif self.device.type == "cuda":
-            scale_and_shift = byte_norm(self.preprocessing)
             self._network = triton.Network(
-                self.layers, self._tensors, norm=scale_and_shift, dtype=self.dtype, device=self.device
+                self.layers,
+                self._tensors,
+                norm=byte_norm(self.preprocessing),
+                dtype=self.dtype,
+                device=self.device,
+                asked=self._asked,
             )
         else:
             self._network = cpu.Network(self.layers, self._tensors, table=table, dtype=self.dtype)
+        _tell("partly in plain torch", "; ".join(self.in_torch.values()), wanted=True)
+
+    @property
+    def in_torch(self) -> Mapping[str, str]:
+        """Operators in plain torch among kernels of ours, and why; empty where all are, as `backend` says."""
+        found: Mapping[str, str] = getattr(self._network, "in_torch", {})
+        return found
 
     @property
     def num_classes(self) -> int:
@@ -215,6 +222,7 @@ class Engine:
         where = (
             f"{self.backend} {self.isa}".strip() if self.device == CPU else f"{self.backend} {self.device}"
         )
+        where += f" with {' and '.join(self.in_torch)} in torch" if self.in_torch else ""
         return f"Engine({self.num_classes} classes, {self.dtype}, {where}, threads={self.threads or 'auto'})"
 
 
@@ -262,18 +270,11 @@ def compile(
         raise UserError(f"cannot compile this model: {reason}") from None
     if reading.rest is not None:
         raise UserError("cannot compile this model: its classifier is not (Dropout, Linear) with classes")
-    device, tensors_here = _device_of(model), [tensor.cpu() for tensor in reading.tensors]
-    chain = reading.chain
-    preprocessing = getattr(model, "preprocessing", None)
+    chain, preprocessing = reading.chain, getattr(model, "preprocessing", None)
+    tensors_here = [tensor.cpu() for tensor in reading.tensors]
     tensors: Folded | QuantizedNetwork
     if dtype == "int8":
-        int8.check_specs(chain.specs)  # before photos are read
-        images = preprocessing or Preprocessing()
-        from . import quant  # with Pillow, which no other dtype needs: 80 ms of a start
-        from .calibration import read
-
-        batches = read(calibration, images)
-        tensors = quant.quantize(chain.specs, chain.fold(tensors_here), batches, images, progress)
+        tensors = _quantize(chain, tensors_here, calibration, preprocessing or Preprocessing(), progress)
     else:
         tensors = chain.fold(tensors_here, dtype)
     classes = chain.specs[-1].cout
@@ -288,25 +289,24 @@ def compile(
         labels=labels,
         preprocessing=preprocessing,
         backend=model.backend,
-        device=device,
+        device=_device_of(model),
     )
 
 
-def _place(device: str | torch.device) -> torch.device:
-    """A device as tensors on it name theirs.
+def _quantize(
+    chain: Chain,
+    tensors: Sequence[Tensor],
+    calibration: object,
+    images: Preprocessing,
+    progress: Progress | None,
+) -> QuantizedNetwork:
+    """The int8 network of a chain; arguments as `compile` has them."""
+    int8.check_specs(chain.specs)  # before photos are read
+    from . import quant  # with Pillow, which no other dtype needs: 80 ms of a start
+    from .calibration import read
 
-    Raises:
-        UserError: it is none that is here.
-    """
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device={str(device)!r} is none: use cpu, or cuda where there is a GPU") from None
-    if place.type == "cpu":
-        return CPU
-    if place.type != "cuda" or not torch.cuda.is_available():
-        raise UserError(f"device={str(device)!r}: torch finds no such GPU here, use cpu")
-    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+    batches = read(calibration, images)
+    return quant.quantize(chain.specs, chain.fold(tensors), batches, images, progress)
 
 
 def _device_of(model: object) -> torch.device:
@@ -343,7 +343,9 @@ def load(
         UserError: no such file, truncated, no engine, of another version, its tensors do not fit its
             architecture, or its dtype is none of the device.
     """
-    place = _place(device)
+    place = machine.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise UserError(f"device={str(device)!r} runs no engine: use cpu or cuda")
     state, metadata = weights.load_state_dict(path if weights.boxed(path) else Path(path))
     if metadata.get("format") != weights.ENGINE_FORMAT:
         raise UserError(
@@ -433,62 +435,6 @@ def check_threads(threads: int | None) -> int | None:
     return number
 
 
-def check_images(x: Any, device: torch.device = CPU) -> None:
-    """Say in one line what is wrong with a batch of images for an engine on `device`.
-
-    Raises:
-        InputError: wrong dtype, rank, channels, size, device or layout; no plain tensor, or a transform or a
-            tracer wants to see the call.
-        TypeError: no tensor.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"an engine takes a tensor, not {type(x).__name__}: convert with torch.from_numpy or as_tensor"
-        )
-    watcher = _watcher(x)
-    if watcher:
-        raise InputError(f"an engine cannot run under {watcher}: use the model there, not the engine")
-    if type(x) not in (Tensor, nn.Parameter):
-        raise InputError(
-            f"an engine takes plain tensors, not {type(x).__name__}: convert with x.as_subclass(torch.Tensor)"
-        )
-    got = f"got {x.dtype} {list(x.shape)}"
-    if x.dtype not in (torch.float32, torch.uint8):
-        raise InputError(
-            f"an engine takes float32 [N, 3, H, W] or uint8 [N, H, W, 3], {got}: convert with x.float()"
-        )
-    if x.dim() != 4:
-        raise InputError(f"an engine takes a batch of 4 dimensions, {got}: add it to one image with x[None]")
-    h, w, channels = x.shape[1:] if x.dtype == torch.uint8 else (x.shape[2], x.shape[3], x.shape[1])
-    if channels != 3:
-        layout, cure = (
-            ("[N, H, W, 3]", (0, 2, 3, 1)) if x.dtype == torch.uint8 else ("[N, 3, H, W]", (0, 3, 1, 2))
-        )
-        raise InputError(
-            f"{x.dtype} images are {layout}, {got}: 3 channels are wanted, perhaps x.permute{cure}"
-        )
-    if h < 1 or w < 1:
-        raise InputError(f"H and W must be at least 1, {got}")
-    if x.device != device or x.layout != torch.strided:
-        use = "x.cpu()" if device == CPU else f"x.to({str(device)!r})"
-        where = "CPU tensors" if device == CPU else f"tensors on {device}"
-        raise InputError(f"this engine takes dense {where}, got {x.layout} on {x.device}: use {use}")
-
-
-def _watcher(x: Tensor) -> str:
-    """What would have to see inside an engine, or would hand it tensors without memory; empty: nothing."""
-    if torch.compiler.is_dynamo_compiling():
-        return ""  # the graph breaks at the kernels, which then run on real tensors
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return "a transform such as vmap or grad"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace"
-    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _TRACING_MODES)):
-        return "fake tensors or a tracer"
-    # Neither a mode nor its module need be there for a fake tensor to be given.
-    return "fake tensors" if any(kind.__name__ == "FakeTensor" for kind in type(x).__mro__) else ""
-
-
 def byte_table(preprocessing: Preprocessing) -> Tensor:
     """[3, 256]: what ToTensor and Normalize make of each uint8 in R, G and B, by their own operations."""
     values = torch.arange(256, dtype=torch.uint8, device="cpu").to(torch.float32).div(255)
@@ -504,16 +450,30 @@ def byte_norm(preprocessing: Preprocessing) -> Tensor:
     return torch.stack([1 / (255 * std), -mean / std]).float()
 
 
-def _why_eager(backend: str, device: torch.device = CPU) -> str:
+def _why_eager(backend: str, device: torch.device, layers: Sequence[LayerSpec]) -> str:
     """Why an engine runs in plain torch; empty where it need not."""
     name = env.backend() if backend == "auto" else backend
     if name == "eager":
         return "the backend asked for is eager"
     if device.type == "cuda":
-        return triton.network_declines(device) or ""
+        if name == "cpu":
+            return f"the backend asked for is cpu, the engine is on {device}"
+        return triton.network_declines(device, backend) or triton.chain_declines(layers, pool=False) or ""
     if name == "triton":
-        return "the Triton backend has no engine"
+        return "the Triton backend has no engine on a CPU"
     return cpu.unavailable_reason()
+
+
+def _tell(where: str, reason: str, *, wanted: bool) -> None:
+    """Say in the log that an engine runs in plain torch for a reason, if there is one.
+
+    Raises:
+        UserError: MNV2_STRICT is 1, and kernels were `wanted`.
+    """
+    if env.strict() and reason and wanted:
+        raise UserError(f"{env.STRICT.name}=1, and the engine would run {where}: {reason}")
+    if reason:
+        log.debug("engine %s: %s", where, reason)
 
 
 def _architecture(text: str, path: object) -> list[LayerSpec]:

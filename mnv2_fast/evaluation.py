@@ -121,7 +121,7 @@ def evaluate(
         labels = getattr(model, "labels", None)
     loader = Loader(dataset, EpochSampler(len(dataset), batch_size, training=False), workers)
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    device = next((parameter.device for parameter in parameters), None)
+    device = next((parameter.device for parameter in parameters), getattr(model, "device", None))
     matching: Matching | None = None
     probabilities: list[Tensor] = []
     targets: list[Tensor] = []

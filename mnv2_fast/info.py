@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__, arch, env, machine, ops, weights
-from .backends import cpu, triton
+from .backends import chains, cpu, triton
 from .engine import DTYPES
 
 _PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "safetensors", "onnxruntime", "openvino")
@@ -93,13 +93,16 @@ def _backend(op: ops.Op, device: str) -> str:
     asked = env.backend()
     if asked == "eager":
         return f"eager ({env.BACKEND.name}=eager)"
-    if asked == "triton" and device == "cpu":
-        return f"eager ({env.BACKEND.name}=triton has no kernels for the CPU: unset it, or set it to cpu)"
+    fitting = chains.KERNELS[device].backend
+    if asked not in ("auto", fitting):
+        return (
+            f"eager ({env.BACKEND.name}={asked} has no kernels on {device}: unset it, or set it to {fitting})"
+        )
     args = next(iter(op.samples((8,), (8,), (1,))))
     args = ops.map_tensors(lambda t: t.to(device), args)
     if op.name == "network":
-        reason = ops.network_declines(args[0], args[1])
-        return f"eager ({reason})" if reason else "cpu"
+        reason = ops.network_declines(*args)
+        return f"eager ({reason})" if reason else fitting
     module, reason = ops.backend_of(op.name, *args)
     name = module.__name__.rpartition(".")[2]
     return f"{name} ({reason})" if reason else name

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores and memory.
+"""What this process may use of the machine: cores, memory, a device of torch's.
 
 Linux promises memory that it does not have and ends the process that touches it: `malloc` does not fail. So
 what is going to be needed is compared with what is left before the work.
@@ -11,6 +11,11 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError
 
 MAX_THREADS = 1024  # as csrc/parallel.h says
 
@@ -47,6 +52,27 @@ def warn_of_threads(threads: int) -> None:
         RuntimeWarning,
         stacklevel=4,
     )
+
+
+def device(name: str | torch.device) -> torch.device:
+    """A device that is here, as tensors on it name theirs: a GPU with its number.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={str(name)!r} is none: use cpu, or cuda where there is a GPU") from None
+    if place.type == "cpu":
+        return torch.device("cpu")
+    module: Any = getattr(torch, place.type, None)  # torch.cuda, say; meta has none
+    if not (hasattr(module, "is_available") and module.is_available()):
+        raise UserError(f"device={str(name)!r}: torch finds no such device here, use cpu")
+    index = module.current_device() if place.index is None else place.index
+    if index >= module.device_count():
+        raise UserError(f"device={str(name)!r}: there are {module.device_count()} here, counted from 0")
+    return torch.device(place.type, index)
 
 
 def available_memory() -> int | None:

@@ -15,7 +15,17 @@ from .backends.cpu import DTYPES
 from .errors import UserError
 from .nn import Automatic, ConvBNReLU6, InvertedResidual, Trained, log
 from .packs import HOOKS
-from .reading import Declined, Part, Reading, check_module, decline_call, read_linear
+from .reading import (
+    Declined,
+    Part,
+    Reading,
+    autocast_dtype,
+    check_module,
+    decline_call,
+    decline_training,
+    device_type,
+    read_linear,
+)
 from .weights import (
     ENGINE_FORMAT,
     HEAD,
@@ -151,7 +161,8 @@ class MobileNetV2(Automatic):
     def _compiled(self, x: Tensor) -> Tensor:
         """Under torch.compile: one operator that takes the weights and finds its pack at run time.
 
-        What is read of the modules here is what a later change of makes torch compile again.
+        What is read of the modules here is what a later change of makes torch compile again. On a GPU plain
+        torch is compiled.
         """
         plain = x.dtype in DTYPES and x.device.type == "cpu" and x.dim() == 4
         if self.training or not plain or torch.is_autocast_enabled("cpu"):
@@ -177,6 +188,7 @@ class MobileNetV2(Automatic):
             return why
         try:
             decline_call(x)
+            decline_training(x)
             for name, child in self.features.named_children():
                 if not isinstance(child, Trained):
                     raise Declined(
@@ -192,7 +204,7 @@ class MobileNetV2(Automatic):
     def _server(self, x: Any) -> Callable[[Tensor], Tensor]:
         if not self.training:
             return super()._server(x)
-        self.decline_backend()
+        self.decline_backend(device_type(x))
         try:
             self.decline_changes()
         except Declined as reason:
@@ -264,8 +276,9 @@ class MobileNetV2(Automatic):
             Declined: pool and classifier are not what `training_head` knows, or torch has an error to raise.
         """
         decline_call(y)
+        decline_training(y)
         _, (weight, *rest) = self._read_classifier(y.shape[1], any_mode=True)
-        if not torch.is_autocast_enabled("cpu") and any(t.dtype is not y.dtype for t in (weight, *rest)):
+        if autocast_dtype(y.device) is None and any(t.dtype is not y.dtype for t in (weight, *rest)):
             raise Declined(f"classifier.1 is of another dtype than its input, {y.dtype}")
         dropout = self.classifier[0]
         assert isinstance(dropout, nn.Dropout)
@@ -358,7 +371,7 @@ def _graph_constants(model: MobileNetV2) -> tuple[str, tuple[str, ...], tuple[ob
     The chain is empty where the model declines.
     """
     try:
-        model.decline_backend()
+        model.decline_backend("cpu")
         model.decline_changes()
         reading = model.read()
     except Declined as reason:

@@ -6,13 +6,11 @@ are.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from threading import local
 from typing import Any
 
@@ -20,10 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from . import env, training
-from .backends import cpu
+from .backends import chains
 from .errors import UserError
 from .packs import Holder, ModuleWatch, Pack, TensorWatch
-from .reading import Declined, Part, Reading, check_module, decline_call, read_conv, remember
+from .plans import Kind, Plan, TrainPlan, forms, in_format_of, requires_grad
+from .reading import (
+    Declined,
+    Part,
+    Reading,
+    autocast_dtype,
+    check_module,
+    decline_call,
+    decline_training,
+    device_type,
+    read_conv,
+    remember,
+)
 
 log = logging.getLogger("mnv2_fast")
 
@@ -53,54 +63,6 @@ def tracing(x: object) -> bool:
         or isinstance(x, torch.fx.Proxy)
         or torch._C._len_torch_dispatch_stack() > 0
     )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a module remembers between calls. Immutable; replaced whole."""
-
-    modules: ModuleWatch
-    watch: TensorWatch
-    tensors: tuple[Tensor, ...]  # the chain's, in its order
-    pack: Pack
-    rest: nn.Module | None = None  # runs in torch after the chain
-
-    def decline_input(self, x: Tensor) -> None:
-        """Look whether an input fits the chain.
-
-        Raises:
-            Declined: it does not, or torch's answer would be of another dtype than the kernels'.
-        """
-        links = self.pack.chain.links
-        if x.shape[1] != links[0].spec.cin:
-            raise Declined(f"the input has {x.shape[1]} channels, not {links[0].spec.cin}")
-        held = self.tensors[0].dtype
-        if not self.pack.autocast and x.dtype is not held:
-            raise Declined(f"the input is {x.dtype}, the weights are {held}")
-        if self.pack.autocast and x.dtype is torch.float32 and links[-1].spec.residual == len(links) - 1 > 0:
-            raise Declined("autocast adds a float32 input to a bfloat16 answer")
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """What a module remembers between training steps: a `Plan` without the values of the weights.
-
-    To look at the modules of a network takes 0.5 ms of a step so, to read them anew 5 ms, or 9 where a step's
-    tensors have emptied the caches.
-    """
-
-    modules: ModuleWatch
-    forms: list[tuple[object, ...]]
-    chain: training.TrainChain
-
-    def changed(self, root: nn.Module) -> bool:
-        """Whether the chain must be read again."""
-        return self.modules.changed(root) is not None or _forms(self.modules.tensors) != self.forms
-
-
-def _forms(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-    """All but the values: `Tensor.data` may be set to another memory, and a memory may get another size."""
-    return [(t.dtype, t.shape, t.stride(), t.data_ptr(), t.untyped_storage().nbytes()) for t in tensors]
 
 
 class Automatic(nn.Module):
@@ -148,17 +110,17 @@ class Automatic(nn.Module):
             return str(reason)
         return None
 
-    def decline_backend(self) -> None:
-        """Look at which backend is asked for and whether it is there.
+    def decline_backend(self, device: str) -> None:
+        """Look at which backend is asked for and whether that of a type of device is there.
 
         Raises:
-            Declined: the CPU kernels are not.
+            Declined: another one is asked for, or it is not.
         """
-        asked = self._asked()
-        if asked in ("eager", "triton"):
+        asked, kernels = self._asked(), chains.KERNELS.get(device)
+        if asked == "eager" or (kernels is not None and asked not in ("auto", kernels.backend)):
             raise Declined(f"the {asked} backend was asked for")
-        if not cpu.available():
-            raise Declined(cpu.unavailable_reason())
+        if kernels is not None and (reason := kernels.unavailable()):
+            raise Declined(reason)
 
     def decline_changes(self) -> None:
         """Look whether something was put on the module itself that it runs in the place of what `read` tells.
@@ -179,25 +141,37 @@ class Automatic(nn.Module):
         Raises:
             Declined: the kernels cannot serve the call.
         """
-        self.decline_backend()
+        self.decline_backend(device_type(x))
         decline_call(x)
         self.decline_changes()
-        kind = torch.is_autocast_enabled("cpu"), self.is_cut(x)
-        plans: dict[tuple[bool, bool], Plan] = self._holder.value or {}
+        kernels, asked = chains.KERNELS[x.device.type], self._asked()
+        if reason := kernels.declines(x.device, asked):
+            raise Declined(reason)
+        kind = autocast_dtype(x.device), self.is_cut(x), kernels.settings(asked)
+        plans: dict[Kind, Plan] = self._holder.value or {}
         plan = plans.get(kind)
-        if plan is None or plan.modules.changed(self) or plan.watch.changed(plan.modules.tensors):
-            plan = self._make_plan(*kind)
-            self._holder.value = {**plans, kind: plan}
+        if plan is None or plan.changed(self):
+            plan = self._make_plan(x.device, kind)
+            # Others that are stale go, too, with their memory on a GPU.
+            others = {k: p for k, p in plans.items() if k != kind and not p.changed(self)}
+            self._holder.value = {**others, kind: plan}
         plan.decline_input(x)
         return plan
 
-    def _make_plan(self, autocast: bool, cut: bool) -> Plan:
+    def _make_plan(self, device: torch.device, kind: Kind) -> Plan:
+        autocast, cut, settings = kind
         reading = self.read_cut() if cut else self.read()
-        dtype = reading.dtype
+        dtype, chain, kernels = reading.dtype, reading.chain, chains.KERNELS[device.type]
+        if reading.device != device:
+            raise Declined(f"the input is on {device}, the weights are on {reading.device}")
+        if reason := kernels.declines_chain(chain):
+            raise Declined(reason)
         modules = ModuleWatch(self, reading.modules)
+        if not kernels.samples and any(t.is_inference() for t in modules.tensors):
+            raise Declined(chains.UNSEEN)
         # The watch comes before the weights are read: a write in between is seen at the next call.
         watch = TensorWatch(modules.tensors)
-        pack = Pack(reading.chain, reading.tensors, dtype, autocast=autocast)
+        pack = Pack(chain, reading.tensors, dtype, autocast=autocast, settings=settings)
         return Plan(modules, watch, tuple(reading.tensors), pack, reading.rest)
 
     def _server(self, x: Any) -> Callable[[Tensor], Tensor]:
@@ -206,7 +180,7 @@ class Automatic(nn.Module):
         Raises:
             Declined: the kernels cannot.
         """
-        return functools.partial(_run_plan, self._plan(x))
+        return self._plan(x).run
 
     @torch.jit.unused
     def _automatic(self, x: Tensor) -> Tensor:
@@ -232,31 +206,6 @@ class Automatic(nn.Module):
             return self._run_eager(x)
 
 
-_requires_grad = operator.attrgetter("requires_grad")
-
-
-def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """y, which is in channels_last, in the memory format of the input."""
-    return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
-
-
-def _run_plan(plan: Plan, x: Tensor) -> Tensor:
-    y = _run(plan, x)
-    if y.dim() == 4:
-        y = _in_format_of(x, y)
-    return y if plan.rest is None else plan.rest(y)
-
-
-def _run(plan: Plan, x: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
-        asked = list(map(_requires_grad, plan.tensors))
-        if x.requires_grad or any(asked):
-            of_asked = itertools.compress(plan.tensors, asked)
-            y: Tensor = training.ChainFunction.apply(plan.pack, plan.tensors, asked, x, *of_asked)
-            return y
-    return plan.pack.run(x)
-
-
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
 
@@ -275,11 +224,11 @@ class Trained(Automatic):
         if torch.is_grad_enabled() and self._wants_gradients(x):
             with suppress(Declined):
                 train = self._trainer(x)
-                return lambda x: _in_format_of(x, train(x))
+                return lambda x: in_format_of(x, train(x))
         return super()._server(x)
 
     def _wants_gradients(self, x: Any) -> bool:
-        return (isinstance(x, Tensor) and x.requires_grad) or any(map(_requires_grad, self.parameters()))
+        return (isinstance(x, Tensor) and x.requires_grad) or any(map(requires_grad, self.parameters()))
 
     def _trainer(self, x: Any) -> Callable[[Tensor], Tensor]:
         """What serves a call whose gradients may be asked for.
@@ -287,8 +236,9 @@ class Trained(Automatic):
         Raises:
             Declined: the training kernels cannot.
         """
-        self.decline_backend()
+        self.decline_backend(device_type(x))
         decline_call(x)
+        decline_training(x)
         self.decline_changes()
         chain = self.train_chain()
         training.decline_input(x, chain)
@@ -305,7 +255,7 @@ class Trained(Automatic):
             reading = self.read(any_mode=self.training)
             chain = training.read_chain(self, reading)
             modules = ModuleWatch(self, reading.modules)
-            plan = self._holder.train = TrainPlan(modules, _forms(modules.tensors), chain)
+            plan = self._holder.train = TrainPlan(modules, forms(modules.tensors), chain)
         return plan.chain
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import packs
+from . import env, packs
 from .arch import LayerSpec, inverted_residual
-from .backends import cpu, eager, triton
+from .backends import chains, cpu, eager, triton
 from .chain import Chain, Link
 from .errors import UserError
 
@@ -367,24 +367,27 @@ def _serve(op: Op) -> Callable[..., Tensor]:
 
 def _serve_network(x: Tensor, tensors: list[Tensor], spec: str) -> Tensor:
     shape = _network_shape(x, tensors, spec)
-    if network_declines(x, tensors) is None:
+    if network_declines(x, tensors, spec) is None:
         return packs.lookup(spec, tensors).run(x)
     result = eager.network(x, tensors, spec)
     return result if len(shape) == 2 else eager.channels_last(result)
 
 
-def network_declines(x: Tensor, tensors: Sequence[Tensor]) -> str | None:
+def network_declines(x: Tensor, tensors: Sequence[Tensor], spec: str) -> str | None:
     """Why the kernels do not serve a whole network's call, or None."""
-    if not cpu.available():
-        return cpu.unavailable_reason()
+    kernels = chains.KERNELS.get(x.device.type)
+    if kernels is None:
+        return f"the input is on {x.device}, the kernels are on {' and '.join(chains.KERNELS)}"
+    if reason := kernels.unavailable() or kernels.declines(x.device, env.backend()):
+        return reason
     for t in (x, *tensors):
-        if t.device.type != "cpu" or t.dtype not in cpu.DTYPES or t.layout != torch.strided or t.is_neg():
-            return (
-                f"a tensor is {t.dtype}, {t.layout} on {t.device}: the kernels take {cpu.DTYPE_NAMES} on cpu"
-            )
-        if t.dtype != x.dtype:
-            return f"the input is {x.dtype}, a tensor {t.dtype}"
-    return None
+        if t.dtype not in kernels.dtypes or t.layout != torch.strided or t.is_neg():
+            return f"a tensor is {t.dtype}, {t.layout}: the kernels take {kernels.names}"
+        if t.dtype != x.dtype or t.device != x.device:
+            return f"the input is {x.dtype} on {x.device}, a tensor {t.dtype} on {t.device}"
+    if not kernels.samples and any(t.is_inference() for t in tensors):
+        return chains.UNSEEN
+    return kernels.declines_chain(Chain.decode(spec))
 
 
 library = torch.library.Library("mnv2", "DEF")

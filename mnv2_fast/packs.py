@@ -11,6 +11,13 @@ Not seen, where every sampled value stays as it was: a write through `.data` or 
 Optimizer runs (`torch._fused_sgd_` called by hand) or that one of your own runs on a frozen parameter or on
 memory that another storage has, too (dlpack, numpy), a write by another process to shared memory. Nor is a
 method of torch put on a module in the place of one of torch's own attributes, deleted before it.
+
+On a GPU no value is sampled: to read one is to wait for the GPU. What is left, objects, addresses, strides,
+versions and optimizer steps, sees whatever torch's operators write in place, `load_state_dict`, optimizers
+(fused ones, too) and batch norms in train mode. Not seen there is any write through `.data`, by a kernel of
+your own, through dlpack, or by the replay of a CUDA graph that has your optimizer step in it. (Another tensor
+as `.data` is seen.) Parameters made in inference mode have no version: no pack is made of such there.
+
 `refresh()` of the module is the cure.
 """
 
@@ -23,7 +30,7 @@ import operator
 import threading
 import types
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,7 +38,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .backends import cpu
+from . import env
+from .backends import chains
 from .chain import Chain
 
 _ANY = -1  # in the place of a storage's address: it may be any
@@ -134,7 +142,10 @@ def within_storage(t: Tensor) -> bool:
 
 def _has_samples(t: Tensor) -> bool:
     """Whether the memory of its elements may be read."""
-    plain = t.device.type == "cpu" and t.layout is torch.strided and t.element_size() >= 2
+    kernels = chains.KERNELS.get(t.device.type)
+    if kernels is None or not kernels.samples:
+        return False
+    plain = t.layout is torch.strided and t.element_size() >= 2
     try:
         return plain and t.data_ptr() != 0 and within_storage(t)
     except RuntimeError:  # a subclass without memory
@@ -172,7 +183,7 @@ def _describe(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 
 
 class TensorWatch:
-    """Remembers tensors on the CPU and tells whether any has changed since. Keeps an alias of each."""
+    """Remembers tensors and tells whether any has changed since. Keeps an alias of each."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._steps = _steps
@@ -266,22 +277,33 @@ class ModuleWatch:
 
 
 class Pack:
-    """A chain with its weights folded and packed for the CPU kernels. Immutable.
+    """A chain with its weights folded and packed for the kernels of its tensors' device. Immutable.
 
-    Its answers are of the tensors' `dtype`, or bfloat16 where it is made for calls under autocast to that.
+    Its answers are of the tensors' `dtype`, or of that which it is made for calls under `autocast` to.
+    `settings` are what `Kernels.settings` gave.
     """
 
     def __init__(
-        self, chain: Chain, tensors: Sequence[Tensor], dtype: torch.dtype, *, autocast: bool = False
+        self,
+        chain: Chain,
+        tensors: Sequence[Tensor],
+        dtype: torch.dtype,
+        *,
+        autocast: torch.dtype | None = None,
+        settings: Hashable = None,
     ) -> None:
-        self.chain = chain
-        self.autocast = autocast
-        self._dtype = torch.bfloat16 if autocast else dtype
-        name = cpu.DTYPES[self._dtype]
-        self._network = cpu.Network(chain.specs, chain.fold(tensors, name), pool=chain.pooled, dtype=name)
+        self.chain, self.autocast, self.device = chain, autocast, tensors[0].device
+        self._dtype = autocast or dtype
+        make = chains.KERNELS[self.device.type].network
+        self._network = make(chain, tensors, self._dtype, settings)
+
+    @property
+    def in_torch(self) -> Mapping[str, str]:
+        """Operators that run in plain torch, and why."""
+        return self._network.in_torch
 
     def run(self, x: Tensor) -> Tensor:
-        """The chain's answer for float32 or bfloat16 [N, C, H, W] on the CPU."""
+        """The chain's answer for [N, C, H, W] of a dtype and on the device of the kernels."""
         return self._network.run(x).to(self._dtype)
 
 
@@ -298,7 +320,7 @@ class Holder:
     def __init__(self) -> None:
         self.value: Any = None  # the owner's
         self.train: Any = None  # the owner's, for train mode
-        self.compiled: tuple[str, TensorWatch, Pack] | None = None
+        self.compiled: tuple[Hashable, TensorWatch, Pack] | None = None
         with Holder._lock:
             self.number = next(Holder._numbers)
             Holder.alive[self.number] = self
@@ -320,10 +342,11 @@ def lookup(spec: str, tensors: Sequence[Tensor]) -> Pack:
     """
     chain = Chain.decode(spec)
     holder = Holder.alive.get(chain.holder)
+    settings = chains.KERNELS[tensors[0].device.type].settings(env.backend())
     if holder is None:
-        return Pack(chain, tensors, tensors[0].dtype)
-    kept = holder.compiled
-    if kept is None or kept[0] != spec or kept[1].changed(list(tensors)) is not None:
+        return Pack(chain, tensors, tensors[0].dtype, settings=settings)
+    kept, kind = holder.compiled, (spec, settings)
+    if kept is None or kept[0] != kind or kept[1].changed(list(tensors)) is not None:
         watch = TensorWatch(tensors)
-        kept = holder.compiled = spec, watch, Pack(chain, tensors, tensors[0].dtype)
+        kept = holder.compiled = kind, watch, Pack(chain, tensors, tensors[0].dtype, settings=settings)
     return kept[2]

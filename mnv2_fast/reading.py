@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .arch import LayerSpec
-from .backends.cpu import DTYPE_NAMES, DTYPES
+from .backends import chains
 from .chain import Chain, Link
 from .packs import HOOKS, METHODS, methods_of, within_storage
 
@@ -50,16 +50,39 @@ def decline_call(x: Any) -> None:
         raise Declined("forward-mode differentiation is active")
     if _has_any_global_hook():
         raise Declined("a global module hook is registered")
-    if x.device.type != "cpu":
-        raise Declined(f"the input is on {x.device}, the kernels for a whole network are on cpu")
-    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is not torch.bfloat16:
-        raise Declined(
-            f"autocast to {torch.get_autocast_dtype('cpu')} is on, the kernels have torch.bfloat16"
-        )
-    if x.dtype not in DTYPES or x.layout is not torch.strided or x.is_neg():
-        raise Declined(f"the input is {x.dtype}, {x.layout}: the kernels take plain {DTYPE_NAMES}")
+    kernels = chains.KERNELS.get(x.device.type)
+    if kernels is None:
+        raise Declined(f"the input is on {x.device}, the kernels are on {' and '.join(chains.KERNELS)}")
+    cast = autocast_dtype(x.device)
+    if cast is not None and cast not in kernels.casts:
+        raise Declined(f"autocast to {cast} is on, the kernels have {' or '.join(map(str, kernels.casts))}")
+    if x.dtype not in kernels.dtypes or x.layout is not torch.strided or x.is_neg():
+        raise Declined(f"the input is {x.dtype}, {x.layout}: the kernels take plain {kernels.names}")
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise Declined(f"the input has the shape {tuple(x.shape)}, the kernels take [N, C, H, W]")
+
+
+def decline_training(x: Tensor) -> None:
+    """Look whether there are training kernels where an input is that `decline_call` has let pass.
+
+    Raises:
+        Declined: there are none.
+    """
+    if not chains.KERNELS[x.device.type].trains:
+        there = [device for device, kernels in chains.KERNELS.items() if kernels.trains]
+        raise Declined(f"the input is on {x.device}, the training kernels are on {' and '.join(there)}")
+
+
+def device_type(x: Any) -> str:
+    """Where a call with x is; of what is no tensor, where most are."""
+    return x.device.type if isinstance(x, Tensor) else "cpu"
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast makes of tensors on a device now, or None where it is off."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def check_module(module: nn.Module, name: str, kind: type[nn.Module], any_mode: bool = False) -> None:
@@ -94,8 +117,10 @@ def _check_tensors(name: str, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     for t in found:
         if type(t) is not Tensor and type(t) is not nn.Parameter:
             raise Declined(f"{name} holds a {type(t).__name__}, not a plain tensor")
-        if t.dtype not in DTYPES or t.device.type != "cpu" or t.layout is not torch.strided:
-            raise Declined(f"{name} holds {t.dtype} on {t.device}, the kernels take {DTYPE_NAMES} on cpu")
+        kernels = chains.KERNELS.get(t.device.type)
+        if kernels is None or t.dtype not in kernels.dtypes or t.layout is not torch.strided:
+            take = " and ".join(f"{known.names} on {device}" for device, known in chains.KERNELS.items())
+            raise Declined(f"{name} holds {t.dtype} on {t.device}, the kernels take {take}")
         if not within_storage(t):
             raise Declined(f"{name} holds a tensor whose memory was taken away")
     return found
@@ -233,4 +258,16 @@ class Reading:
         found = {t.dtype for t in self.tensors}
         if len(found) > 1:
             raise Declined(f"tensors are of several dtypes: {', '.join(sorted(map(str, found)))}")
+        return found.pop()
+
+    @property
+    def device(self) -> torch.device:
+        """The one device of the chain's tensors.
+
+        Raises:
+            Declined: they are on several.
+        """
+        found = {t.device for t in self.tensors}
+        if len(found) > 1:
+            raise Declined(f"tensors are on several devices: {', '.join(sorted(map(str, found)))}")
         return found.pop()

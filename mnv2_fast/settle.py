@@ -62,7 +62,7 @@ def _prefers_bfloat16(model: nn.Module, device: torch.device) -> bool:
     if device.type != "cpu" or not isinstance(model, MobileNetV2):
         return False
     try:
-        model.decline_backend()
+        model.decline_backend(device.type)
     except Declined:
         return False
     return cpu_train.prefers_bfloat16() and _nodes(model.train()) is not None

@@ -105,7 +105,7 @@ def fit(
     with distributed.joined() as group:
         say = partial(_say, shown=progress and group.first)
         args = _args(data, model, weights, preprocessing)
-        device = _device(device)
+        device = machine.device(device)
         begin = partial(_begin, data, args, options, out, group, device, resume=resume)
         recipe, folder, run, state = group.together(begin)
         if run is not None:
@@ -230,13 +230,6 @@ def _result(trainer: Trainer, folder: LabelledFolder, run: Run | None) -> FitRes
 def _say(text: str, shown: bool) -> None:
     if shown:
         print(text, file=sys.stderr, flush=True)
-
-
-def _device(name: str | torch.device) -> torch.device:
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device={name!r} is none: use cpu, or cuda where there is a GPU") from error
 
 
 def _args(

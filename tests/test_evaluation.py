@@ -82,6 +82,21 @@ def test_engines_answer_as_their_model(model: MobileNetV2, tmp_path: Path) -> No
         assert (found.probabilities - expected.probabilities).abs().max() < (1e-5 if dtype == "fp32" else 0.2)
 
 
+def test_photos_go_to_the_engines_device(
+    model: MobileNetV2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, places = mnv2_fast.compile(model), []
+    engine.device = torch.device("meta")  # in the place of a GPU
+
+    def call(self: mnv2_fast.Engine, x: Tensor) -> Tensor:
+        places.append(x.device.type)
+        return torch.zeros(len(x), len(LABELS))
+
+    monkeypatch.setattr(mnv2_fast.Engine, "__call__", call)
+    evaluate(engine, write(tmp_path / "photos", COUNTS), workers=0)
+    assert places == ["meta"]
+
+
 def test_which_photos(model: MobileNetV2, tmp_path: Path) -> None:
     write(tmp_path / "both" / "train", {**COUNTS, "red": 7})
     write(tmp_path / "both" / "val", COUNTS)

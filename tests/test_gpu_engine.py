@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from gpu_stand_in import Captured, StandIn
 from helpers import SMALL, calibrate
 from torch import Tensor
 
 import mnv2_fast
-from mnv2_fast import Engine, MobileNetV2, UserError, engine
-from mnv2_fast.backends import replay
+from mnv2_fast import Engine, MobileNetV2, UserError, engine, images, machine
+from mnv2_fast.backends import eager, replay
 from mnv2_fast.backends import triton as backend
 from mnv2_fast.eager_network import EagerNetwork
+from mnv2_fast.nn import eager_only
 from mnv2_fast.weights import Preprocessing
 
 GPU = torch.device("cuda", 0)
-
-
-class Captured:
-    """A stand-in of CUDA graphs: captures are counted, and replay computes anew in the same memory."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.sizes: list[int] = []
-        self.stream = 0
-        monkeypatch.setattr(replay, "place", lambda x: self.stream)
-        monkeypatch.setattr(replay, "capturing", lambda: False)
-        monkeypatch.setattr(replay, "capture", self.capture)
-
-    def capture(self, run: replay.Run, x: Tensor) -> replay.Graph:
-        self.sizes.append(len(x))
-        y = run(x)
-        return replay.Graph(lambda: y.copy_(run(x)), x, y, threading.Lock())
 
 
 @pytest.fixture
@@ -207,9 +196,9 @@ def test_images_of_another_device_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"takes dense tensors on cuda:0, got .* on cpu: use x.to\('cuda:0'\)"
     ):
-        engine.check_images(x, GPU)
+        images.check_images(x, GPU)
     with pytest.raises(ValueError, match=r"takes dense CPU tensors, got .* on meta: use x.cpu\(\)"):
-        engine.check_images(x.to("meta"))
+        images.check_images(x.to("meta"))
 
 
 def test_a_model_in_two_places_is_refused() -> None:
@@ -224,7 +213,11 @@ def test_a_model_in_two_places_is_refused() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_file_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     mnv2_fast.compile(MobileNetV2(**SMALL).eval()).save(tmp_path / "e.safetensors")
-    for device, said in (("cuda", "no such GPU here"), ("cuda:1", "no such GPU here"), ("gpu", "is none")):
+    for device, said in (
+        ("cuda", "no such device here"),
+        ("cuda:1", "no such device here"),
+        ("gpu", "is none"),
+    ):
         with pytest.raises(UserError, match=said):
             mnv2_fast.load(tmp_path / "e.safetensors", device=device)
 
@@ -241,6 +234,110 @@ def test_plain_torch_serves_in_the_engines_type(kind: torch.dtype) -> None:
     assert got.dtype == torch.float32
     tolerance = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}[kind]
     assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+PROVEN = frozenset({"network", *backend.OPERATORS})
+
+
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, StandIn]:
+    """An engine on the CPU, whose layers may then be another's on a GPU that the CPU stands in for."""
+    source = mnv2_fast.compile(calibrate(MobileNetV2(**SMALL)))
+    gpu, network = StandIn(monkeypatch), backend.Network
+
+    def on_cpu(*args: Any, **of: Any) -> backend.Network:
+        return network(*args, **{**of, "device": engine.CPU})
+
+    monkeypatch.setattr(backend, "Network", on_cpu)
+    monkeypatch.setenv("MNV2_BACKEND", "auto")
+    return source, gpu
+
+
+def test_an_operator_that_is_off_runs_in_torch_and_the_engine_says_so(
+    frozen: tuple[Engine, StandIn], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    want, gpu = frozen
+    monkeypatch.setattr(backend, "PROVEN", PROVEN - {"stem"})
+    with caplog.at_level("DEBUG", "mnv2_fast"):
+        found = Engine(want.layers, want.tensors, device=GPU)
+    assert found.backend == "triton"
+    assert list(found.in_torch) == ["stem"]
+    assert repr(found) == "Engine(7 classes, fp32, triton cuda:0 with stem in torch, threads=auto)"
+    assert "engine partly in plain torch: the stem kernel has not run on a GPU yet" in caplog.text
+    for x in (torch.randn(3, 3, 40, 33), torch.randint(0, 256, (2, 40, 33, 3), dtype=torch.uint8)):
+        torch.testing.assert_close(found.network.run(x), want(x), rtol=1e-4, atol=1e-4)
+    assert set(gpu.launches) == {"depthwise", "pointwise", "head"}
+    assert gpu.captured.sizes == [4, 2]
+    with torch.autocast("cpu", torch.bfloat16):  # engines are of their own dtype
+        x = torch.randn(1, 3, 40, 33)
+        torch.testing.assert_close(found.network.run(x), want(x), rtol=1e-4, atol=1e-4)
+
+
+def test_strict_engines_are_whole(frozen: tuple[Engine, StandIn], monkeypatch: pytest.MonkeyPatch) -> None:
+    want, _ = frozen
+    *rest, last, linear = want.layers
+    linear_mean = [*rest, dataclasses.replace(last, relu6=False), linear]
+    monkeypatch.setenv("MNV2_STRICT", "1")
+    for proven, layers, why in (
+        (PROVEN - {"stem"}, want.layers, "partly in plain torch: the stem kernel has not run on a GPU yet"),
+        (frozenset(), want.layers, "in plain torch: the network kernel has not run on a GPU yet"),
+        (PROVEN, linear_mean, "in plain torch: a head's mean is of a pointwise layer with ReLU6"),
+    ):
+        monkeypatch.setattr(backend, "PROVEN", proven)
+        with pytest.raises(UserError, match=f"MNV2_STRICT=1, and the engine would run {why}"):
+            Engine(layers, want.tensors, device=GPU)
+    monkeypatch.setattr(backend, "PROVEN", PROVEN)
+    whole = Engine(want.layers, want.tensors, device=GPU)
+    assert not whole.in_torch
+    assert repr(whole).endswith("triton cuda:0, threads=auto)")
+
+
+@pytest.mark.parametrize(("tf32", "wanted"), [(True, "tf32"), (False, "ieee")])
+def test_torchs_switches_are_as_they_were(tf32: bool, wanted: str) -> None:
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+
+    def fails() -> None:
+        with eager.float32_products(tf32):
+            assert [switch.fp32_precision for switch in switches] == [wanted, wanted]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert [switch.fp32_precision for switch in switches] == before
+
+
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "unavailable_reason", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    why = backend._device_reason.__wrapped__(GPU)
+    assert why == "the triton backend needs sm_80 or newer, cuda:0 is sm_75"
+    monkeypatch.setattr(backend, "_device_reason", lambda device: why)
+    assert backend.network_declines(GPU, "triton") == why
+    assert engine._why_eager("triton", GPU, ()) == why
+
+
+@pytest.mark.parametrize(("asked", "why"), [("cpu", "the backend asked for is cpu"), ("eager", "is eager")])
+def test_a_backend_that_is_no_gpus(asked: str, why: str) -> None:
+    assert why in engine._why_eager(asked, GPU, ())
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("gpu", "'gpu' is none: use cpu, or cuda"),
+        ("meta", "no such device here"),
+        ("cuda:2", "there are 2 here"),
+    ],
+)
+def test_a_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch, asked: str, why: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=why):
+        machine.device(asked)
+    assert machine.device("cuda") == machine.device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert machine.device("cpu:0") == torch.device("cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
@@ -263,3 +360,35 @@ def test_on_a_gpu(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     again = mnv2_fast.load(tmp_path / "e.safetensors", device="cuda")
     x = torch.randn(1, 3, 224, 224, device="cuda")
     assert torch.equal(again(x), found(x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("cast", [None, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("held", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_modules_on_a_gpu(
+    held: torch.dtype, cast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Served as torch would answer, never stale, with torch's gradients."""
+    monkeypatch.setenv("MNV2_BACKEND", "triton")
+    model = calibrate(MobileNetV2(num_classes=7))
+    exact = copy.deepcopy(model).double().cuda()
+    model.to("cuda", held)
+    x = torch.randn(3, 3, 224, 224, device="cuda", dtype=held)
+    for change in (lambda: None, lambda: model.classifier[1].weight.mul_(2)):
+        with torch.no_grad():
+            change()
+            exact.load_state_dict(model.state_dict())
+        for photos in (x, x.contiguous(memory_format=torch.channels_last), x[:0]):
+            with torch.autocast("cuda", cast, enabled=cast is not None):
+                assert model.why_not(photos) is None, model.why_not(photos)
+                ours = model(photos)
+                with eager_only():
+                    torchs = model(photos)
+            right = exact._forward_impl(photos.double())
+            assert ours.dtype == torchs.dtype
+            assert (ours - right).norm() <= 2 * (torchs - right).norm() + 1e-5 * right.norm()
+    ours.sum().backward()
+    block, features = model.features[3], torch.randn(2, 24, 56, 56, device="cuda", dtype=held)
+    with torch.no_grad():
+        assert block.why_not(features) is None
+        torch.testing.assert_close(block(features), block._run_eager(features), rtol=0.05, atol=0.05)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -70,6 +70,8 @@ CASES = [
     Case("network", *kind, photos) for kind in KINDS for photos in ("contiguous", "channels_last", "uint8")
 ]
 CASES += [Case("network", "float16", photos="float32"), Case("engine", "float16")]
+CASES += [Case("by operator", *kind, photos) for kind in KINDS[1:3] for photos in ("contiguous", "uint8")]
+CASES += [Case(what, *kind) for what in ("block", "features") for kind in KINDS]
 # N, pixels, Cin, Cout of the one; N, pixels, Cin, Cout, classes of the other.
 CASES += [
     Case("pointwise traffic", shape=shape) for shape in ((1, 5, 16, 24), (3, 49, 40, 130), (2, 70, 33, 64))
@@ -84,7 +86,9 @@ def _network(case: Case) -> str:
     specs = small_specs()
     layers = tensors(specs)
     dtype = getattr(torch, case.dtype)
-    network = Network(specs, layers, dtype, CPU, norm=NORM, tf32=case.tf32)
+    off = dict.fromkeys(("depthwise", "head"), "a reason") if case.what == "by operator" else {}
+    plain = {op: getattr(eager, op) for op in off}
+    network = Network(specs, layers, dtype, CPU, norm=NORM, tf32=case.tf32, plain=plain, off=off)
     photos = torch.randint(0, 256, (2, 3, 21, 18), dtype=torch.uint8)
     seen = photos.double() * NORM[0].double().view(3, 1, 1) + NORM[1].double().view(3, 1, 1)
     if case.photos == "uint8":
@@ -106,6 +110,31 @@ def _network(case: Case) -> str:
     error, torchs = (got - want).abs().max(), (answer(dtype) - want).abs().max()
     # TF32 keeps as many bits of a factor as float16, and cuts off where that rounds: twice its error.
     torchs = 2 * (answer(torch.float16) - want).abs().max() if case.tf32 else torchs
+    return "" if error <= 2 * torchs + 1e-6 else f"off by {error:.3g}, torch by {torchs:.3g}"
+
+
+def _chain(case: Case) -> str:
+    """A block by itself, or a network that ends in its features, of strided inputs; answers of the dtype."""
+    pool = case.what == "features"
+    specs = small_specs()[:-1] if pool else inverted_residual("", 17, 17, 1, 3)
+    layers, dtype = tensors(specs), getattr(torch, case.dtype)
+    network = Network(specs, layers, dtype, CPU, tf32=case.tf32, pool=pool, answer=dtype)
+    x = torch.randn(2, specs[0].cin, 9, 20)[..., ::2].to(dtype)
+    chain = Chain(tuple(Link(spec, bias=True, norm=False) for spec in specs), pool)
+    flat = [t for pair in layers for t in pair]
+
+    def answer(kind: torch.dtype, chain: Chain = chain) -> Tensor:
+        return eager.network(x.to(kind), [t.to(kind) for t in flat], chain.encode()).double()
+
+    got, want = network(x), answer(torch.float64)
+    if got.dtype != dtype or got.shape != want.shape:
+        return f"the answer is {got.dtype} {tuple(got.shape)}"
+    if got.dim() == 4 and not got.is_contiguous(memory_format=torch.channels_last):
+        return f"the answer has the strides {got.stride()}"
+    error, torchs = (got - want).abs().max(), (answer(dtype) - want).abs().max()
+    if case.tf32:  # as in `_network`; what is cut off has one sign, so that a mean makes it no smaller
+        maps = Chain(chain.links)
+        torchs = 2 * (answer(torch.float16, maps) - answer(torch.float64, maps)).abs().max()
     return "" if error <= 2 * torchs + 1e-6 else f"off by {error:.3g}, torch by {torchs:.3g}"
 
 
@@ -136,10 +165,11 @@ def _engine(case: Case) -> str:
     specs = small_specs()
     layers = tensors(specs)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         patch.setattr(replay, "place", lambda x: 0)
         patch.setattr(replay, "capturing", lambda: False)
         patch.setattr(replay, "capture", by_launches)
-        network = backend.Network(specs, layers, norm=NORM, dtype="fp16", device=CPU, fuse=False)
+        network = backend.Network(specs, layers, norm=NORM, dtype="fp16", device=CPU, asked="triton")
         direct = Network(specs, layers, torch.float16, CPU, norm=NORM)
         for n in (0, 1, 3, 4):
             photos = torch.randint(0, 256, (n, 9, 10, 3), dtype=torch.uint8)
@@ -158,6 +188,9 @@ def by_launches(run: replay.Run, x: Tensor) -> replay.Graph:
 
 VERDICTS: dict[str, Callable[[Case], str]] = {
     "network": _network,
+    "by operator": _network,
+    "block": _chain,
+    "features": _chain,
     "pointwise traffic": _pointwise_traffic,
     "head traffic": _head_traffic,
     "engine": _engine,
@@ -210,8 +243,16 @@ def test_an_image_moves_few_bytes(fused: Network, item: int) -> None:
 
 def test_what_is_no_network_is_refused() -> None:
     specs = small_specs()
-    with pytest.raises(ValueError, match="from a stem to a head"):
-        Network(specs[1:], tensors(specs[1:]), torch.float16, CPU, norm=NORM)
+    turned = [*specs[1:], specs[0]]
+    with pytest.raises(ValueError, match="a stem comes first and a linear layer last"):
+        Network(turned, tensors(turned), torch.float16, CPU)
+    with pytest.raises(ValueError, match="mean is of a pointwise layer with ReLU6"):
+        Network(specs[:-2], tensors(specs[:-2]), torch.float16, CPU, pool=True)
+    added = [*specs[:-1], replace(specs[1], residual=1)]
+    with pytest.raises(ValueError, match="only a pointwise layer adds a residual"):
+        Network(added, tensors(added), torch.float16, CPU)
+    with pytest.raises(ValueError, match="give the network one"):
+        Network(specs, tensors(specs), torch.float16, CPU)(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="leave fuse out"):
         Network(specs, tensors(specs), torch.float32, CPU, norm=NORM, fuse=True)
 

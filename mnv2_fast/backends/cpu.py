@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -170,6 +170,7 @@ class StepTime:
 class _Native:
     """What networks of the extension say of themselves."""
 
+    in_torch: Mapping[str, str] = types.MappingProxyType({})  # no operator is
     _network: Any  # of the extension
     block_forms: tuple[str, ...]  # those that a block may run in
 

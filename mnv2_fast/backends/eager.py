@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,28 @@ from torch import Tensor
 
 from ..chain import Chain, Link
 
+_switches = threading.Lock()
+
 
 def declines(op: str, *args: object) -> str | None:
     """None: plain torch serves every call."""
     return None
+
+
+@contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Products of float32 on a GPU as TF32, or in full, within it, whatever torch's switches say.
+
+    The switches are the process's: one thread at a time.
+    """
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    with _switches:
+        before = conv.fp32_precision, matmul.fp32_precision
+        conv.fp32_precision = matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        try:
+            yield
+        finally:
+            conv.fp32_precision, matmul.fp32_precision = before
 
 
 def channels_last(y: Tensor) -> Tensor:

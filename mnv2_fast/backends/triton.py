@@ -5,16 +5,22 @@ Importing this module imports no triton, so that it costs nothing where no GPU i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Sequence
+import logging
+import types
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import arch, env
 from ..arch import LayerSpec
-from . import replay
+from ..errors import UserError
+from . import eager, replay
+
+log = logging.getLogger("mnv2_fast")
 
 # min.NaN, max.NaN and bfloat16 begin here.
 CAPABILITY = (8, 0)
@@ -25,6 +31,8 @@ DTYPES = {
     "fp16": (torch.float16, False),
     "bf16": (torch.bfloat16, False),
 }
+# Of the tensors that the kernels take, and what a network of them is called.
+TENSORS = {kind: name for name, (kind, tf32) in DTYPES.items() if not tf32}
 # Whole blocks in one launch are for this capability, alone.
 FUSED_CAPABILITY = (9, 0)
 OPERATORS = ("stem", "depthwise", "pointwise", "head")
@@ -69,27 +77,59 @@ def declines(op: str, *args: object) -> str | None:
     return _unproven(op) or _tensor_reason(op, x, others)
 
 
-def network_declines(device: torch.device) -> str | None:
-    """Why this backend does not run whole networks on a device, or None where it does."""
-    return _device_reason(device) or _unproven("network")
+def network_declines(device: torch.device, asked: str = "auto") -> str | None:
+    """Why this backend does not run whole networks on a device, or None where it does.
+
+    Args:
+        device: any.
+        asked: the backend that a model asks for; `MNV2_BACKEND` says it, too.
+    """
+    return _device_reason(device) or _unproven("network", asked)
 
 
-def _unproven(op: str) -> str | None:
-    if op in PROVEN or env.backend() == "triton":
+def chain_declines(layers: Sequence[LayerSpec], pool: bool) -> str | None:
+    """Why a `Network` cannot be made of some layers now, or None where it can.
+
+    Args:
+        layers: first to last.
+        pool: as for `Network`.
+    """
+    from mnv2_fast.kernels.network import refuses
+
+    if replay.capturing():  # weights go by way of the host, for which a capture does not wait
+        return "a CUDA graph is captured before the first call: call the model once before that"
+    return refuses(layers, pool)
+
+
+def _unproven(op: str, asked: str = "auto") -> str | None:
+    if op in PROVEN or "triton" in (asked, env.backend()):
         return None
     return f"the {op} kernel has not run on a GPU yet: set {env.BACKEND.name}=triton to use it"
 
 
+class OutOfMemoryError(MemoryError, torch.OutOfMemoryError):
+    """A batch needs more memory than the GPU has. Both of the classes that callers look for."""
+
+
 class Network:
-    """A frozen network of folded layers on a GPU, replayed as CUDA graphs. Immutable.
+    """A frozen network of folded layers on a GPU. May be run from several threads at once.
+
+    One with a head is replayed as CUDA graphs; any other chain is launched layer by layer, into new memory.
+    An operator whose kernel is off runs in plain torch, among the other ones' launches.
 
     Args:
-        layers: first to last, from the stem to the classifier.
+        layers: first to last.
         tensors: for each layer (weight, bias), batch norm folded in; copied.
-        norm: [2, 3], what each uint8 is multiplied with for R, G and B, and what is added.
+        norm: [2, 3], what each uint8 is multiplied with for R, G and B, and what is added; for uint8 alone.
         dtype: of `DTYPES`.
         device: a CUDA device.
         fuse: whole blocks in one launch; by default where the GPU has them and they are proven.
+        pool: average the last pointwise layer over H and W, as is always done before a linear layer.
+        answer: dtype of the answer.
+        asked: the backend that was asked for, as for `network_declines`.
+
+    Raises:
+        ValueError: `chain_declines` has a reason for it.
     """
 
     def __init__(
@@ -97,22 +137,42 @@ class Network:
         layers: Sequence[LayerSpec],
         tensors: Sequence[tuple[Tensor, Tensor]],
         *,
-        norm: Tensor,
+        norm: Tensor | None = None,
         dtype: str,
         device: torch.device,
         fuse: bool | None = None,
+        pool: bool = False,
+        answer: torch.dtype = torch.float32,
+        asked: str = "auto",
     ) -> None:
         from mnv2_fast.kernels import inverted_residual, network
 
         kind, tf32 = DTYPES[dtype]
+        graphs = pool or layers[-1].kind == "linear"
         if fuse is None:
             fuse = (
-                kind in inverted_residual.DTYPES
+                graphs
+                and kind in inverted_residual.DTYPES
                 and torch.cuda.get_device_capability(device) == FUSED_CAPABILITY
-                and _unproven("block") is None
+                and _unproven("block", asked) is None
             )
-        self._network = network.Network(layers, tensors, kind, device, norm=norm, tf32=tf32, fuse=fuse)
-        self._replayed = replay.Replayed(self._network)
+        # Operator -> why it runs in plain torch; a kernel that does not fit on the GPU comes to it later.
+        found = {op: why for op in OPERATORS if (why := _unproven(op, asked))}
+        self.in_torch: Mapping[str, str] = types.MappingProxyType(found)
+        self._network = network.Network(
+            layers,
+            tensors,
+            kind,
+            device,
+            norm=norm,
+            tf32=tf32,
+            fuse=fuse,
+            pool=pool,
+            answer=answer,
+            plain={op: functools.partial(_in_torch, op, tf32, found) for op in OPERATORS},
+            off=found,
+        )
+        self._run = replay.Replayed(self._network) if graphs else self._network
         self._layers, self._item = tuple(layers), kind.itemsize
 
     @property
@@ -121,18 +181,41 @@ class Network:
         return self._network.weight_bytes
 
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:
-        """Logits [N, classes], float32, of float32 [N, 3, H, W] or uint8 [N, H, W, 3].
+        """The answer for [N, C, H, W], or for uint8 [N, H, W, 3]: as `mnv2_fast.kernels.network` has it.
 
         Raises:
-            MemoryError: the batch needs more memory than the GPU has.
+            OutOfMemoryError: the batch needs more memory than the GPU has; later calls are served.
+            UserError: a layer would run in plain torch, and MNV2_STRICT is 1.
         """
-        with torch.no_grad():
-            return self._replayed(x)
+        try:
+            # The current device may be another one, and a capture there is not ours.
+            with torch.no_grad(), torch.cuda.device_of(x):
+                return self._run(x)
+        except MemoryError as error:
+            raise OutOfMemoryError(str(error)) from None
 
     def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
         """What its largest layer reads and writes for the batch whose graph serves n images."""
         largest = max(layer.elements for layer in arch.layers(size=(h, w), specs=self._layers))
         return self._item * replay.bucket(min(n, replay.MOST)) * largest
+
+
+def _in_torch(op: str, tf32: bool, off: Mapping[str, str], x: Tensor, *rest: object) -> Tensor:
+    """An operator in plain torch, as exact as its kernel: one that is off, or for an input past its limit.
+
+    Raises:
+        UserError: MNV2_STRICT is 1.
+    """
+    from mnv2_fast.kernels.depthwise import limit
+
+    why = off.get(op) or limit(x.shape)
+    if env.strict():
+        raise UserError(f"{env.STRICT.name}=1, and a {op} layer would run in plain torch: {why}")
+    log.debug("a %s layer runs in plain torch: %s", op, why)
+    make: Callable[..., Tensor] = getattr(eager, op)
+    exact = eager.float32_products(tf32) if x.is_cuda else contextlib.nullcontext()
+    with exact, torch.autocast(x.device.type, enabled=False):
+        return make(x, *rest)
 
 
 def stem(x: Tensor, weight: Tensor, bias: Tensor, relu6: bool) -> Tensor:

@@ -1,0 +1,68 @@
+"""A GPU for tests where there is none: tensors on the CPU go the way of CUDA tensors.
+
+The kernels' launchers are plain torch, CUDA graphs run anew, and no value of a weight is looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mnv2_fast.backends import chains, eager, replay
+from mnv2_fast.backends import triton as backend
+
+
+class Captured:
+    """A stand-in of CUDA graphs: captures are counted, and replay computes anew in the same memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        self.stream = 0
+        monkeypatch.setattr(replay, "place", lambda x: self.stream)
+        monkeypatch.setattr(replay, "capturing", lambda: False)
+        monkeypatch.setattr(replay, "capture", self.capture)
+
+    def capture(self, run: replay.Run, x: Tensor) -> replay.Graph:
+        self.sizes.append(len(x))
+        y = run(x)
+        return replay.Graph(lambda: y.copy_(run(x)), x, y, threading.Lock())
+
+
+class StandIn:
+    """`launches`: name of each kernel launched, with ":tf32" where float32 is multiplied so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from mnv2_fast.kernels import network
+
+        self.captured, self.launches = Captured(monkeypatch), list[str]()
+        monkeypatch.setenv("MNV2_BACKEND", "triton")
+        monkeypatch.setattr(backend, "_device_reason", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+        row = chains.KERNELS["cuda"]
+        declines = backend.network_declines
+        monkeypatch.setitem(
+            chains.KERNELS, "cpu", dataclasses.replace(row, unavailable=lambda: "", declines=declines)
+        )
+        monkeypatch.setattr(network, "stem", self.launcher("stem", eager.stem))
+        monkeypatch.setattr(network, "depthwise", self.launcher("depthwise", eager.depthwise))
+        monkeypatch.setattr(network.pointwise, "pointwise", self.launcher("pointwise", eager.pointwise))
+        monkeypatch.setattr(network.head, "head", self.launcher("head", eager.head))
+        monkeypatch.setattr(network.head, "features", self.launcher("features", _features))
+
+    def launcher(self, name: str, make: Any) -> Any:
+        def launch(*args: Any, tf32: bool = False, norm: Tensor | None = None) -> Tensor:
+            assert norm is None
+            self.launches.append(name + ":tf32" * tf32)
+            with torch.autocast("cpu", enabled=False):  # as no kernel knows of it
+                return make(*args)
+
+        return launch
+
+
+def _features(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return eager.pointwise(x, weight, bias, None, True).mean((2, 3))
