@@ -383,9 +383,8 @@ def test_a_kernel_that_does_not_fit_on_the_gpu_gives_way_to_torch(
     model: MobileNetV2, x: Tensor, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with less shared memory than its tiles take."""
-    from triton.runtime.errors import OutOfResources
-
     from mnv2_fast.kernels import network
+    from triton.runtime.errors import OutOfResources
 
     tried = []
 
