@@ -15,6 +15,7 @@ from .backends.cpu import DTYPES
 from .errors import UserError
 from .nn import Automatic, ConvBNReLU6, InvertedResidual, Trained, log
 from .packs import HOOKS
+from .plans import train_chain
 from .reading import (
     Declined,
     Part,
@@ -188,7 +189,7 @@ class MobileNetV2(Automatic):
             return why
         try:
             decline_call(x)
-            decline_training(x)
+            decline_training(x, self._asked())
             for name, child in self.features.named_children():
                 if not isinstance(child, Trained):
                     raise Declined(
@@ -259,7 +260,7 @@ class MobileNetV2(Automatic):
     def _train(self, x: Tensor) -> Tensor:
         """In train mode: the elements of `features` by themselves, then the head."""
         self._check(x)
-        y = self.features(x)
+        y = self._train_features(x)
         if not y.requires_grad:  # the node is for its gradient
             return self._classify(y)
         try:
@@ -269,6 +270,28 @@ class MobileNetV2(Automatic):
             return self._classify(y)
         return training_head.run(y, weight, bias, dropout)
 
+    def _train_features(self, x: Tensor) -> Tensor:
+        """Their elements by themselves, or joined where that is faster and nobody looks between them."""
+        if training.joins(x) and self._wants_features(x):
+            try:
+                return training.run_joined(x, self._train_chain(x))
+            except Declined as reason:
+                log.debug("features train one by one: %s", reason)
+        y: Tensor = self.features(x)
+        return y
+
+    def _train_chain(self, x: Tensor) -> training.TrainChain:
+        """All features for the training kernels.
+
+        Raises:
+            Declined: these cannot serve x, or a module between them is to be called.
+        """
+        decline_call(x)
+        decline_training(x, self._asked())
+        chain = train_chain(self, self._holder, lambda: self._read_features(any_mode=True))
+        training.decline_input(x, chain)
+        return chain
+
     def _train_head(self, y: Tensor) -> tuple[Tensor, Tensor | None, float]:
         """Weight, bias and dropout of the classifier for such feature maps.
 
@@ -276,7 +299,7 @@ class MobileNetV2(Automatic):
             Declined: pool and classifier are not what `training_head` knows, or torch has an error to raise.
         """
         decline_call(y)
-        decline_training(y)
+        decline_training(y, self._asked())
         _, (weight, *rest) = self._read_classifier(y.shape[1], any_mode=True)
         if autocast_dtype(y.device) is None and any(t.dtype is not y.dtype for t in (weight, *rest)):
             raise Declined(f"classifier.1 is of another dtype than its input, {y.dtype}")

@@ -21,7 +21,7 @@ from . import env, training
 from .backends import chains
 from .errors import UserError
 from .packs import Holder, ModuleWatch, Pack, TensorWatch
-from .plans import Kind, Plan, TrainPlan, forms, in_format_of, requires_grad
+from .plans import Kind, Plan, in_format_of, requires_grad, train_chain
 from .reading import (
     Declined,
     Part,
@@ -172,7 +172,8 @@ class Automatic(nn.Module):
         # The watch comes before the weights are read: a write in between is seen at the next call.
         watch = TensorWatch(modules.tensors)
         pack = Pack(chain, reading.tensors, dtype, autocast=autocast, settings=settings)
-        return Plan(modules, watch, tuple(reading.tensors), pack, reading.rest)
+        trains = kernels.declines_training(device, self._asked()) is None
+        return Plan(modules, watch, tuple(reading.tensors), pack, trains, reading.rest)
 
     def _server(self, x: Any) -> Callable[[Tensor], Tensor]:
         """What serves a call.
@@ -238,7 +239,7 @@ class Trained(Automatic):
         """
         self.decline_backend(device_type(x))
         decline_call(x)
-        decline_training(x)
+        decline_training(x, self._asked())
         self.decline_changes()
         chain = self.train_chain()
         training.decline_input(x, chain)
@@ -250,13 +251,7 @@ class Trained(Automatic):
         Raises:
             Declined: they have none for it.
         """
-        plan: TrainPlan | None = self._holder.train
-        if plan is None or plan.changed(self):
-            reading = self.read(any_mode=self.training)
-            chain = training.read_chain(self, reading)
-            modules = ModuleWatch(self, reading.modules)
-            plan = self._holder.train = TrainPlan(modules, forms(modules.tensors), chain)
-        return plan.chain
+        return train_chain(self, self._holder, lambda: self.read(any_mode=self.training))
 
 
 class ConvBNReLU6(Trained, nn.Sequential):

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import env, training
-from .autograd import TWICE, gradients
-from .backends import chains, eager
-from .packs import ModuleWatch, Pack, TensorWatch
-from .reading import Declined
+from .packs import Holder, ModuleWatch, Pack, TensorWatch
+from .reading import Declined, Reading
 
 requires_grad = operator.attrgetter("requires_grad")
 
@@ -37,6 +34,7 @@ class Plan:
     watch: TensorWatch
     tensors: tuple[Tensor, ...]  # the chain's, in its order
     pack: Pack
+    trains: bool  # the training kernels make its gradients
     rest: nn.Module | None = None  # runs in torch after the chain
 
     def changed(self, root: nn.Module) -> bool:
@@ -76,34 +74,15 @@ class Plan:
             asked = list(map(requires_grad, self.tensors))
             if x.requires_grad or any(asked):
                 of_asked = itertools.compress(self.tensors, asked)
-                trains = chains.KERNELS[x.device.type].trains
-                function = training.ChainFunction if trains else PlainChainFunction
-                y: Tensor = function.apply(self.pack, self.tensors, asked, x, *of_asked)
+                y: Tensor = training.ChainFunction.apply(
+                    self.pack, self.trains, self.tensors, asked, x, *of_asked
+                )
                 return y
         return self.pack.run(x)
 
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-class PlainChainFunction(training.ChainFunction):
-    """The same where there are no training kernels: its backward computes the chain again in plain torch."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of what asked for one."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(TWICE)
-        _, _, _, for_x, *of_asked = ctx.needs_input_grad
-        rest, spec = iter(of_asked), ctx.chain.encode()
-        needed = [for_x, *(asked and next(rest) for asked in ctx.asked)]
-
-        def compute(tensors: list[Any]) -> Tensor:
-            return eager.network(tensors[0], tensors[1:], spec)
-
-        found = iter(gradients(grad, ctx.saved_tensors, needed, compute, autocast=ctx.autocast))
-        return None, None, None, *(next(found) if need else None for need in (for_x, *of_asked))
 
 
 @dataclass(frozen=True)
@@ -121,6 +100,21 @@ class TrainPlan:
     def changed(self, root: nn.Module) -> bool:
         """Whether the chain must be read again."""
         return self.modules.changed(root) is not None or forms(self.modules.tensors) != self.forms
+
+
+def train_chain(root: nn.Module, holder: Holder, read: Callable[[], Reading]) -> training.TrainChain:
+    """A module's layers for the training kernels, read anew where something changed since the last call.
+
+    Raises:
+        Declined: they have none for it.
+    """
+    plan: TrainPlan | None = holder.train
+    if plan is None or plan.changed(root):
+        reading = read()
+        chain = training.read_chain(root, reading)
+        modules = ModuleWatch(root, reading.modules)
+        plan = holder.train = TrainPlan(modules, forms(modules.tensors), chain)
+    return plan.chain
 
 
 def forms(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:

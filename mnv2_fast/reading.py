@@ -62,15 +62,14 @@ def decline_call(x: Any) -> None:
         raise Declined(f"the input has the shape {tuple(x.shape)}, the kernels take [N, C, H, W]")
 
 
-def decline_training(x: Tensor) -> None:
+def decline_training(x: Tensor, asked: str) -> None:
     """Look whether there are training kernels where an input is that `decline_call` has let pass.
 
     Raises:
-        Declined: there are none.
+        Declined: there are none for a model that has asked for a backend.
     """
-    if not chains.KERNELS[x.device.type].trains:
-        there = [device for device, kernels in chains.KERNELS.items() if kernels.trains]
-        raise Declined(f"the input is on {x.device}, the training kernels are on {' and '.join(there)}")
+    if reason := chains.KERNELS[x.device.type].declines_training(x.device, asked):
+        raise Declined(reason)
 
 
 def device_type(x: Any) -> str:

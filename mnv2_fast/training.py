@@ -95,10 +95,16 @@ def decline_input(x: Tensor, chain: TrainChain) -> None:
         Declined: they do not.
     """
     autocast, dtype = torch.is_autocast_enabled(x.device.type), _dtype(x.device)
+    held = next(t.device for t in chain.tensors if t is not None)
+    if held != x.device:
+        raise Declined(f"the input is on {x.device}, the weights are on {held}")
+    if reason := _kernels(x).limit(x.shape, [layer.spec for layer in chain.layers]):
+        raise Declined(reason)
     if x.dtype not in (torch.float32, dtype):
         raise Declined(f"the input is {x.dtype}, the training kernels take float32, or autocast's own type")
     if autocast and chain.residual and x.dtype is torch.float32:
-        raise Declined("autocast adds a float32 input to a bfloat16 answer")
+        name = str(dtype).removeprefix("torch.")
+        raise Declined(f"autocast adds a float32 input to a {name} answer")
     if x.shape[0] == 0:
         raise Declined("there are no images")
     cin = chain.layers[0].spec.cin
@@ -137,6 +143,18 @@ def _dtype(device: torch.device) -> torch.dtype:
     """Of a training step on a device: autocast's, or float32."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+
+def joins(x: Tensor) -> bool:
+    """Whether blocks in a row that add nothing train as one node where x is."""
+    return _kernels(x).JOINS
+
+
+def run_joined(x: Tensor, chain: TrainChain) -> Tensor:
+    """`run` of a whole network's features, a residual block each in a node of its own."""
+    for begin, end, residual in _segments([layer.spec for layer in chain.layers]):
+        x = run(x, chain.layers[begin:end], chain.tensors[3 * begin : 3 * end], residual)
+    return x
 
 
 class ChainTraining(torch.autograd.Function):
@@ -356,9 +374,10 @@ class ChainFunction(torch.autograd.Function):
     """A packed chain within autograd: saves the input and the raw tensors, nothing in between."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 (autograd passes no names)
         ctx: Any,
         pack: packs.Pack,
+        trains: bool,
         tensors: Sequence[Tensor],
         asked: Sequence[bool],
         x: Tensor,
@@ -369,12 +388,13 @@ class ChainFunction(torch.autograd.Function):
         Args:
             ctx: autograd's.
             pack: of the chain.
+            trains: the training kernels make the gradients; plain torch otherwise.
             tensors: the chain's, in its order.
             asked: for each, whether it requires a gradient.
             x: the input.
             *_: the tensors that do, once more, so that autograd sees them (and only them: it takes time).
         """
-        ctx.chain, ctx.asked, ctx.autocast = pack.chain, asked, pack.autocast
+        ctx.chain, ctx.trains, ctx.asked, ctx.autocast = pack.chain, trains, asked, pack.autocast
         ctx.save_for_backward(x, *tensors)
         return pack.run(x).data  # no view, as in `ChainTraining`
 
@@ -383,26 +403,27 @@ class ChainFunction(torch.autograd.Function):
         """Gradients of what asked for one."""
         if torch.is_grad_enabled():
             raise RuntimeError(TWICE)
-        _, _, _, for_x, *of_asked = ctx.needs_input_grad
+        _, _, _, _, for_x, *of_asked = ctx.needs_input_grad
         rest = iter(of_asked)
         needed = [for_x, *(asked and next(rest) for asked in ctx.asked)]
-        compute = functools.partial(_compute, ctx.chain)
+        compute = functools.partial(_compute, ctx.chain, ctx.trains)
         found = iter(gradients(grad, ctx.saved_tensors, needed, compute, autocast=ctx.autocast))
-        return None, None, None, *(next(found) if need else None for need in (for_x, *of_asked))
+        return None, None, None, None, *(next(found) if need else None for need in (for_x, *of_asked))
 
 
-def _compute(chain: Chain, tensors: list[Any]) -> Tensor:
+def _compute(chain: Chain, trains: bool, tensors: list[Any]) -> Tensor:
     """A chain's answer within autograd: by the training kernels where they know all of it, or by plain torch.
 
     Args:
         chain: in eval mode.
+        trains: there are training kernels.
         tensors: the input, then the chain's, in its order.
     """
     x, *held = tensors
     links = list(zip(chain.links, chain.split(held), strict=True))
-    if x.shape[0] == 0 or not all(map(_is_frozen, links)):
+    if not trains or x.shape[0] == 0 or not all(map(_is_frozen, links)):
         return eager.network(x, held, chain.encode())
-    for begin, end, residual in _segments(chain):
+    for begin, end, residual in _segments([spec for spec in chain.specs if spec.kind != "linear"]):
         layers: list[TrainLayer] = []
         of_layers: list[Tensor | None] = []
         for link, own in links[begin:end]:
@@ -425,9 +446,8 @@ def _is_frozen(link: tuple[Link, dict[str, Tensor]]) -> bool:
     return of.spec.kind == "linear" or (of.norm and not of.bias)
 
 
-def _segments(chain: Chain) -> list[tuple[int, int, bool]]:
-    """(begin, end, whether the input is added) of the convolutions, each residual in one of its own."""
-    specs = [link.spec for link in chain.links if link.spec.kind != "linear"]
+def _segments(specs: Sequence[LayerSpec]) -> list[tuple[int, int, bool]]:
+    """(begin, end, whether the input is added) of convolutions in a row, each residual in one of its own."""
     found: list[tuple[int, int, bool]] = []
     begin = 0
     for i, spec in enumerate(specs):

@@ -27,7 +27,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float = 0.0) ->
             are dropped as by `torch.nn.functional.dropout` of the means.
 
     Returns:
-        [N, classes], bfloat16 under autocast.
+        [N, classes], of autocast's dtype within it.
 
     Raises:
         RuntimeError: from backward, where a graph of the gradients is asked for.
@@ -47,7 +47,8 @@ class HeadTraining(torch.autograd.Function):
         if scale is not None:
             pooled.mul_(scale)
         # Cast by hand: autocast would keep its own cast of a parameter, made here without autograd.
-        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         pooled, held = pooled.to(dtype), weight.detach().to(dtype)
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.save_for_backward(pooled, held, scale)
@@ -61,7 +62,7 @@ class HeadTraining(torch.autograd.Function):
         pooled, weight, scale = ctx.saved_tensors
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
         dx = dw = db = None
-        with torch.autocast("cpu", enabled=False):  # whatever surrounds the backward pass
+        with torch.autocast(grad.device.type, enabled=False):  # whatever surrounds the backward pass
             if for_x:
                 means = (grad @ weight).to(ctx.dtype)
                 if scale is not None:

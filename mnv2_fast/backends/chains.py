@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.backends import cudnn
 
 from ..chain import Chain
 from . import cpu, triton
@@ -34,8 +33,8 @@ class Kernels:
     memory can be looked at without a wait. `unavailable()`: why they are not there, or empty.
     `declines(device, asked)`: why no chain runs on a device where "auto" or they were `asked` for, or None.
     `declines_chain(chain)`: why a chain cannot be packed now, or None. `settings(asked)`: what
-    surrounds a call and belongs to a pack. `network(chain, tensors, dtype, settings)`: packs. `trains`: there
-    are training kernels, too.
+    surrounds a call and belongs to a pack. `network(chain, tensors, dtype, settings)`: packs.
+    `declines_training(device, asked)`: why no training kernels run there, or None.
     """
 
     backend: str
@@ -46,7 +45,7 @@ class Kernels:
     declines_chain: Callable[[Chain], str | None]
     settings: Callable[[str], Hashable]
     network: Callable[[Chain, Sequence[Tensor], torch.dtype, Any], ChainNetwork]
-    trains: bool
+    declines_training: Callable[[torch.device, str], str | None]
 
     @property
     def casts(self) -> Sequence[torch.dtype]:
@@ -85,8 +84,7 @@ def _cuda_unavailable() -> str:
 
 
 def _cuda_settings(asked: str) -> tuple[str, bool]:
-    # Not cudnn.allow_tf32, which raises where convolutions and recurrent layers have switches of their own.
-    return asked, cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return asked, triton.multiplies_tf32()
 
 
 # Device type -> its kernels.
@@ -100,7 +98,7 @@ KERNELS: Mapping[str, Kernels] = {
         declines_chain=lambda chain: None,
         settings=lambda asked: None,
         network=_on_cpu,
-        trains=True,
+        declines_training=lambda device, asked: None,
     ),
     "cuda": Kernels(
         "triton",
@@ -111,6 +109,6 @@ KERNELS: Mapping[str, Kernels] = {
         declines_chain=lambda chain: triton.chain_declines(chain.specs, chain.pool),
         settings=_cuda_settings,
         network=_on_cuda,
-        trains=False,
+        declines_training=triton.training_declines,
     ),
 }

@@ -8,16 +8,20 @@ sums, a stem's image, other weights, every weight's gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arch import LayerSpec
 from . import cpu
 
 # Layers whose weight a step has in its own dtype.
 ROUNDED = ("pointwise",)
+# Each block is a node of its own.
+JOINS = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,11 @@ class Step:
 def prefers_bfloat16() -> bool:
     """Whether a step in bfloat16 is the fastest one: it takes half (amx) to 0.72 (avx512bf16) of the time."""
     return cpu.isa() in ("amx", "avx512bf16")
+
+
+def limit(shape: Sequence[int], layers: Sequence[LayerSpec]) -> str | None:
+    """Why an input [N, C, H, W] is too large for the kernels of some layers: none is."""
+    return None
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

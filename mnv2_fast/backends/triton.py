@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.backends import cudnn
 
 from .. import arch, env
 from ..arch import LayerSpec
@@ -35,9 +36,12 @@ DTYPES = {
 TENSORS = {kind: name for name, (kind, tf32) in DTYPES.items() if not tf32}
 # Whole blocks in one launch are for this capability, alone.
 FUSED_CAPABILITY = (9, 0)
+# From here on Triton 3.6 and 3.7 make TF32 of a float32 product whose factor was computed, as are those of a
+# training step.
+NO_EXACT_DOT = (10, 0)
 OPERATORS = ("stem", "depthwise", "pointwise", "head")
-# Those of them, "block" and "network" whose checks in `python -m bench.gpu` have passed on a GPU; the others
-# are off by default.
+# Those of them, "block", "network" and "training" whose checks in `python -m bench.gpu` have passed on a GPU;
+# the others are off by default.
 PROVEN: frozenset[str] = frozenset()
 
 
@@ -85,6 +89,21 @@ def network_declines(device: torch.device, asked: str = "auto") -> str | None:
         asked: the backend that a model asks for; `MNV2_BACKEND` says it, too.
     """
     return _device_reason(device) or _unproven("network", asked)
+
+
+def training_declines(device: torch.device, asked: str = "auto") -> str | None:
+    """Why the training kernels do not run on a device now, or None where they do; arguments likewise."""
+    reason = _device_reason(device) or _unproven("training", asked)
+    exact = not torch.is_autocast_enabled(device.type) and not multiplies_tf32()
+    if reason is None and exact and torch.cuda.get_device_capability(device) >= NO_EXACT_DOT:
+        return f"the training kernels multiply no float32 in full on {device}: allow TF32 or use autocast"
+    return reason
+
+
+def multiplies_tf32() -> bool:
+    """Whether modules multiply float32 as TF32: torch's own switch for convolutions."""
+    # Not cudnn.allow_tf32, which raises where convolutions and recurrent layers have switches of their own.
+    return bool(cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def chain_declines(layers: Sequence[LayerSpec], pool: bool) -> str | None:

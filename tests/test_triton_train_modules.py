@@ -1,0 +1,259 @@
+"""Modules in train mode as they are on a GPU: in Triton's interpreter, with CPU tensors in the GPU's place."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import triton_interpreter
+from torch import Tensor, nn
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
+
+from mnv2_fast import MobileNetV2, training
+from mnv2_fast.backends import chains, triton, triton_train
+from mnv2_fast.nn import ConvBNReLU6, eager_only
+
+IMAGES = (4, 3, 33, 30)
+BLOCKS = [[1, 8, 1, 1], [6, 12, 2, 2]]
+
+
+def stand_in() -> None:
+    """Have tensors on the CPU go the way of CUDA tensors, whose kernels are interpreted."""
+    os.environ["MNV2_BACKEND"] = "triton"
+    triton._device_reason = lambda device: None
+    row = dataclasses.replace(chains.KERNELS["cuda"], unavailable=lambda: "")
+    chains.KERNELS["cpu"] = row  # type: ignore[index]
+    training._kernels = lambda x: triton_train
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
+    triton_train.empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+
+def model() -> MobileNetV2:
+    torch.manual_seed(0)
+    made = MobileNetV2(5, inverted_residual_setting=BLOCKS, width_mult=0.5, round_nearest=4, dropout=0.0)
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1, 0.2)
+            nn.init.normal_(module.bias, 1, 0.3)
+    return made
+
+
+def distance(ours: Tensor, right: Tensor) -> float:
+    return float((ours.detach().double() - right).norm() / right.norm())
+
+
+def step(of: nn.Module, x: Tensor, cast: torch.dtype | None = None) -> Tensor:
+    of.zero_grad()
+    with torch.autocast("cpu", cast, enabled=cast is not None):
+        y = of(x)
+    (y.double().square().sum() / 100).backward()
+    return y
+
+
+def compare(ours: nn.Module, x: Tensor, bound: float, cast: torch.dtype | None = None) -> str:
+    """What is wrong with a step of ours beside the same network's in float64 and plain torch."""
+    twin = copy.deepcopy(ours).double()
+    y = step(ours, x, cast)
+    with eager_only():
+        right = step(twin, x.double())
+    off = {"answer": distance(y, right.detach())}
+    for (name, p), q in zip(ours.named_parameters(), twin.parameters(), strict=True):
+        if (p.grad is None) != (q.grad is None):
+            return f"{name} has a gradient, or should"
+        if p.grad is not None and q.grad is not None:
+            off[name] = distance(p.grad, q.grad)
+    for (name, b), c in zip(ours.named_buffers(), twin.buffers(), strict=True):
+        off[name] = distance(b, c) if c.is_floating_point() else float((b != c).sum())
+    return ", ".join(f"{name} is off by {value:.2g}" for name, value in off.items() if not value <= bound)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """How many layers each node of the training kernels has that is made within."""
+    run, nodes = training.run, []
+
+    def noted(x: Tensor, layers: list, tensors: list, residual: bool = False) -> Tensor:
+        nodes.append(len(layers))
+        return run(x, layers, tensors, residual)
+
+    training.run = noted
+    try:
+        yield nodes
+    finally:
+        training.run = run
+
+
+def a_step_is_torchs() -> str:
+    ours = model().train()
+    x = torch.randn(IMAGES)
+    with counted() as nodes:
+        wrong = ours.why_not(x) or compare(ours, x, 1e-5)
+    # Stem, block and block of stride 2 are one node, the residual block and the last layer one each.
+    return wrong or ("" if nodes == [6, 3, 1] else f"nodes of {nodes} layers")
+
+
+def channels_last_images_and_slices() -> str:
+    x = torch.randn(4, 3, 33, 60)[..., ::2]
+    images = (x, x.contiguous(memory_format=torch.channels_last))
+    return "; ".join(filter(None, (compare(model().train(), image, 1e-5) for image in images)))
+
+
+def a_hook_is_called() -> str:
+    ours, seen = model().train(), []
+    ours.features[1].register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    with counted() as nodes:
+        wrong = compare(ours, torch.randn(IMAGES), 1e-5)
+    if len(seen) != 2:  # by ours and by the twin, which has it, too
+        return f"called {len(seen)} times"
+    return wrong or ("" if nodes == [1, 3, 3, 1] else f"nodes of {nodes} layers")
+
+
+def frozen_norms() -> str:
+    ours = model()
+    for _ in range(2):  # statistics that are some batch's
+        step(ours.train(), torch.randn(IMAGES))
+    for module in ours.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return compare(ours, torch.randn(IMAGES), 1e-5)
+
+
+def eval_mode() -> str:
+    ours = model()
+    step(ours.train(), torch.randn(IMAGES))
+    with counted() as nodes:
+        wrong = compare(ours.eval(), torch.randn(IMAGES), 1e-5)
+    return wrong or ("" if nodes else "the training kernels were not asked")
+
+
+def some_layers_frozen() -> str:
+    ours = model().train()
+    ours.features[:2].requires_grad_(False)
+    ours.features[2].conv[0][1].weight.requires_grad_(False)
+    return compare(ours, torch.randn(IMAGES), 1e-5)
+
+
+def momentum_none_and_no_statistics() -> str:
+    ours = model().train()
+    ours.features[0][1].momentum = None
+    ours.features[1].conv[0][1] = nn.BatchNorm2d(ours.features[1].conv[0][1].num_features, affine=False)
+    last = ours.features[-1][1]
+    ours.features[-1][1] = nn.BatchNorm2d(last.num_features, track_running_stats=False)
+    x = torch.randn(IMAGES)
+    return compare(ours, x, 1e-5) or compare(ours, x, 1e-5)
+
+
+def linear_chain(cast: torch.dtype) -> str:
+    """Without ReLU6, whose bends make any two roundings differ."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(
+        ConvBNReLU6(8, 24, 1, activation_layer=None),
+        ConvBNReLU6(24, 24, 3, 2, groups=24, activation_layer=None),
+        ConvBNReLU6(24, 12, 1, activation_layer=None),
+    ).train()
+    x = torch.randn(4, 8, 13, 11).to(cast).float()
+    y = step(blocks, x, cast)
+    if y.dtype != cast or any(p.grad is None or p.grad.dtype != torch.float32 for p in blocks.parameters()):
+        return "the answer is not of autocast's dtype, or a gradient not of the weight's"
+    return compare(blocks, x, 16 * torch.finfo(cast).eps, cast)
+
+
+def a_network_under_autocast(cast: torch.dtype) -> str:
+    """As near to float64 as plain torch under autocast is: the median over parameters."""
+    ours, x = model().train(), torch.randn(IMAGES)
+    plain, twin = copy.deepcopy(ours), copy.deepcopy(ours).double()
+    step(ours, x, cast)
+    with eager_only():
+        step(plain, x, cast)
+        step(twin, x.double())
+    errors = [
+        torch.tensor([distance(p.grad, q.grad) for p, q in zip(net.parameters(), twin.parameters(), strict=True)])
+        for net in (ours, plain)
+    ]
+    mine, torchs = (float(found.median()) for found in errors)
+    return "" if mine <= 1.5 * torchs else f"gradients are off by {mine:.2g}, torch's by {torchs:.2g}"
+
+
+def a_scale_that_overflows_skips_the_step() -> str:
+    ours = model().train()
+    optimizer = torch.optim.SGD(ours.parameters(), 0.1)
+    before = [p.detach().clone() for p in ours.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    with torch.autocast("cpu", torch.float16):
+        loss = ours(torch.randn(IMAGES)).float().square().sum()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    if not all(map(torch.equal, before, ours.parameters())):
+        return "the step was made"
+    return "" if scaler.get_scale() == 2.0**39 else f"the scale is {scaler.get_scale()}"
+
+
+def synchronised_norms_decline() -> str:
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(model()).train()
+    why = ours.why_not(torch.randn(IMAGES))
+    return "" if why and "SyncBatchNorm" in why else f"why_not: {why}"
+
+
+def one_value_a_channel_is_torchs_error() -> str:
+    block = ConvBNReLU6(8, 8, 1).train()
+    try:
+        block(torch.randn(1, 8, 1, 1))
+    except ValueError as error:
+        return "" if "more than 1 value per channel" in str(error) else str(error)
+    return "no error"
+
+
+def without_gradients_statistics_move() -> str:
+    ours = model().train()
+    twin = copy.deepcopy(ours).double()
+    x = torch.randn(IMAGES)
+    with torch.no_grad():
+        y = ours(x)
+        with eager_only():
+            right = twin(x.double())
+    moved = [distance(a, b) for a, b in zip(ours.buffers(), twin.buffers(), strict=True)]
+    return "" if max(*moved, distance(y, right)) <= 1e-5 else f"off by {max(moved)}, {distance(y, right)}"
+
+
+SCENES: dict[str, Callable[[], str]] = {
+    scene.__name__: scene
+    for scene in (
+        a_step_is_torchs,
+        channels_last_images_and_slices,
+        a_hook_is_called,
+        frozen_norms,
+        eval_mode,
+        some_layers_frozen,
+        momentum_none_and_no_statistics,
+        a_scale_that_overflows_skips_the_step,
+        synchronised_norms_decline,
+        one_value_a_channel_is_torchs_error,
+        without_gradients_statistics_move,
+    )
+}
+for _scene in (linear_chain, a_network_under_autocast):
+    for _cast in (torch.float16, torch.bfloat16):
+        SCENES[f"{_scene.__name__} {_cast}"] = lambda scene=_scene, cast=_cast: scene(cast)
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, str]:
+    return triton_interpreter.verdicts(__file__)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_interpreted(scene: str, verdicts: dict[str, str]) -> None:
+    assert verdicts[scene] == ""
+
+
+if __name__ == "__main__":
+    stand_in()
+    triton_interpreter.print_verdicts(SCENES, lambda scene: SCENES[scene]())
