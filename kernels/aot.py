@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.interpreter import InterpretedFunction
 
 from .common import POINTERS
 
@@ -119,18 +120,26 @@ class Launch:
 
 @contextlib.contextmanager
 def launches() -> Iterator[list[Launch]]:
-    """The launches that are asked for within, none of which is made: tensors may be of device "meta"."""
+    """The launches that are asked for within.
+
+    Compiled kernels are not launched, so that tensors may be of device "meta"; interpreted ones are.
+    """
     made: list[Launch] = []
-    run = triton.runtime.JITFunction.run
+    compiled, interpreted = triton.runtime.JITFunction, InterpretedFunction
+    run, interpret = compiled.run, interpreted.run
 
-    def record(
-        self: Any, *values: Any, grid: Any, warmup: bool, num_warps: int, num_stages: int = 3, **named: Any
-    ) -> None:
-        names = [parameter.name for parameter in self.params]
-        made.append(Launch(self, grid, dict(zip(names, values, strict=False)) | named, num_warps, num_stages))
+    def record(self: Any, *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        warps, stages = named.pop("num_warps"), named.pop("num_stages", 3)
+        made.append(
+            Launch(self, grid, dict(zip(self.arg_names, values, strict=False)) | named, warps, stages)
+        )
 
-    triton.runtime.JITFunction.run = record
+    def record_and_run(self: Any, *values: Any, **named: Any) -> None:
+        record(self, *values, **named)
+        interpret(self, *values, **named)
+
+    compiled.run, interpreted.run = record, record_and_run
     try:
         yield made
     finally:
-        triton.runtime.JITFunction.run = run
+        compiled.run, interpreted.run = run, interpret

@@ -1,4 +1,4 @@
-"""Modules in train mode as they are on a GPU: in Triton's interpreter, with CPU tensors in the GPU's place."""
+"""Modules in train mode as on a GPU: in Triton's interpreter, with CPU tensors in the GPU's place."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
 from mnv2_fast import MobileNetV2, training
-from mnv2_fast.backends import chains, triton, triton_train
+from mnv2_fast.backends import chains, replay, triton, triton_train
 from mnv2_fast.nn import ConvBNReLU6, eager_only
 
-IMAGES = (4, 3, 33, 30)
-BLOCKS = [[1, 8, 1, 1], [6, 12, 2, 2]]
+IMAGES = (2, 3, 17, 14)
+BLOCKS = [[1, 8, 1, 1], [6, 8, 2, 2]]
 
 
 def stand_in() -> None:
@@ -33,6 +34,15 @@ def stand_in() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
     triton_train.empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
+    replay.capturing = lambda: False
+    replay.place = lambda x: 0
+    replay.capture = graph
+
+
+def graph(run: replay.Run, x: Tensor) -> replay.Graph:
+    """In a CUDA graph's place: its replay computes anew."""
+    y = run(x)
+    return replay.Graph(lambda: y.copy_(run(x)), x, y, threading.Lock())
 
 
 def model() -> MobileNetV2:
@@ -45,15 +55,17 @@ def model() -> MobileNetV2:
     return made
 
 
-def distance(ours: Tensor, right: Tensor) -> float:
-    return float((ours.detach().double() - right).norm() / right.norm())
+def distance(ours: Tensor, right: Tensor, least: float = 0) -> float:
+    """How far ours is off, beside the right one's size or the least one that matters."""
+    return float((ours.detach().double() - right.detach()).norm() / max(float(right.norm()), least))
 
 
 def step(of: nn.Module, x: Tensor, cast: torch.dtype | None = None) -> Tensor:
     of.zero_grad()
     with torch.autocast("cpu", cast, enabled=cast is not None):
         y = of(x)
-    (y.double().square().sum() / 100).backward()
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (y.double() * weights).sum().backward()
     return y
 
 
@@ -63,14 +75,16 @@ def compare(ours: nn.Module, x: Tensor, bound: float, cast: torch.dtype | None =
     y = step(ours, x, cast)
     with eager_only():
         right = step(twin, x.double())
-    off = {"answer": distance(y, right.detach())}
+    off = {"answer": distance(y, right)}
+    # Some are zero but for rounding: a bias before a convolution that batch norm follows.
+    least = 1e-2 * max(float(q.grad.norm()) for q in twin.parameters() if q.grad is not None)
     for (name, p), q in zip(ours.named_parameters(), twin.parameters(), strict=True):
         if (p.grad is None) != (q.grad is None):
             return f"{name} has a gradient, or should"
         if p.grad is not None and q.grad is not None:
-            off[name] = distance(p.grad, q.grad)
+            off[name] = distance(p.grad, q.grad, least)
     for (name, b), c in zip(ours.named_buffers(), twin.buffers(), strict=True):
-        off[name] = distance(b, c) if c.is_floating_point() else float((b != c).sum())
+        off[name] = distance(b, c.double(), 1e-2)
     return ", ".join(f"{name} is off by {value:.2g}" for name, value in off.items() if not value <= bound)
 
 
@@ -99,10 +113,8 @@ def a_step_is_torchs() -> str:
     return wrong or ("" if nodes == [6, 3, 1] else f"nodes of {nodes} layers")
 
 
-def channels_last_images_and_slices() -> str:
-    x = torch.randn(4, 3, 33, 60)[..., ::2]
-    images = (x, x.contiguous(memory_format=torch.channels_last))
-    return "; ".join(filter(None, (compare(model().train(), image, 1e-5) for image in images)))
+def sliced_images() -> str:
+    return compare(model().train(), torch.randn(2, 3, 17, 28)[..., ::2], 1e-5)
 
 
 def a_hook_is_called() -> str:
@@ -112,7 +124,7 @@ def a_hook_is_called() -> str:
         wrong = compare(ours, torch.randn(IMAGES), 1e-5)
     if len(seen) != 2:  # by ours and by the twin, which has it, too
         return f"called {len(seen)} times"
-    return wrong or ("" if nodes == [1, 3, 3, 1] else f"nodes of {nodes} layers")
+    return wrong or ("" if nodes == [1, 2, 3, 3, 1] else f"nodes of {nodes} layers")
 
 
 def frozen_norms() -> str:
@@ -174,7 +186,9 @@ def a_network_under_autocast(cast: torch.dtype) -> str:
         step(plain, x, cast)
         step(twin, x.double())
     errors = [
-        torch.tensor([distance(p.grad, q.grad) for p, q in zip(net.parameters(), twin.parameters(), strict=True)])
+        torch.tensor(
+            [distance(p.grad, q.grad) for p, q in zip(net.parameters(), twin.parameters(), strict=True)]
+        )
         for net in (ours, plain)
     ]
     mine, torchs = (float(found.median()) for found in errors)
@@ -219,7 +233,7 @@ def without_gradients_statistics_move() -> str:
         y = ours(x)
         with eager_only():
             right = twin(x.double())
-    moved = [distance(a, b) for a, b in zip(ours.buffers(), twin.buffers(), strict=True)]
+    moved = [distance(a, b.double()) for a, b in zip(ours.buffers(), twin.buffers(), strict=True)]
     return "" if max(*moved, distance(y, right)) <= 1e-5 else f"off by {max(moved)}, {distance(y, right)}"
 
 
@@ -227,7 +241,7 @@ SCENES: dict[str, Callable[[], str]] = {
     scene.__name__: scene
     for scene in (
         a_step_is_torchs,
-        channels_last_images_and_slices,
+        sliced_images,
         a_hook_is_called,
         frozen_norms,
         eval_mode,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -17,9 +18,18 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
-from mnv2_fast.kernels import aot, norm, train_depthwise, train_pointwise, train_reference, train_stem
+from mnv2_fast.kernels import (
+    aot,
+    norm,
+    train_depthwise,
+    train_pointwise,
+    train_reference,
+    train_stem,
+    train_traffic,
+)
 from mnv2_fast.kernels.common import DTYPES, arithmetic, tiles
 from mnv2_fast.kernels.norm import Applied, RawGradient
+from triton.runtime.interpreter import InterpretedFunction
 
 from mnv2_fast import arch
 
@@ -303,6 +313,32 @@ def _verdict(case: Case) -> str:
     return "; ".join(f"{name}: {why}" for name, why in wrong if why)
 
 
+def _counted(case: Case) -> str:
+    """What is wrong with the count of the bytes that a case's launches move, or ""."""
+    torch.manual_seed(0)
+    wrong, run = [], InterpretedFunction.run
+
+    def counted(self: Any, *values: Any, **named: Any) -> None:
+        # One launch at a time, within the list of all.
+        with triton_interpreter.recorded() as found:
+            run(self, *values, **named)
+        count = train_traffic.traffic(made[-1])
+        if count != found.total:
+            wrong.append(f"{self.__name__}: {count} counted, {found.total} moved")
+
+    InterpretedFunction.run = counted
+    try:
+        with aot.launches() as made:
+            list(_run(case))
+    finally:
+        InterpretedFunction.run = run
+    return "; ".join(wrong)
+
+
+# Of each layer three shapes, and every way to run one.
+COUNTED = [case for case in CASES if case.dtype == "float16" or case.wanted != "x and weight"]
+
+
 @pytest.fixture(scope="module")
 def verdicts() -> dict[str, str]:
     return triton_interpreter.verdicts(__file__)
@@ -311,6 +347,11 @@ def verdicts() -> dict[str, str]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_interpreted_kernels_match_float64(case: Case, verdicts: dict[str, str]) -> None:
     assert verdicts[str(case)] == ""
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=str)
+def test_traffic_is_what_was_moved(case: Case, verdicts: dict[str, str]) -> None:
+    assert verdicts[f"traffic of {case}"] == ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,4 +443,6 @@ def test_compiles_without_spills(build: Build) -> None:
 
 
 if __name__ == "__main__":
-    triton_interpreter.print_verdicts(CASES, _verdict)
+    checks = {str(case): functools.partial(_verdict, case) for case in CASES}
+    checks |= {f"traffic of {case}": functools.partial(_counted, case) for case in COUNTED}
+    triton_interpreter.print_verdicts(checks, lambda name: checks[name]())
