@@ -185,7 +185,7 @@ def input_gradient_kernel(
         dx = tl.zeros((M, N), tl.float32)
         a = dx.to(kind)
         if REMADE:
-            a = _read(x, pixel, channel, pixels, x_values, CIN, False, False, kind)
+            a = _read(x, pixel, channel, pixels, x_values, CIN, NORM, RELU6, kind)
         for first in tl.range(0, COUT, K):
             k = first + tl.arange(0, K)
             known = (k < COUT)[:, None] & (channel < CIN)[None, :]
@@ -458,7 +458,7 @@ class _Gradients(NamedTuple):
         It does for an expansion, whose x is the smaller one: a product on tensor cores for half of the bytes.
         """
         cin, cout = self.x.shape[-1], self.weight.shape[0]
-        return self.norm is None and self.of.batch and not self.of.mask and n >= cin and cout >= 2 * cin
+        return self.of.batch and not self.of.mask and n >= cin and cout >= 2 * cin
 
     def reads_less(self, both: Tile, of_input: Tile, of_weight: Tile) -> bool:
         """Whether both gradients at once read no more values of a pixel than one after the other.

@@ -85,7 +85,7 @@ def _passed_back(of: Arguments) -> tuple[int, int]:
 def _pointwise_input(of: Arguments, grid: Grid) -> int:
     (runs, number), pixels, cin, cout = grid, of["pixels"], of["CIN"], of["COUT"]
     elements, rows = _passed_back(of)
-    read = runs * _raw_gradient(of) * cout + (cin if of["REMADE"] else 0)
+    read = runs * _raw_gradient(of) * cout + (cin if of["REMADE"] and not of["NORM"] else 0)
     weights = number * cin * cout * _item(of["weight"])
     return (
         (read + elements) * pixels * _item(of["g"])

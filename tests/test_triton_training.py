@@ -31,7 +31,8 @@ from mnv2_fast.kernels.common import DTYPES, arithmetic, tiles
 from mnv2_fast.kernels.norm import Applied, RawGradient
 from triton.runtime.interpreter import InterpretedFunction
 
-from mnv2_fast import arch
+from mnv2_fast import MobileNetV2, arch, training
+from mnv2_fast.backends import chains, triton_train
 
 # Bytes of shared memory that one program may have.
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -99,7 +100,10 @@ def _cases() -> list[Case]:
     ]
     strides, kinds = ("depthwise s1", "depthwise s2"), [k for k in _kinds() if not k.get("tf32")]
     for kind, split in itertools.product(_kinds(), (False, True)):
-        found.append(Case("pointwise", (2, 5, 7, 17), 40, **kind, norm="", residual=True, split=split))
+        found += [
+            Case("pointwise", (2, 5, 7, 17), 40, **kind, norm="", residual=True, split=split),
+            Case("pointwise", (2, 5, 7, 16), 40, **kind, norm="linear", split=split),
+        ]
     # 300 columns: more than one program's patches.
     rows = [(1, 1, 2, 1), (3, 7, 7, 8), (2, 15, 2, 17), (1, 8, 9, 33), (1, 2, 300, 3)]
     for kind, dtype, shape in itertools.product(strides, kinds, rows):
@@ -187,7 +191,7 @@ def _run(case: Case) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
             yield from _moments(z, parts)
         z_values, g = _norm(case.cout), torch.randn(z.shape).to(dtype)
         # An expansion's raw output is made again, so it must be its own.
-        remade = case.kind == "pointwise" and not case.norm and not case.mask
+        remade = case.kind == "pointwise" and not case.mask and case.cout >= 2 * cin
         held = z if remade else _away(z.nan_to_num(0, 0, 0), z_values)
         coefficients = torch.randn(3, case.cout)
         of = RawGradient(_plant(g, case), held, z_values, coefficients, case.mask, case.batch)
@@ -352,6 +356,38 @@ def test_interpreted_kernels_match_float64(case: Case, verdicts: dict[str, str])
 @pytest.mark.parametrize("case", COUNTED, ids=str)
 def test_traffic_is_what_was_moved(case: Case, verdicts: dict[str, str]) -> None:
     assert verdicts[f"traffic of {case}"] == ""
+
+
+# Bytes an image that a step may move at batch 256 in fp16, forward and backward.
+STEP_BYTES = 95e6
+UNITS = 132  # of an H200, which share the pixels
+
+
+def test_traffic_of_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (norm, train_depthwise, train_pointwise, train_stem):
+        monkeypatch.setattr(module, "device_of", lambda device: ("", UNITS))
+    monkeypatch.setitem(chains.KERNELS, "meta", chains.KERNELS["cuda"])
+    monkeypatch.setattr(training, "_kernels", lambda x: triton_train)
+    monkeypatch.setattr(training, "_dtype", lambda device: torch.float16)
+    with torch.device("meta"):
+        model = MobileNetV2().train()
+        images = torch.empty(256, 3, 224, 224)
+        chain = training.read_chain(model, model._read_features(any_mode=True))
+        with aot.launches() as forward:
+            y = training.run_joined(images, chain)
+        with aot.launches() as backward:
+            y.backward(torch.empty_like(y))
+    assert y.shape == (256, 1280, 7, 7)
+    assert y.dtype == torch.float16
+    assert all(p.grad is not None for p in model.features.parameters())
+    moved = [sum(map(train_traffic.traffic, made)) / len(images) for made in (forward, backward)]
+    print(
+        f"{len(forward)} + {len(backward)} launches, {moved[0] / 1e6:.2f} + {moved[1] / 1e6:.2f} MB an image"
+    )
+    assert sum(moved) <= STEP_BYTES
+    # Every raw output is written once and read once by the layer after it, at least.
+    outputs = sum(layer.ho * layer.wo * layer.spec.cout for layer in arch.layers() if layer.spec.bn)
+    assert moved[0] >= 2 * 2 * outputs
 
 
 @dataclasses.dataclass(frozen=True)
