@@ -59,6 +59,7 @@ class Case:
     residual: bool = False
     split: bool = False
     wanted: str = "x and weight"
+    center: float = 0.0  # of the input, which is so far from zero
     planted: str = ""
 
     def __str__(self) -> str:
@@ -118,6 +119,8 @@ def _cases() -> list[Case]:
         cout = 32 if shape[0] == 2 else 17
         found.append(Case("stem", shape, cout, **kind, norm="", mask=cout == 17, wanted="weight"))
     layers = [("pointwise", 9), ("depthwise s1", 8), ("depthwise s2", 8)]
+    found += [Case(kind, (3, 9, 30, 8), cout, norm="", center=1000.0) for kind, cout in layers]
+    found.append(Case("stem", (3, 19, 30, 3), 8, norm="", wanted="weight", center=1000.0))
     for (kind, cout), planted in itertools.product(layers, ("nan", "inf")):
         found.append(Case(kind, (2, 6, 5, 8), cout, "float16", planted=planted))
     return found
@@ -168,14 +171,15 @@ def _plant(x: Tensor, case: Case) -> Tensor:
 
 def _run(case: Case) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """(name, kernel's answer, float64 twin's, how far they may be apart) of all that a case makes."""
-    n, h, w, cin = case.shape
+    cin = case.shape[-1]
     dtype = getattr(torch, case.dtype)
     weight_shape = {"pointwise": (case.cout, cin, 1, 1), "stem": (case.cout, 3, 3, 3)}
     weight = torch.randn(weight_shape.get(case.kind, (cin, 1, 3, 3))).to(dtype).float()
+    if case.center and case.kind != "pointwise":
+        weight *= torch.tensor([0.0, 1.0, 0.0]).outer(torch.tensor([0.0, 1.0, 0.0]))  # no padding is met
+    x = (case.center + 2 * torch.randn(case.shape)).to(dtype)
     if case.kind == "stem":
-        x = torch.randn(n, h, w, 3).to(dtype).permute(0, 3, 1, 2)
-    else:
-        x = (2 * torch.randn(case.shape)).to(dtype)
+        x = x.permute(0, 3, 1, 2)
     applied = Applied(_norm(cin), case.norm == "relu6") if case.norm else None
     if applied is not None:
         x = _away(x, applied.values)
