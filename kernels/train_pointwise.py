@@ -7,8 +7,8 @@ So a layer reads and writes what a convolution alone would.
 
 Where the weight's gradient fits in registers one kernel makes both gradients, from one reading of g, z and x;
 elsewhere each has its own. Of an expansion, whose x is a sixth of z, z is made again, not read: counted for
-the network, 7.5 of 100 MB an image. Programs take shares of the pixels and loop, so that sums over pixels leave
-one part a program: no atomics, the bits are the same every time.
+the network, 7.5 of 100 MB an image. Programs take shares of the pixels and loop, so that sums over pixels
+leave one part a program: no atomics, the bits are the same every time.
 """
 
 # Triton's language is not Python's: arguments carry no annotations.
