@@ -413,8 +413,8 @@ class Build:
         x = empty(256, layer.h, layer.w, spec.cin, dtype=dtype)
         z = empty(256, layer.ho, layer.wo, spec.cout, dtype=dtype)
         weight = empty(*spec.weight_shape)
-        # The last layer of a block gets a gradient that ReLU6 has not masked where it has one.
-        of = RawGradient(z, z, empty(3, spec.cout), empty(3, spec.cout), spec.relu6, True)
+        # The network's last layer gets a gradient that its ReLU6 has not masked.
+        of = RawGradient(z, z, empty(3, spec.cout), empty(3, spec.cout), spec == arch.network()[-2], True)
         applied = None if spec.kind == "pointwise" and spec.relu6 else Applied(empty(3, spec.cin), True)
         residual = x if applied is None else None
         with aot.launches() as made:
