@@ -96,6 +96,18 @@ class Packed(Form):
     out_shift: torch.Tensor  # [N1 + N2] float32
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What a program reads of it."""
+        return self.expand, self.depthwise, self.shift, self.project, self.out_shift
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on a device."""
+        expand, depthwise, shift, project, out_shift = (t.to(device) for t in self.tensors)
+        return dataclasses.replace(
+            self, expand=expand, depthwise=depthwise, shift=shift, project=project, out_shift=out_shift
+        )
+
+    @property
     def slabs(self) -> int:
         """How many slabs of hidden channels there are."""
         return len(self.shift) // self.slab
@@ -300,14 +312,20 @@ def declines(form: Form, h: int, w: int, tile: Tile) -> str | None:
         return f"no {what} for maps of {h} x {w} at stride {form.stride}: there are {sizes}"
     if tile["slab"] != form.slab:
         return f"the weights are packed in slabs of {form.slab}, the tile's are {tile['slab']}"
-    of = f"no {what} of {form.cin} to {form.cout} channels at {h} x {w}"
-    if (shared := shared_bytes(form, h) + 1024) > SHARED:
-        return f"{of}: it would need {shared >> 10} KiB of shared memory, there are {SHARED >> 10}"
-    if (sums := sums_of_a_thread(form, h, tile["warps"])) > MOST_SUMS or max(split(form.cout)) > 256:
-        return f"{of}: a thread would hold {sums} sums, more than its registers do"
-    if form.steps[1] > MOST_STEPS:
-        return f"{of}: too many inputs for the registers"
+    if too_much := _too_much(form, h, tile["warps"]):
+        return f"no {what} of {form.cin} to {form.cout} channels at {h} x {w}: {too_much}"
     return None
+
+
+def _too_much(form: Form, size: int, warps: int) -> str:
+    """What of a program does not fit on the chip, or nothing."""
+    if (shared := shared_bytes(form, size) + 1024) > SHARED:
+        return f"it would need {shared >> 10} KiB of shared memory, there are {SHARED >> 10}"
+    if max(split(form.cout)) > 256:
+        return "tensor cores make at most 256 in a product, and there are two"
+    if (sums := sums_of_a_thread(form, size, warps)) > MOST_SUMS:
+        return f"a thread would hold {sums} sums, more than its registers do"
+    return "too many inputs for the registers" if form.steps[1] > MOST_STEPS else ""
 
 
 def _constants(
@@ -365,8 +383,7 @@ def traffic(packed: Packed, n: int, size: int, item: int = 2) -> tuple[int, int]
         return total
 
     pixels = seen(geometry.out_rows, geometry.above) * seen(geometry.out_cols, geometry.left)
-    weights = (packed.expand, packed.depthwise, packed.shift, packed.project, packed.out_shift)
-    each = sum(t.numel() * t.element_size() for t in weights) + (24 if item == 1 else 0)
+    each = sum(t.numel() * t.element_size() for t in packed.tensors) + (24 if item == 1 else 0)
     read = n * pixels * (3 if packed.stem else packed.cin) * item + programs(packed, n, size) * each
     return read, n * made**2 * packed.cout * packed.expand.element_size()
 

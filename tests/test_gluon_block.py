@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,8 @@ from gluon_stand_in import Traffic
 from mnv2_fast.kernels import aot, inverted_residual
 from mnv2_fast.kernels.block import block_kernel
 from mnv2_fast.kernels.common import tiles
-from mnv2_fast.kernels.inverted_residual import GEOMETRIES, Packed
+from mnv2_fast.kernels.inverted_residual import GEOMETRIES, Form, Packed
+from mnv2_fast.kernels.network import Network
 
 
 def _blocks() -> list[tuple[int, int, int, int, int, bool]]:
@@ -255,6 +256,103 @@ def _compiles(x: Tensor, packed: Packed, norm: Tensor | None, record_property: R
     clamps = re.findall(r"\b(?:min|max)\.\S*f(?:16|32)\S*", built.ptx)
     assert clamps
     assert all(".NaN." in clamp for clamp in clamps)
+
+
+def _accepted(widths: Sequence[float], sizes: Sequence[int]) -> list[tuple[int, Form]]:
+    """Maps and forms of blocks that networks make in one launch, those of the network itself aside."""
+    found: dict[tuple[int, Form], None] = {}
+    for width in widths:
+        specs = arch.network(5, width)
+        pairs = [(torch.zeros(spec.weight_shape), torch.zeros(spec.cout)) for spec in specs]
+        network = Network(specs, pairs, torch.float16, torch.device("cpu"), norm=NORM, fuse=True)
+        for size in sizes:
+            at = [layer.h for layer in arch.layers(size=(size, size), specs=specs)]
+            found |= {
+                (
+                    (at[launch.first] + 1) // 2 if network._forms[launch.first].stem else at[launch.first],
+                    network._forms[launch.first],
+                ): None
+                for launch in network.plan(size, size)
+                if launch.form == "block"
+            }
+    return list(found)
+
+
+@pytest.mark.parametrize("size", [56, 112, 224, 448])
+@pytest.mark.parametrize("width", [0.35, 0.5, 0.75, 1.0, 1.4, 2.0])
+@pytest.mark.slow
+def test_what_other_networks_accept_compiles_without_spills(
+    width: float, size: int, record_property: Record
+) -> None:
+    for maps, form in _accepted([width], [size]):
+        for dtype in inverted_residual.DTYPES:
+            _compiles_form(maps, form, dtype, record_property)
+
+
+# Close to what is accepted: sums in registers, steps of the expansion, shared memory.
+NARROW = [
+    (7, Form(160, 320, 1, False, 32, False)),
+    (7, Form(224, 224, 1, True, 32, False)),
+    (14, Form(136, 136, 1, True, 64, False)),
+    (28, Form(64, 128, 2, False, 64, False)),
+    (112, Form(3, 32, 1, False, 32, True)),
+]
+
+
+@pytest.mark.parametrize("form", NARROW, ids=str)
+def test_what_just_fits_compiles_without_spills(form: tuple[int, Form], record_property: Record) -> None:
+    _compiles_form(*form, torch.float16, record_property)
+
+
+def _compiles_form(maps: int, form: Form, dtype: torch.dtype, record_property: Record) -> None:
+    weights = _weights(form.cin, 6 * form.cin, form.cout)
+    x = torch.zeros(1, form.cin, maps, maps, dtype=dtype)
+    if form.stem:
+        weights = _weights(3, 64, form.cout) | {"expand": torch.zeros(64, 3, 3, 3)}
+        x = torch.zeros(1, 3, 2 * maps, 2 * maps, dtype=dtype)
+    _compiles(
+        x,
+        inverted_residual.pack(weights, form.stride, form.residual, dtype, form.slab),
+        None,
+        record_property,
+    )
+
+
+@pytest.mark.parametrize(
+    ("maps", "form", "why"),
+    [
+        (14, Form(136, 224, 2, False, 32, False), "243 KiB of shared memory, there are 227"),
+        (28, Form(80, 128, 2, False, 64, False), "KiB of shared memory, there are 227"),
+        (14, Form(128, 192, 1, False, 64, False), "a thread would hold 256 sums"),
+        (7, Form(224, 448, 1, False, 32, False), "a thread would hold 272 sums"),
+        (7, Form(320, 320, 1, True, 32, False), "too many inputs"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_on_the_chip_is_declined(maps: int, form: Form, why: str) -> None:
+    """In words, and ptxas agrees: spills, or more shared memory than there is."""
+    tile = inverted_residual.choose_tile("", maps, form.stride)
+    said = inverted_residual.declines(form, maps, maps, tile)
+    assert said is not None
+    assert why in said
+    weights = _weights(form.cin, 6 * form.cin, form.cout)
+    packed = inverted_residual.pack(weights, form.stride, form.residual, torch.float16, form.slab)
+    x = torch.zeros(1, form.cin, maps, maps).half()
+    with pytest.raises(ValueError, match=re.escape(said)):
+        inverted_residual.block(x, packed)
+    with aot.launches() as made, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inverted_residual, "declines", lambda *_: None)
+        inverted_residual.block(x, packed)
+    built = made[0].compile_for(ARCH)
+    assert built.local + built.stack > 0 or built.shared > inverted_residual.SHARED
+    assert 0 <= built.shared - inverted_residual.shared_bytes(form, maps) < 1024
+
+
+def test_more_columns_than_two_products_make_are_declined() -> None:
+    form, tile = Form(96, 513, 1, False, 32, False), inverted_residual.choose_tile("", 7, 1)
+    said = inverted_residual.declines(form, 7, 7, tile)
+    assert said is not None
+    assert "at most 256 in a product" in said
 
 
 def _maps(x: Tensor, packed: Packed) -> int:

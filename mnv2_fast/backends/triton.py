@@ -25,8 +25,6 @@ DTYPES = {
     "fp16": (torch.float16, False),
     "bf16": (torch.bfloat16, False),
 }
-# Whole blocks in one launch are for this capability, alone.
-FUSED_CAPABILITY = (9, 0)
 OPERATORS = ("stem", "depthwise", "pointwise", "head")
 # Those of them, "block" and "network" whose checks in `python -m bench.gpu` have passed on a GPU; the others
 # are off by default.
@@ -108,7 +106,7 @@ class Network:
         if fuse is None:
             fuse = (
                 kind in inverted_residual.DTYPES
-                and torch.cuda.get_device_capability(device) == FUSED_CAPABILITY
+                and torch.cuda.get_device_capability(device) == inverted_residual.CAPABILITY
                 and _unproven("block") is None
             )
         self._network = network.Network(layers, tensors, kind, device, norm=norm, tf32=tf32, fuse=fuse)
@@ -117,7 +115,7 @@ class Network:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights as the kernels read them."""
+        """Bytes of weights as the kernels read them; whole blocks' are packed at their first call."""
         return self._network.weight_bytes
 
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:
@@ -126,8 +124,7 @@ class Network:
         Raises:
             MemoryError: the batch needs more memory than the GPU has.
         """
-        with torch.no_grad():
-            return self._replayed(x)
+        return self._replayed(x)
 
     def workspace_bytes(self, n: int, h: int, w: int, threads: int) -> int:
         """What its largest layer reads and writes for the batch whose graph serves n images."""
