@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -137,7 +136,7 @@ def _engine(case: Case) -> str:
     layers = tensors(specs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "place", lambda x: 0)
-        patch.setattr(replay, "capturing", lambda: False)
+        patch.setattr(replay, "capturing", lambda x: False)
         patch.setattr(replay, "capture", by_launches)
         network = backend.Network(specs, layers, norm=NORM, dtype="fp16", device=CPU, fuse=False)
         direct = Network(specs, layers, torch.float16, CPU, norm=NORM)
@@ -150,10 +149,10 @@ def _engine(case: Case) -> str:
     )
 
 
-def by_launches(run: replay.Run, x: Tensor) -> replay.Graph:
+def by_launches(run: replay.Run, x: Tensor, lane: replay.Lane) -> replay.Graph:
     """A graph that launches anew."""
     y = run(x)
-    return replay.Graph(lambda: y.copy_(run(x)), x, y, threading.Lock())
+    return replay.Graph(lambda: y.copy_(run(x)), x, y)
 
 
 VERDICTS: dict[str, Callable[[Case], str]] = {
