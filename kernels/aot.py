@@ -86,7 +86,7 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]  # by name
+    arguments: dict[str, Any]  # by name, in order
     warps: int
     stages: int
 
@@ -104,7 +104,7 @@ class Launch:
                 continue
             free = not parameter.do_not_specialize
             if isinstance(value, torch.Tensor):
-                types[parameter.name] = POINTERS[value.dtype]
+                types[parameter.name] = POINTERS.get(value.dtype, "*u8")
                 known[i,] = [["tt.divisibility", 16]]
             elif isinstance(value, float):
                 types[parameter.name] = "fp32"

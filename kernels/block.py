@@ -21,7 +21,7 @@ No interpreter runs Gluon: tests execute this source by numpy, and compile it. I
 
 # Gluon's language is not Python's: arguments carry no annotations.
 # mypy: disable-error-code="no-untyped-def,assignment,no-untyped-call,valid-type"
-# ruff: noqa: PLR0915, PLR0917
+# ruff: noqa: PLR0917
 
 from __future__ import annotations
 
@@ -47,6 +47,55 @@ def _relu6(v, D: gl.constexpr, layout: gl.constexpr):
         v = v.to(D)
     zero, six = gl.full(v.shape, 0.0, v.dtype, layout), gl.full(v.shape, 6.0, v.dtype, layout)
     return gl.minimum(gl.maximum(v, zero, propagate_nan=KEEP_NAN), six, propagate_nan=KEEP_NAN).to(D)
+
+
+@gluon.jit
+def _first(
+    HO: gl.constexpr, WO: gl.constexpr, IMAGES: gl.constexpr, OUT_ROWS: gl.constexpr, OUT_COLS: gl.constexpr
+):  # fmt: skip
+    """The first image, row and column of the output that this program makes."""
+    tall: gl.constexpr = (HO + OUT_ROWS - 1) // OUT_ROWS
+    broad: gl.constexpr = (WO + OUT_COLS - 1) // OUT_COLS
+    program = gl.program_id(0)
+    return program // (tall * broad) * IMAGES, program // broad % tall * OUT_ROWS, program % broad * OUT_COLS
+
+
+@gluon.jit
+def _matrices(D: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Shared memory for matrices as tensor cores read them."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128 if COLUMNS >= 64 else 2 * COLUMNS, 16, 2)
+    return gl.allocate_shared_memory(D, [COUNT, ROWS, COLUMNS], layout)
+
+
+@gluon.jit
+def _weight_buffers(
+    D: gl.constexpr, SLAB: gl.constexpr, K: gl.constexpr, STEPS: gl.constexpr,
+    N1: gl.constexpr, N2: gl.constexpr,
+):  # fmt: skip
+    """Room for the weights of two slabs: of the expansion, and of the projection's two products."""
+    w1 = _matrices(D, 2 * STEPS, K, SLAB)
+    w2 = _matrices(D, 2, SLAB, N1)
+    w3 = _matrices(D, 2, SLAB, N2) if N2 > 0 else w2
+    return w1, w2, w3
+
+
+@gluon.jit
+def _tile_buffers(
+    D: gl.constexpr, PIXELS: gl.constexpr, CHUNK: gl.constexpr, K: gl.constexpr, STEPS: gl.constexpr,
+    SLAB: gl.constexpr, STRIDE: gl.constexpr, LINES: gl.constexpr, OUT: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Room for the tile's input, and for a slab of its hidden activations before and after the depthwise
+    convolution, which makes LINES rows of OUT pixels.
+    """
+    groups: gl.constexpr = (SLAB + PAD) // 8
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    tile = _matrices(D, PIXELS // CHUNK * STEPS, CHUNK, K)
+    hidden = gl.allocate_shared_memory(D, [(PIXELS + 2 * STRIDE + 8) * groups, 1, 8], plain)
+    made = _matrices(D, LINES, OUT, SLAB)
+    small: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [WARPS, 1], [1, 0])
+    # The left neighbour of the first slot. Right of the last one lies what no pixel of the output looks at.
+    hidden.index(0)._reinterpret(D, [16, 8], plain).store(gl.full([16, 8], 0.0, D, small))
+    return tile, hidden, made
 
 
 @gluon.jit
@@ -246,6 +295,28 @@ def _depthwise(
 
 
 @gluon.jit
+def _no_sums(M: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr):
+    """Zeros where tensor cores add [M, N]."""
+    return gl.zeros([M, N], gl.float32, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 16]))
+
+
+@gluon.jit
+def _project(
+    made, w2, w3, half, sums, more, M: gl.constexpr, SLAB: gl.constexpr, N2: gl.constexpr
+):  # fmt: skip
+    """The projection's sums with what a slab gives them."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128 if SLAB >= 64 else 2 * SLAB, 16, 2)
+    ready = made._reinterpret(made.dtype, [M, SLAB], layout)
+    sums = warpgroup_mma(ready, w2.index(half), sums, is_async=True)
+    if N2 > 0:
+        more = warpgroup_mma(ready, w3.index(half), more, is_async=True)
+        sums, more = warpgroup_mma_wait(0, [sums, more])
+    else:
+        sums = warpgroup_mma_wait(0, [sums])
+    return sums, more
+
+
+@gluon.jit
 def _finish(
     x, y, sums, shift, image, images, top, left, first,
     HO: gl.constexpr, WO: gl.constexpr, COUT: gl.constexpr, RESIDUAL: gl.constexpr, OUT: gl.constexpr,
@@ -268,8 +339,9 @@ def _finish(
     gl.store(y + offset, sums.to(y.dtype.element_ty), mask=mask)
 
 
-# Slabs are counted at run time, also where there is one: Triton 3.6 cannot compile the loop unrolled.
-@gluon.jit(do_not_specialize=["slabs"])
+# Slabs are counted at run time, also where there is one: Triton 3.6 cannot compile the loop unrolled. Images
+# are, too, so that one binary serves every batch.
+@gluon.jit(do_not_specialize=["images", "slabs"])
 def block_kernel(
     x,  # [images, H, W, CIN]; with STEM photos, [images, 3, HEIGHT, WIDTH] of any strides
     expand,  # [K * STEPS, HIDDEN]: the weight, two rows of bias, zeros
@@ -279,39 +351,20 @@ def block_kernel(
     out_shift,  # [N1 + N2] float32
     norm,  # [2, 3] float32: what a byte is multiplied with, and what is added; read with BYTES
     y,  # [images, HO, WO, COUT]
-    images,
-    slabs,  # HIDDEN / SLAB
-    image_step,  # of photos
-    channel_step,
-    row_step,
-    column_step,
-    H: gl.constexpr,
-    W: gl.constexpr,
-    CIN: gl.constexpr,
+    images, slabs,  # slabs: HIDDEN / SLAB
+    image_step, channel_step, row_step, column_step,  # of photos
+    H: gl.constexpr, W: gl.constexpr, CIN: gl.constexpr,
     HIDDEN: gl.constexpr,  # a multiple of SLAB
-    COUT: gl.constexpr,
-    STRIDE: gl.constexpr,
-    RESIDUAL: gl.constexpr,
-    IMAGES: gl.constexpr,
-    PITCH: gl.constexpr,
-    ROWS: gl.constexpr,
-    OUT_ROWS: gl.constexpr,
-    OUT_COLS: gl.constexpr,
-    ABOVE: gl.constexpr,
-    LEFT: gl.constexpr,
-    CHUNK: gl.constexpr,
-    SLAB: gl.constexpr,
-    K: gl.constexpr,
-    STEPS: gl.constexpr,
-    N1: gl.constexpr,
-    N2: gl.constexpr,
+    COUT: gl.constexpr, STRIDE: gl.constexpr, RESIDUAL: gl.constexpr,
+    IMAGES: gl.constexpr, PITCH: gl.constexpr, ROWS: gl.constexpr, OUT_ROWS: gl.constexpr,
+    OUT_COLS: gl.constexpr, ABOVE: gl.constexpr, LEFT: gl.constexpr,
+    CHUNK: gl.constexpr, SLAB: gl.constexpr, K: gl.constexpr, STEPS: gl.constexpr,
+    N1: gl.constexpr, N2: gl.constexpr,
     WIDE: gl.constexpr,  # depthwise sums in float32, not in the weights' type
     STEM: gl.constexpr,  # the network's first convolution is the expansion
-    HEIGHT: gl.constexpr,  # of photos
-    WIDTH: gl.constexpr,
-    BYTES: gl.constexpr,
+    HEIGHT: gl.constexpr, WIDTH: gl.constexpr, BYTES: gl.constexpr,  # of photos
     WARPS: gl.constexpr,
-):
+):  # fmt: skip
     """One program: OUT_ROWS x OUT_COLS pixels of IMAGES images. All arrays contiguous."""
     HO: gl.constexpr = (H - 1) // STRIDE + 1
     WO: gl.constexpr = (W - 1) // STRIDE + 1
@@ -321,32 +374,13 @@ def block_kernel(
     M: gl.constexpr = OUT * (ROWS // STRIDE)
     D: gl.constexpr = expand.dtype.element_ty
     SUMS: gl.constexpr = gl.float32 if WIDE else D
-    tall: gl.constexpr = (HO + OUT_ROWS - 1) // OUT_ROWS
-    broad: gl.constexpr = (WO + OUT_COLS - 1) // OUT_COLS
-    program = gl.program_id(0)
-    image = program // (tall * broad) * IMAGES
-    top = program // broad % tall * OUT_ROWS
-    left = program % broad * OUT_COLS
+    image, top, left = _first(HO, WO, IMAGES, OUT_ROWS, OUT_COLS)
     # Images are counted with 64 bits, what is within one or two of them with 32.
     y += image.to(gl.int64) * (HO * WO * COUT)
 
-    groups: gl.constexpr = (SLAB + PAD) // 8
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    a: gl.constexpr = gl.NVMMASharedLayout(2 * K, 16, 2)
-    b: gl.constexpr = gl.NVMMASharedLayout(128 if SLAB >= 64 else 2 * SLAB, 16, 2)
-    n1: gl.constexpr = gl.NVMMASharedLayout(128 if N1 >= 64 else 2 * N1, 16, 2)
-    n2: gl.constexpr = gl.NVMMASharedLayout(128 if N2 >= 64 else 2 * N2 if N2 > 0 else 32, 16, 2)
-    tile = gl.allocate_shared_memory(D, [PIXELS // CHUNK * STEPS, CHUNK, K], a)
-    w1 = gl.allocate_shared_memory(D, [2 * STEPS, K, SLAB], b)
-    w2 = gl.allocate_shared_memory(D, [2, SLAB, N1], n1)
-    w3 = gl.allocate_shared_memory(D, [2, SLAB, N2 if N2 > 0 else 16], n2)
-    hidden = gl.allocate_shared_memory(D, [(PIXELS + 2 * STRIDE + 8) * groups, 1, 8], plain)
-    made = gl.allocate_shared_memory(D, [ROWS // STRIDE, OUT, SLAB], b)
-
+    w1, w2, w3 = _weight_buffers(D, SLAB, K, STEPS, N1, N2)
     _copy_slab(expand, project, w1, w2, w3, 0, HIDDEN, SLAB, K, STEPS, N1, N2, WARPS)
-    small: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [WARPS, 1], [1, 0])
-    # The left neighbour of the first slot. Right of the last one lies what no pixel of the output looks at.
-    hidden.index(0)._reinterpret(D, [16, 8], plain).store(gl.full([16, 8], 0.0, D, small))
+    tile, hidden, made = _tile_buffers(D, PIXELS, CHUNK, K, STEPS, SLAB, STRIDE, ROWS // STRIDE, OUT, WARPS)
     used_rows: gl.constexpr = STRIDE * (OUT_ROWS - 1) + 2 + ABOVE
     used: gl.constexpr = STRIDE * (OUT_COLS - 1) + 2 + LEFT
     if STEM:
@@ -361,10 +395,9 @@ def block_kernel(
             x, tile, image, images, top * STRIDE - ABOVE, left * STRIDE - LEFT,
             H, W, CIN, SLOTS, PITCH, used_rows, used, PIXELS, CHUNK, K, STEPS, WARPS,
         )  # fmt: skip
-    m1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N1, 16])
-    m2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N2 if N2 > 0 else 16, 16])
-    sums = gl.zeros([M, N1], gl.float32, m1)
-    more = gl.zeros([M, N2 if N2 > 0 else 16], gl.float32, m2)
+
+    sums = _no_sums(M, N1, WARPS)
+    more = _no_sums(M, N2 if N2 > 0 else 16, WARPS)
     for slab in range(slabs):
         async_copy.wait_group(0)
         fence_async_shared()
@@ -380,13 +413,8 @@ def block_kernel(
         )  # fmt: skip
         fence_async_shared()
         thread_barrier()
-        ready = made._reinterpret(D, [M, SLAB], b)
-        sums = warpgroup_mma(ready, w2.index(half), sums, is_async=True)
-        if N2 > 0:
-            more = warpgroup_mma(ready, w3.index(half), more, is_async=True)
-            sums, more = warpgroup_mma_wait(0, [sums, more])
-        else:
-            sums = warpgroup_mma_wait(0, [sums])
+        sums, more = _project(made, w2, w3, half, sums, more, M, SLAB, N2)
+
     _finish(
         x, y, sums, out_shift, image, images, top, left, 0,
         HO, WO, COUT, RESIDUAL, OUT, PITCH // STRIDE, OUT_ROWS, OUT_COLS, M, N1, WARPS,

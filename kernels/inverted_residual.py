@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from .block import block_kernel
-from .common import POINTERS, Tile, channels_last, device_of, output, tiles
+from .block import PAD, block_kernel
+from .common import Tile, channels_last, device_of, output, tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,16 @@ class Geometry:
     out_cols: int
     above: int = 0
     left: int = 0
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a tile, its halo and the slots past the last column included."""
+        return self.images * self.pitch * self.rows
+
+    @property
+    def chunk(self) -> int:
+        """How many of them are expanded at once."""
+        return min(256, self.pixels)
 
     def programs(self, n: int, ho: int, wo: int) -> int:
         """Programs for n images of so many output rows and columns."""
@@ -45,11 +55,20 @@ GEOMETRIES = {
 STEM_SIZE = 112
 STEM_GEOMETRY = Geometry(1, 32, 16, 14, 28, 1, 1)
 DTYPES = (torch.float16, torch.bfloat16)
+# The kernel is for this compute capability alone; there a program may have SHARED bytes of shared memory.
+CAPABILITY = (9, 0)
+SHARED = 227 << 10
+# What ptxas makes of more float32 sums a thread, and of more steps of the expansion, spills.
+MOST_SUMS, MOST_STEPS = 208, 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
-    """A block's weights as the kernel reads them, of one dtype, padded with zeros."""
+class Form:
+    """What a block is, whatever its weights are.
+
+    `slab`: hidden channels at a time, of the tile table. `stem`: the network's first convolution is its
+    expansion.
+    """
 
     cin: int
     cout: int
@@ -57,11 +76,36 @@ class Packed:
     residual: bool
     slab: int
     stem: bool
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Inputs that tensor cores take at once, and how many times."""
+        rows = depth(self.cin)
+        k = 32 if rows % 32 == 0 else 16
+        return k, rows // k
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed(Form):
+    """A block's weights as the kernel reads them, of one dtype, padded with zeros."""
+
     expand: torch.Tensor  # [K * STEPS, HIDDEN]
     depthwise: torch.Tensor  # [9, HIDDEN]
     shift: torch.Tensor  # [HIDDEN] float32
     project: torch.Tensor  # [HIDDEN, N1 + N2]
     out_shift: torch.Tensor  # [N1 + N2] float32
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What a program reads of it."""
+        return self.expand, self.depthwise, self.shift, self.project, self.out_shift
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on a device."""
+        expand, depthwise, shift, project, out_shift = (t.to(device) for t in self.tensors)
+        return dataclasses.replace(
+            self, expand=expand, depthwise=depthwise, shift=shift, project=project, out_shift=out_shift
+        )
 
     @property
     def slabs(self) -> int:
@@ -141,9 +185,11 @@ def block(
         ValueError: there is no geometry for x, or it does not fit the weights.
     """
     n, cin, h, w = x.shape
-    if h != w or (h, packed.stride) not in GEOMETRIES or packed.stem:
-        sizes = ", ".join(f"{size} at stride {stride}" for size, stride in GEOMETRIES)
-        raise ValueError(f"no whole block for {h} x {w} at stride {packed.stride}: there are {sizes}")
+    if packed.stem:
+        raise ValueError("the weights are of the stem with its block: use stem_block")
+    tile = choose_tile(device_of(x.device)[0], h, packed.stride) if tile is None else tile
+    if refused := declines(packed, h, w, tile):
+        raise ValueError(refused)
     if cin != packed.cin or x.dtype != packed.expand.dtype or x.device != packed.expand.device:
         raise ValueError(
             f"x has {cin} channels of {x.dtype} on {x.device}, the weights are for {packed.cin} of "
@@ -152,7 +198,6 @@ def block(
     size = (h - 1) // packed.stride + 1
     out, lines = output(out, (n, packed.cout, size, size), x)
     if out.numel():
-        tile = choose_tile(device_of(x.device)[0], h, packed.stride) if tile is None else tile
         _launch(channels_last(x), (0, 0, 0, 0), None, packed, lines, h, tile)
     return out
 
@@ -181,8 +226,11 @@ def stem_block(
         ValueError: x is of another size, or does not fit the weights.
     """
     n, channels, h, w = x.shape
-    if channels != 3 or ((h + 1) // 2, (w + 1) // 2) != (STEM_SIZE, STEM_SIZE) or not packed.stem:
-        raise ValueError(f"no stem with its block for {tuple(x.shape)}: photos are [N, 3, 224, 224]")
+    if channels != 3 or not packed.stem:
+        raise ValueError(f"x has {channels} channels: the stem with its block is of photos [N, 3, H, W]")
+    tile = tiles(device_of(x.device)[0], "block")["stem"] if tile is None else tile
+    if refused := declines(packed, (h + 1) // 2, (w + 1) // 2, tile):
+        raise ValueError(refused)
     kinds = (torch.uint8,) if norm is not None else (packed.expand.dtype, torch.float32)
     if x.dtype not in kinds or x.device != packed.expand.device:
         raise ValueError(
@@ -191,7 +239,6 @@ def stem_block(
         )
     out, lines = output(out, (n, packed.cout, STEM_SIZE, STEM_SIZE), packed.expand)
     if out.numel():
-        tile = tiles(device_of(x.device)[0], "block")["stem"] if tile is None else tile
         _launch(x, x.stride(), norm, packed, lines, STEM_SIZE, tile)
     return out
 
@@ -205,8 +252,6 @@ def _launch(  # noqa: PLR0917
     size: int,
     tile: Tile,
 ) -> None:
-    if tile["slab"] != packed.slab:
-        raise ValueError(f"the weights are packed in slabs of {packed.slab}, the tile's are {tile['slab']}")
     photo = (x.shape[2], x.shape[3]) if packed.stem else (0, 0)
     with torch.cuda.device_of(x):
         block_kernel[programs(packed, len(lines), size),](
@@ -221,35 +266,74 @@ def _launch(  # noqa: PLR0917
             len(lines),
             packed.slabs,
             *steps,
-            **compile_constants(packed, size, tile, photo, from_bytes=norm is not None),
+            **_constants(packed, size, tile, photo, from_bytes=norm is not None),
             num_warps=tile["warps"],
         )
 
 
-def geometry_of(packed: Packed, size: int) -> Geometry:
+def geometry_of(form: Form, size: int) -> Geometry:
     """How maps of `size` x `size`, which the depthwise convolution reads, are cut into tiles."""
-    return STEM_GEOMETRY if packed.stem else GEOMETRIES[size, packed.stride]
+    return STEM_GEOMETRY if form.stem else GEOMETRIES[size, form.stride]
 
 
-def programs(packed: Packed, n: int, size: int) -> int:
+def programs(form: Form, n: int, size: int) -> int:
     """Programs for n images whose maps are `size` x `size`."""
-    made = (size - 1) // packed.stride + 1
-    return geometry_of(packed, size).programs(n, made, made)
+    made = (size - 1) // form.stride + 1
+    return geometry_of(form, size).programs(n, made, made)
 
 
 def choose_tile(device_name: str, size: int, stride: int) -> Tile:
-    """The table's tile for blocks whose input is `size` x `size`."""
-    return tiles(device_name, "block")[f"{size}_s{stride}"]
+    """The table's tile for blocks whose input is `size` x `size`; where there is none, that of the next."""
+    nearest = min((known for known, of in GEOMETRIES if of == stride), key=lambda known: abs(known - size))
+    return tiles(device_name, "block")[f"{nearest}_s{stride}"]
 
 
-def compile_constants(
-    packed: Packed, size: int, tile: Tile, photo: tuple[int, int] = (0, 0), from_bytes: bool = False
+def shared_bytes(form: Form, size: int) -> int:
+    """Shared memory of a program for maps of `size` x `size`, but for what alignment adds: under 1 KiB."""
+    geometry, (k, steps) = geometry_of(form, size), form.steps
+    weights = 2 * form.slab * (k * steps + sum(split(form.cout)))
+    hidden = (geometry.pixels + 2 * form.stride + 8) * (form.slab + PAD.value)
+    made = geometry.pixels // form.stride**2 * form.slab
+    return 2 * (geometry.pixels * k * steps + weights + hidden + made)
+
+
+def sums_of_a_thread(form: Form, size: int, warps: int) -> int:
+    """Registers that hold sums of both products of tensor cores at once, maps being `size` x `size`."""
+    geometry = geometry_of(form, size)
+    project = geometry.pixels // form.stride**2 * sum(split(form.cout))
+    return (geometry.chunk * form.slab + project) // (32 * warps)
+
+
+def declines(form: Form, h: int, w: int, tile: Tile) -> str | None:
+    """Why there is no whole block for maps of h x w with such a tile, or None."""
+    what = "stem with its block" if form.stem else "whole block"
+    sizes = f"{STEM_SIZE}" if form.stem else ", ".join(f"{a} at stride {b}" for a, b in GEOMETRIES)
+    if h != w or not ((h == STEM_SIZE) if form.stem else (h, form.stride) in GEOMETRIES):
+        return f"no {what} for maps of {h} x {w} at stride {form.stride}: there are {sizes}"
+    if tile["slab"] != form.slab:
+        return f"the weights are packed in slabs of {form.slab}, the tile's are {tile['slab']}"
+    if too_much := _too_much(form, h, tile["warps"]):
+        return f"no {what} of {form.cin} to {form.cout} channels at {h} x {w}: {too_much}"
+    return None
+
+
+def _too_much(form: Form, size: int, warps: int) -> str:
+    """What of a program does not fit on the chip, or nothing."""
+    if (shared := shared_bytes(form, size) + 1024) > SHARED:
+        return f"it would need {shared >> 10} KiB of shared memory, there are {SHARED >> 10}"
+    if max(split(form.cout)) > 256:
+        return "tensor cores make at most 256 in a product, and there are two"
+    if (sums := sums_of_a_thread(form, size, warps)) > MOST_SUMS:
+        return f"a thread would hold {sums} sums, more than its registers do"
+    return "too many inputs for the registers" if form.steps[1] > MOST_STEPS else ""
+
+
+def _constants(
+    packed: Packed, size: int, tile: Tile, photo: tuple[int, int], from_bytes: bool
 ) -> dict[str, int | bool]:
     """The kernel's constants for maps of `size` x `size`; of the stem's block, for photos of [H, W]."""
     geometry = geometry_of(packed, size)
-    n1, n2 = split(packed.cout)
-    rows = depth(packed.cin)
-    k = 32 if rows % 32 == 0 else 16
+    (k, steps), (n1, n2) = packed.steps, split(packed.cout)
     return {
         "H": size,
         "W": size,
@@ -265,10 +349,10 @@ def compile_constants(
         "OUT_COLS": geometry.out_cols,
         "ABOVE": geometry.above,
         "LEFT": geometry.left,
-        "CHUNK": min(256, geometry.images * geometry.pitch * geometry.rows),
-        "SLAB": tile["slab"],
+        "CHUNK": geometry.chunk,
+        "SLAB": packed.slab,
         "K": k,
-        "STEPS": rows // k,
+        "STEPS": steps,
         "N1": n1,
         "N2": n2,
         "WIDE": bool(tile["wide"]),
@@ -278,19 +362,6 @@ def compile_constants(
         "BYTES": from_bytes,
         "WARPS": tile["warps"],
     }
-
-
-def compile_arguments(
-    packed: Packed, size: int, tile: Tile, from_bytes: bool = False
-) -> dict[str, str | int | bool]:
-    """The kernel's arguments as `aot.compile_for` takes them, photos of 224 x 224 for the stem's block."""
-    names = ("x", "expand", "depthwise", "shift", "project", "out_shift", "norm", "y")
-    pointers = dict.fromkeys(names, POINTERS[packed.expand.dtype])
-    pointers |= dict.fromkeys(("shift", "out_shift", "norm"), "*fp32") | ({"x": "*u8"} if from_bytes else {})
-    steps = ("image_step", "channel_step", "row_step", "column_step")
-    numbers = {"images": "i32", "slabs": "i32", **dict.fromkeys(steps, "i32")}
-    photo = (2 * STEM_SIZE, 2 * STEM_SIZE) if packed.stem else (0, 0)
-    return {**pointers, **numbers, **compile_constants(packed, size, tile, photo, from_bytes)}
 
 
 def traffic(packed: Packed, n: int, size: int, item: int = 2) -> tuple[int, int]:
@@ -312,8 +383,7 @@ def traffic(packed: Packed, n: int, size: int, item: int = 2) -> tuple[int, int]
         return total
 
     pixels = seen(geometry.out_rows, geometry.above) * seen(geometry.out_cols, geometry.left)
-    weights = (packed.expand, packed.depthwise, packed.shift, packed.project, packed.out_shift)
-    each = sum(t.numel() * t.element_size() for t in weights) + (24 if item == 1 else 0)
+    each = sum(t.numel() * t.element_size() for t in packed.tensors) + (24 if item == 1 else 0)
     read = n * pixels * (3 if packed.stem else packed.cin) * item + programs(packed, n, size) * each
     return read, n * made**2 * packed.cout * packed.expand.element_size()
 

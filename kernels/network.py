@@ -1,8 +1,9 @@
 """The whole network on a GPU, batch norm folded: which kernel makes which layers, and the launches in order.
 
-On sm_90, in fp16 and bf16, whole blocks are one launch each where they have a geometry (`fuse`); everywhere
-else, and for every other size, each layer is one. An operator whose kernel is off, or cannot take an input,
-is the caller's function in plain torch, among the other launches. Nothing here waits for the GPU.
+On sm_90, in fp16 and bf16, whole blocks are one launch each where they have a geometry and fit on the chip
+(`fuse`); everywhere else, and for every other size, each layer is one. An operator whose kernel is off, or
+cannot take an input, is the caller's function in plain torch, among the other launches. Nothing here waits
+for the GPU but the packing of weights, which are packed for the form that a call needs when it first comes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from triton.errors import TritonError
 from . import head, inverted_residual, pointwise
 from .common import arithmetic, device_of, tiles
 from .depthwise import depthwise, limit, pack_weight
-from .inverted_residual import GEOMETRIES, STEM_SIZE, Packed
+from .inverted_residual import STEM_SIZE, Form, Packed
 from .stem import stem
 
 
@@ -107,48 +108,59 @@ class Network:
         self.answer, self._plain, self.off = answer, dict(plain or {}), {} if off is None else off
         # Layers of the head, which is two kernels' work: the mean of the last 1x1 layer, and a classifier.
         self._head_layers = 2 if specs[-1].kind == "linear" else 1 if pool else 0
-        wide = [
-            (weight.to(device, torch.float32), bias.to(device, torch.float32)) for weight, bias in tensors
-        ]
-        self._layers = [(weight.to(dtype), bias.to(dtype)) for weight, bias in wide]
-        for i, spec in enumerate(specs):
-            if spec.kind == "depthwise":
-                self._layers[i] = pack_weight(self._layers[i][0]), self._layers[i][1]
-        self._blocks = dict(self._pack(wide)) if fuse else {}
+        # Packed here and copied in one piece: what arrives is there for all streams.
+        self._wide = [tuple(t.detach().to("cpu", torch.float32, copy=True) for t in pair) for pair in tensors]
+        self._forms = dict(self._whole_blocks()) if fuse else {}
+        self._layers: dict[int, Pair] = {}
+        self._blocks: dict[int, Packed] = {}
+        in_blocks = {first + j for first in self._forms for j in range(3)}
+        for i in set(range(len(specs))) - in_blocks:
+            self._layer(i)
+        if not in_blocks:
+            self._wide.clear()
 
-    def _pack(self, wide: Sequence[Pair]) -> Iterator[tuple[int, Packed]]:
+    def _whole_blocks(self) -> Iterator[tuple[int, Form]]:
         """The blocks that one launch could make, by the number of their first layer."""
-        name = device_of(self.device)[0]
+        name, size = device_of(self.device)[0], 224
         for i, (a, b, c) in enumerate(zip(self.specs, self.specs[1:], self.specs[2:], strict=False)):
+            before, size = size, (size - 1) // a.stride + 1
             kinds = a.kind, b.kind, c.kind, a.relu6, b.relu6, c.relu6
-            residual = c.residual == 2
+            residual, stem = c.residual == 2, a.kind == "stem"
             if kinds[1:] != ("depthwise", "pointwise", True, True, False) or c.residual not in (0, 2):
                 continue
-            if a.kind == "pointwise" or (a.kind == "stem" and b.stride == 1 and not residual):
-                names = ("expand", "depthwise", "project")
-                weights = {key: wide[i + j][0] for j, key in enumerate(names)}
-                weights |= {f"{key}_bias": wide[i + j][1] for j, key in enumerate(names)}
-                # Sizes of one stride share a slab, or each would need weights of its own.
-                row = "stem" if a.kind == "stem" else self._row(i, b.stride, wide[i][0].shape[0])
-                slab = tiles(name, "block")[row]["slab"]
-                yield i, inverted_residual.pack(weights, b.stride, residual, self.dtype, slab)
+            if a.kind == "pointwise" or (stem and b.stride == 1 and not residual):
+                # The slab of its map in photos of 224 x 224, and of other maps with the same.
+                tile = (
+                    tiles(name, "block")["stem"]
+                    if stem
+                    else inverted_residual.choose_tile(name, before, b.stride)
+                )
+                cin, cout = self._wide[i][0].shape[1], len(self._wide[i + 2][0])
+                yield i, Form(cin, cout, b.stride, residual, tile["slab"], stem)
 
-    def _row(self, i: int, stride: int, hidden: int) -> str:
-        """The tile table's row for the block at layer i in photos of 224 x 224."""
-        size = 224
-        for spec in self.specs[:i]:
-            size = (size - 1) // spec.stride + 1
-        size = min((known for known, of in GEOMETRIES if of == stride), key=lambda known: abs(known - size))
-        return f"{size}_s{stride}"
+    def _layer(self, i: int) -> Pair:
+        """Weight and bias of a layer as a launch of its own reads them."""
+        if i not in self._layers:
+            weight, bias = (t.to(self.dtype) for t in self._wide[i])
+            weight = pack_weight(weight) if self.specs[i].kind == "depthwise" else weight
+            self._layers.setdefault(i, (weight.to(self.device), bias.to(self.device)))
+        return self._layers[i]
+
+    def _whole_block(self, i: int) -> Packed:
+        """The weights of the block that begins with layer i."""
+        if i not in self._blocks:
+            form, names = self._forms[i], ("expand", "depthwise", "project")
+            weights = {key: self._wide[i + j][0] for j, key in enumerate(names)}
+            weights |= {f"{key}_bias": self._wide[i + j][1] for j, key in enumerate(names)}
+            packed = inverted_residual.pack(weights, form.stride, form.residual, self.dtype, form.slab)
+            self._blocks.setdefault(i, packed.to(self.device))
+        return self._blocks[i]
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights and biases, those of whole blocks included."""
-        packed = [
-            (block.expand, block.depthwise, block.shift, block.project, block.out_shift)
-            for block in self._blocks.values()
-        ]
-        return sum(t.numel() * t.element_size() for some in (*self._layers, *packed) for t in some)
+        """Bytes of the weights and biases that are packed by now, for whole blocks and for single layers."""
+        packed = [block.tensors for block in self._blocks.values()]
+        return sum(t.numel() * t.element_size() for some in (*self._layers.values(), *packed) for t in some)
 
     def plan(self, h: int, w: int) -> list[Launch]:
         """The launches for photos of h x w, in order. The last one is of the head, where there is one."""
@@ -164,14 +176,15 @@ class Network:
 
     def _whole(self, i: int, h: int, w: int) -> bool:
         """Whether one launch makes the block that begins with layer i, whose input is h x w."""
-        packed = self._blocks.get(i)
-        if packed is None:
+        form = self._forms.get(i)
+        if form is None:
             return False
-        if packed.stem:
-            return ((h + 1) // 2, (w + 1) // 2) == (STEM_SIZE, STEM_SIZE)
-        row = f"{h}_s{packed.stride}"
-        table = tiles(device_of(self.device)[0], "block")
-        return h == w and (h, packed.stride) in GEOMETRIES and table[row]["slab"] == packed.slab
+        name = device_of(self.device)[0]
+        if form.stem:
+            h, w, tile = (h + 1) // 2, (w + 1) // 2, tiles(name, "block")["stem"]
+        else:
+            tile = inverted_residual.choose_tile(name, h, form.stride)
+        return inverted_residual.declines(form, h, w, tile) is None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The chain's answer, such as logits of photos.
@@ -218,13 +231,13 @@ class Network:
         return torchs(self._plain[operator])
 
     def _block(self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None) -> torch.Tensor:
-        packed = self._blocks[launch.first]
+        packed = self._whole_block(launch.first)
         if packed.stem:
             return inverted_residual.stem_block(inputs[-1], packed, norm=norm)
         return inverted_residual.block(inputs[-1], packed)
 
     def _stem(self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None) -> torch.Tensor:
-        x, layer, relu6 = inputs[-1], self._layers[0], self.specs[0].relu6
+        x, layer, relu6 = inputs[-1], self._layer(0), self.specs[0].relu6
 
         def torchs(plain: Plain) -> torch.Tensor:
             seen = x if norm is None else x * norm[0].view(3, 1, 1) + norm[1].view(3, 1, 1)
@@ -239,7 +252,7 @@ class Network:
         self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None
     ) -> torch.Tensor:
         spec = self.specs[launch.first]
-        call = inputs[-1], *self._layers[launch.first], spec.stride, spec.relu6
+        call = inputs[-1], *self._layer(launch.first), spec.stride, spec.relu6
         return self._by("depthwise", inputs[-1], lambda: depthwise(*call), lambda plain: plain(*call))
 
     def _pointwise(
@@ -247,7 +260,7 @@ class Network:
     ) -> torch.Tensor:
         spec = self.specs[launch.first]
         residual = inputs[-spec.residual - 1] if spec.residual else None
-        return self._multiply(inputs[-1], *self._layers[launch.first], residual, spec.relu6)
+        return self._multiply(inputs[-1], *self._layer(launch.first), residual, spec.relu6)
 
     def _multiply(
         self,
@@ -263,9 +276,9 @@ class Network:
         return self._by("pointwise", x, ours, lambda plain: plain(x, weight, bias, residual, relu6))
 
     def _head(self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None) -> torch.Tensor:
-        x, (weight, bias) = inputs[-1], self._layers[launch.first]
+        x, (weight, bias) = inputs[-1], self._layer(launch.first)
         if launch.count == 2:
-            call = x, weight, bias, *self._layers[-1]
+            call = x, weight, bias, *self._layer(launch.first + 1)
             return self._by("head", x, lambda: head.head(*call, tf32=self.tf32), lambda plain: plain(*call))
         return self._by(
             "head",
@@ -280,17 +293,19 @@ class Network:
         As the kernels' own `traffic` counts them: unique addresses of each program, weights included.
 
         Raises:
-            ValueError: a layer of its own has no count.
+            ValueError: a layer of its own, or a mean without a classifier, has no count.
         """
         total = 0
         kind = arithmetic(self.dtype, self.tf32)
         for launch in self.plan(h, w):
             if launch.form == "block":
-                packed = self._blocks[launch.first]
+                packed = self._whole_block(launch.first)
                 size = STEM_SIZE if packed.stem else h
                 total += sum(inverted_residual.traffic(packed, n, size, item if packed.stem else 2))
-            elif launch.form == "head":
-                total += head.traffic(n, h * w, self._layers[-2][0], self._layers[-1][0], kind)
+            elif launch.form == "head" and launch.count == 2:
+                total += head.traffic(
+                    n, h * w, self._layer(launch.first)[0], self._layer(launch.first + 1)[0], kind
+                )
             else:
                 raise ValueError(f"{launch.form} as a layer of its own has no count")
             for spec in self.specs[launch.first : launch.first + launch.count]:

@@ -458,7 +458,8 @@ def _why_eager(backend: str, device: torch.device, layers: Sequence[LayerSpec]) 
     if device.type == "cuda":
         if name == "cpu":
             return f"the backend asked for is cpu, the engine is on {device}"
-        return triton.network_declines(device, backend) or triton.chain_declines(layers, pool=False) or ""
+        why = triton.network_declines(device, backend)
+        return why or triton.chain_declines(layers, pool=False, device=device) or ""
     if name == "triton":
         return "the Triton backend has no engine on a CPU"
     return cpu.unavailable_reason()

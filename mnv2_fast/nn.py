@@ -164,7 +164,7 @@ class Automatic(nn.Module):
         dtype, chain, kernels = reading.dtype, reading.chain, chains.KERNELS[device.type]
         if reading.device != device:
             raise Declined(f"the input is on {device}, the weights are on {reading.device}")
-        if reason := kernels.declines_chain(chain):
+        if reason := kernels.declines_chain(chain, device):
             raise Declined(reason)
         modules = ModuleWatch(self, reading.modules)
         if not kernels.samples and any(t.is_inference() for t in modules.tensors):

@@ -387,7 +387,7 @@ def network_declines(x: Tensor, tensors: Sequence[Tensor], spec: str) -> str | N
             return f"the input is {x.dtype} on {x.device}, a tensor {t.dtype} on {t.device}"
     if not kernels.samples and any(t.is_inference() for t in tensors):
         return chains.UNSEEN
-    return kernels.declines_chain(Chain.decode(spec))
+    return kernels.declines_chain(Chain.decode(spec), x.device)
 
 
 library = torch.library.Library("mnv2", "DEF")

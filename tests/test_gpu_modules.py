@@ -265,6 +265,12 @@ def test_what_the_kernels_would_hide_from_declines(model: MobileNetV2, x: Tensor
     assert "ParametrizedConv2d" in str(model.why_not(x))
 
 
+def test_launches_without_a_graph_record_nothing_for_backward(model: MobileNetV2) -> None:
+    block = model.features[3]
+    x = torch.randn(2, block.conv[0][0].in_channels, 9, 10, requires_grad=True)
+    assert not block._plan(x).pack._network.run(x).requires_grad
+
+
 @pytest.mark.parametrize("cast", [None, torch.bfloat16], ids=str)
 def test_gradients_are_plain_torchs(
     model: MobileNetV2, x: Tensor, monkeypatch: pytest.MonkeyPatch, cast: torch.dtype | None
@@ -415,18 +421,20 @@ def _zeros() -> list[tuple[Tensor, Tensor]]:
     return [(torch.zeros(spec.weight_shape), torch.zeros(spec.cout)) for spec in arch.network()]
 
 
-def test_in_a_capture_of_the_callers(
-    model: MobileNetV2, x: Tensor, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No pack is made in it, since weights go by way of the host; one that is there is launched."""
-    monkeypatch.setattr(replay, "capturing", lambda: True)
+def test_in_a_capture_of_the_callers(model: MobileNetV2, x: Tensor, gpu: StandIn) -> None:
+    """No pack is made in it, since weights go by way of the host; one that is there is launched, for batches
+    that it has served.
+    """
+    gpu.captured.capturing = True
     assert "call the model once before" in str(model.why_not(x))
     check(model, x, served=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(replay, "capturing", lambda: False)
-        model(x)
+    gpu.captured.capturing = False
+    model(x)
     gpu.captured.sizes.clear()
+    gpu.captured.capturing = True
     check(model, x)
+    with pytest.raises(RuntimeError, match=r"call once with 4 images of \[3, 48, 40\] before the capture"):
+        model(torch.cat((x, x)))
     assert not gpu.captured.sizes
 
 
@@ -496,7 +504,8 @@ def test_the_device_of_the_tensors_is_the_current_one_within(
         def __exit__(self, *_: object) -> None:
             current.pop()
 
-    def capturing() -> bool:
+    def capturing(device: torch.device) -> bool:
+        assert device == x.device
         assert any(t is x for t in current)
         return False
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import triton_interpreter
+from gpu_stand_in import graph
 from torch import Tensor
 
 from mnv2_fast import arch
@@ -167,8 +167,8 @@ def _engine(case: Case) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         patch.setattr(replay, "place", lambda x: 0)
-        patch.setattr(replay, "capturing", lambda: False)
-        patch.setattr(replay, "capture", by_launches)
+        patch.setattr(replay, "capturing", lambda device: False)
+        patch.setattr(replay, "capture", graph)
         network = backend.Network(specs, layers, norm=NORM, dtype="fp16", device=CPU, asked="triton")
         direct = Network(specs, layers, torch.float16, CPU, norm=NORM)
         for n in (0, 1, 3, 4):
@@ -178,12 +178,6 @@ def _engine(case: Case) -> str:
     return (
         "" if network.weight_bytes == sum(t.numel() * 2 for pair in layers for t in pair) else "weight_bytes"
     )
-
-
-def by_launches(run: replay.Run, x: Tensor) -> replay.Graph:
-    """A graph that launches anew."""
-    y = run(x)
-    return replay.Graph(lambda: y.copy_(run(x)), x, y, threading.Lock())
 
 
 VERDICTS: dict[str, Callable[[Case], str]] = {
@@ -231,6 +225,53 @@ def test_a_map_that_fits_in_between_is_one_launch(fused: Network) -> None:
     assert [launch.form for launch in plan[:3]] == ["stem", "depthwise", "pointwise"]
     assert any(launch.form == "block" for launch in plan)
     assert sum(launch.count for launch in plan) == len(fused.specs)
+
+
+def blocks(plan: list[Launch]) -> list[int]:
+    return [launch.first for launch in plan if launch.form == "block"]
+
+
+# Width of the network -> first layers of the blocks that one launch does not make at 224 x 224.
+TOO_WIDE = {0.35: [], 0.5: [], 0.75: [], 1.0: [], 1.4: [39, 48], 2.0: [30, 33, 36, 39, 42, 45, 48]}
+
+
+@pytest.mark.parametrize("width", TOO_WIDE)
+def test_a_block_that_does_not_fit_on_the_chip_is_made_by_layers(width: float) -> None:
+    specs = arch.network(5, width)
+    network = Network(specs, tensors(specs), torch.float16, CPU, norm=NORM, fuse=True)
+    plan = network.plan(224, 224)
+    assert sorted({*range(0, 51, 3)} - {*blocks(plan)}) == TOO_WIDE[width]
+    assert [i for launch in plan for i in range(launch.first, launch.first + launch.count)] == [*range(53)]
+
+
+def test_weights_are_held_in_the_forms_in_use() -> None:
+    """The head's from the start, a block's from its first launch on, a layer's where that is its own."""
+    specs = arch.network(5, 0.35)
+    layers = tensors(specs)
+    network = Network(specs, layers, torch.float16, CPU, norm=NORM, fuse=True)
+    alone = Network(specs, layers, torch.float16, CPU, norm=NORM)
+    of_layers = [2 * (weight.numel() + bias.numel()) for weight, bias in layers]
+    assert alone.weight_bytes == sum(of_layers)
+    assert network.weight_bytes == sum(of_layers[51:])
+    network.traffic(1, 224, 224, 2)
+    packed = [network._whole_block(first) for first in range(0, 51, 3)]
+    of_blocks = [sum(t.numel() * t.element_size() for t in block.tensors) for block in packed]
+    assert network.weight_bytes == sum(of_layers[51:]) + sum(of_blocks)
+    assert torch.equal(network._layer(1)[0], alone._layer(1)[0])
+    assert network._layer(1)[0].stride() == alone._layer(1)[0].stride()
+    assert network.weight_bytes == sum(of_layers[51:]) + sum(of_blocks) + of_layers[1]
+
+
+def test_weights_are_those_that_were_given() -> None:
+    """What the caller writes into his own after that is not seen, however late a block is packed."""
+    specs = arch.network(5, 0.35)
+    layers = tensors(specs)
+    network = Network(specs, layers, torch.float16, CPU, norm=NORM, fuse=True)
+    want = layers[3][0].half().flatten(1).T.clone()
+    for weight, bias in layers:
+        weight.zero_()
+        bias.zero_()
+    assert torch.equal(network._whole_block(3).expand[: len(want), : want.shape[1]], want)
 
 
 @pytest.mark.parametrize("item", [1, 2], ids=["bytes", "fp16"])

@@ -32,7 +32,7 @@ class Kernels:
     `backend`: their name in `env.BACKENDS`. `dtypes`: of the tensors that they take. `samples`: a value in
     memory can be looked at without a wait. `unavailable()`: why they are not there, or empty.
     `declines(device, asked)`: why no chain runs on a device where "auto" or they were `asked` for, or None.
-    `declines_chain(chain)`: why a chain cannot be packed now, or None. `settings(asked)`: what
+    `declines_chain(chain, device)`: why a chain cannot be packed there now, or None. `settings(asked)`: what
     surrounds a call and belongs to a pack. `network(chain, tensors, dtype, settings)`: packs.
     `declines_training(device, asked)`: why no training kernels run there, or None.
     """
@@ -42,7 +42,7 @@ class Kernels:
     samples: bool
     unavailable: Callable[[], str]
     declines: Callable[[torch.device, str], str | None]
-    declines_chain: Callable[[Chain], str | None]
+    declines_chain: Callable[[Chain, torch.device], str | None]
     settings: Callable[[str], Hashable]
     network: Callable[[Chain, Sequence[Tensor], torch.dtype, Any], ChainNetwork]
     declines_training: Callable[[torch.device, str], str | None]
@@ -95,7 +95,7 @@ KERNELS: Mapping[str, Kernels] = {
         samples=True,
         unavailable=cpu.unavailable_reason,
         declines=lambda device, asked: None,
-        declines_chain=lambda chain: None,
+        declines_chain=lambda chain, device: None,
         settings=lambda asked: None,
         network=_on_cpu,
         declines_training=lambda device, asked: None,
@@ -106,7 +106,7 @@ KERNELS: Mapping[str, Kernels] = {
         samples=False,
         unavailable=_cuda_unavailable,
         declines=triton.network_declines,
-        declines_chain=lambda chain: triton.chain_declines(chain.specs, chain.pool),
+        declines_chain=lambda chain, device: triton.chain_declines(chain.specs, chain.pool, device),
         settings=_cuda_settings,
         network=_on_cuda,
         declines_training=triton.training_declines,

@@ -34,8 +34,6 @@ DTYPES = {
 }
 # Of the tensors that the kernels take, and what a network of them is called.
 TENSORS = {kind: name for name, (kind, tf32) in DTYPES.items() if not tf32}
-# Whole blocks in one launch are for this capability, alone.
-FUSED_CAPABILITY = (9, 0)
 # From here on Triton 3.6 and 3.7 make TF32 of a float32 product whose factor was computed, as are those of a
 # training step.
 NO_EXACT_DOT = (10, 0)
@@ -106,16 +104,17 @@ def multiplies_tf32() -> bool:
     return bool(cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
-def chain_declines(layers: Sequence[LayerSpec], pool: bool) -> str | None:
+def chain_declines(layers: Sequence[LayerSpec], pool: bool, device: torch.device) -> str | None:
     """Why a `Network` cannot be made of some layers now, or None where it can.
 
     Args:
         layers: first to last.
         pool: as for `Network`.
+        device: likewise.
     """
     from mnv2_fast.kernels.network import refuses
 
-    if replay.capturing():  # weights go by way of the host, for which a capture does not wait
+    if replay.capturing(device):  # weights go by way of the host, for which a capture does not wait
         return "a CUDA graph is captured before the first call: call the model once before that"
     return refuses(layers, pool)
 
@@ -172,7 +171,7 @@ class Network:
             fuse = (
                 graphs
                 and kind in inverted_residual.DTYPES
-                and torch.cuda.get_device_capability(device) == FUSED_CAPABILITY
+                and torch.cuda.get_device_capability(device) == inverted_residual.CAPABILITY
                 and _unproven("block", asked) is None
             )
         # Operator -> why it runs in plain torch; a kernel that does not fit on the GPU comes to it later.
@@ -191,12 +190,12 @@ class Network:
             plain={op: functools.partial(_in_torch, op, tf32, found) for op in OPERATORS},
             off=found,
         )
-        self._run = replay.Replayed(self._network) if graphs else self._network
+        self._run = replay.Replayed(self._network) if graphs else torch.no_grad()(self._network)
         self._layers, self._item = tuple(layers), kind.itemsize
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights as the kernels read them."""
+        """Bytes of weights as the kernels read them; whole blocks' are packed at their first call."""
         return self._network.weight_bytes
 
     def run(self, x: Tensor, threads: int | None = None) -> Tensor:
@@ -208,7 +207,7 @@ class Network:
         """
         try:
             # The current device may be another one, and a capture there is not ours.
-            with torch.no_grad(), torch.cuda.device_of(x):
+            with torch.cuda.device_of(x):
                 return self._run(x)
         except MemoryError as error:
             raise OutOfMemoryError(str(error)) from None
