@@ -12,7 +12,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,8 @@ BUDGET_S = 440.0
 TUNE_S = 440.0
 # The most of what time is left that a part may take.
 CHECKS, NETWORKS, KERNELS, COMPILED = 0.38, 0.35, 0.4, 0.6
+# A measurement that takes longer hangs; a network is captured first.
+NETWORK_S, KERNEL_S = 45.0, 20.0
 # Processes that check; the races and the program have the other cores.
 WORKERS, OTHERS = 11, 5
 # Kept for saving and the tables.
@@ -175,11 +177,16 @@ def run(output: Path, until: float) -> int:
         return until - time.monotonic()
 
     verdicts, report = Verdicts(), Report(torch.cuda.get_device_name())
+    context = results.context()
+
+    def save() -> None:
+        results.save(output, report.rows, context)
+
     try:
         check(verdicts, left)
-        measure(report, verdicts, left)
+        measure(report, verdicts, left, save)
     finally:
-        results.save(output, report.rows, results.context())
+        save()
         print(f"\n{len(report.rows)} rows added to {output}")
         print_verdicts(verdicts)
         for line in report.tables():
@@ -237,8 +244,8 @@ def take_races(verdicts: Verdicts, races: Races | None) -> None:
         print(f"racecheck did not come to {', '.join(races.unchecked)}")
 
 
-def measure(report: Report, verdicts: Verdicts, left: Callable[[], float]) -> None:
-    """Every measurement of what is right, each part within its share of the time."""
+def measure(report: Report, verdicts: Verdicts, left: Callable[[], float], save: Callable[[], None]) -> None:
+    """Every measurement of what is right, each part within its share of the time, saved one by one."""
     from bench.gpu_times import works
 
     all_works = works()
@@ -246,21 +253,24 @@ def measure(report: Report, verdicts: Verdicts, left: Callable[[], float]) -> No
         i for i, work in enumerate(all_works) if i and (not work.subject or verdicts.right(work.subject))
     ]
 
-    def take(numbers: Sequence[int], seconds: float) -> None:
+    def take(numbers: Sequence[int], seconds: float, answer_s: float) -> None:
         told = set()
-        for answer in answers(program("times"), numbers, seconds):
+        for answer in answers(program("times"), numbers, seconds, answer_s=answer_s):
             report.take(all_works[answer.number], answer)
             told.add(answer.number)
+            save()
         for work in (all_works[number] for number in numbers if number not in told):
             print(f"no time for {work.name}, {work.contender}, batch {work.batch}")
 
     # The copy comes first, since shares are of it.
-    take([0, *(i for i in right if all_works[i].form is None)], NETWORKS * left())
-    take([i for i in right if all_works[i].form is not None], KERNELS * left())
-    time_compiled(report, left)
+    take([0, *(i for i in right if all_works[i].form is None)], NETWORKS * left(), NETWORK_S)
+    take([i for i in right if all_works[i].form is not None], KERNELS * left(), KERNEL_S)
+    for batch, answer in time_compiled(left):
+        report.compiled(batch, answer)
+        save()
 
 
-def time_compiled(report: Report, left: Callable[[], float]) -> None:
+def time_compiled(left: Callable[[], float]) -> Iterator[tuple[int, Answer]]:
     """torch.compile's networks, each in its process, which may take a share of what is left, the last all."""
     from bench.gpu_times import BATCHES
 
@@ -268,7 +278,7 @@ def time_compiled(report: Report, left: Callable[[], float]) -> None:
         seconds = max(left() * (COMPILED if batch != BATCHES[-1] else 1), 0.0)
         found = answers(program("compiled"), [batch], seconds, answer_s=seconds)
         none = Answer(batch, None, f"not compiled within {seconds:.0f} s")
-        report.compiled(batch, next(iter(found), none))
+        yield batch, next(iter(found), none)
 
 
 if __name__ == "__main__":

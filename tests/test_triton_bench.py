@@ -302,6 +302,18 @@ def test_rows_are_saved_whatever_happens(program: Callable, capsys) -> None:
     assert "10 rows added" in capsys.readouterr().out
 
 
+def test_rows_are_saved_as_they_come(program: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a program that is killed saves nothing at its end."""
+    saved: list[int] = []
+    monkeypatch.setattr(
+        results,
+        "save",
+        lambda path, rows, context, to=results.save: saved.append(len(rows)) or to(path, rows, context),
+    )
+    program()
+    assert saved == [0, *range(1, 11), 12, *range(13, 18), 17]
+
+
 def test_times_are_taken_in_a_child_and_torchs_failure_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def once(call: Callable[[], object], rep: int = 100) -> tuple[float, float, float]:
         call()

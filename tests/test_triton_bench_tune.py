@@ -96,6 +96,17 @@ def test_the_fastest_wins_in_every_row(tune: Callable[..., dict]) -> None:
     assert common <= table["pointwise"].keys()
 
 
+def test_the_table_is_complete(tune: Callable[..., dict], tmp_path: Path) -> None:
+    """As the tests of the committed tables ask; the names of numbers, too."""
+    import test_triton_depthwise
+    import test_triton_operators
+
+    last = {(one.table, one.row): one.tile for one in gpu_tune.tries()}
+    tune(lambda one: 1.0 if one.tile == last[one.table, one.row] else 2.0)
+    for tests in (test_triton_depthwise, test_triton_operators):
+        tests.test_tile_table_is_complete(tmp_path / "h200.json")
+
+
 def test_all_rows_are_tried() -> None:
     """Those of whole blocks first; small tiles with one image; at most so many as there is time for."""
     tries = gpu_tune.tries()
