@@ -304,6 +304,15 @@ def test_a_wrong_network_is_seen(network: Callable[..., str], spoiled: str, kind
     assert "are allowed" in network(kind, SPOILED[spoiled], True)
 
 
+@pytest.mark.parametrize("kind", ["fp16", "tf32"])
+def test_an_error_beyond_torchs_is_seen(network: Callable[..., str], kind: str) -> None:
+    """One logit off by twice what is allowed, of which the other errors may take a half."""
+    model, photos = gpu_network.settled_network(), gpu_network.photos(gpu_checks.CHECK_BATCH, 1)
+    want, torchs = (gpu_network.torchs_answer(model, photos, d) for d in (torch.float64, torch.float16))
+    off = float((torchs - want).abs().max()) * (8 if kind == "tf32" else 4)
+    assert "are allowed" in network(kind, lambda y: y + torch.eye(*y.shape) * off, True)
+
+
 def test_an_answer_to_the_photos_before_is_seen(network: Callable[..., str]) -> None:
     assert "logits of photos 2" in network("fp16", lambda y: y, True, _stale)
 
