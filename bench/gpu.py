@@ -223,12 +223,13 @@ def check(verdicts: Verdicts, left: Callable[[], float]) -> None:
         try:
             for answer in answers(program("checks"), range(len(all_checks)), seconds, workers):
                 found[answer.number] = answer
+                if why := answer.failed or answer.found:
+                    print(f"{all_checks[answer.number].name}: {why}")
         finally:
             for i, one in enumerate(all_checks):
                 verdicts.take(one, found.get(i))
         print(f"{len(found)} of {len(all_checks)} checks made")
         take_races(verdicts, races.result())
-    print_verdicts(verdicts)
 
 
 def take_races(verdicts: Verdicts, races: Races | None) -> None:
