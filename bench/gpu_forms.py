@@ -1,4 +1,4 @@
-"""Every kernel as a layer of the network launches it, one row each, for `bench.gpu` to check and to time.
+"""Every kernel as a layer of the network launches it, one row each, for `bench.gpu` to check, time and tune.
 
 A row makes a `Probe`: inputs, a poisoned result, the float64 answer with what it may be off, torch's way to
 make the same, and the bytes that must move.
@@ -8,317 +8,406 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
+
+from kernels import (
+    depthwise,
+    depthwise_gradient,
+    head,
+    inverted_residual,
+    pointwise,
+    pointwise_gradient,
+    stem,
+)
+from kernels.common import Tile, arithmetic, device_of, tiles
 from mnv2_fast import arch
+from mnv2_fast.backends.triton import DTYPES, FUSED_CAPABILITY
 
-if TYPE_CHECKING:
-    import torch
+DEVICE = "cuda"
+NORM = ((0.0171, 0.0175, 0.0174), (-2.118, -2.036, -1.804))  # bytes to numbers, for ImageNet
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """One call. `run` fills `out`; `judge` gives the float64 answer and how far each element may be off."""
+    """One call. `run` fills `out` from `x`, the images; `judge` gives the float64 answer and how far each
+    element may be off.
+    """
 
-    run: Callable[[], object]
+    call: Callable[[torch.Tensor, torch.Tensor], object]
+    x: torch.Tensor
     out: torch.Tensor
     judge: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     eager: Callable[[], object]
-    inputs: Sequence[torch.Tensor]
+    others: Sequence[torch.Tensor]
+
+    def run(self) -> object:
+        """One launch on the probe's own tensors."""
+        return self.call(self.x, self.out)
 
     @property
     def bytes(self) -> int:
         """Of every tensor read and of the result, each once."""
-        return sum(t.numel() * t.element_size() for t in (self.out, *self.inputs))
+        return sum(t.numel() * t.element_size() for t in (self.out, self.x, *self.others))
+
+
+class Make(Protocol):
+    """Makes a probe of a batch; kind: of `DTYPES`; tile: of the kernel's table, or None for its launcher's
+    own choice.
+    """
+
+    def __call__(self, batch: int, kind: str, tile: Tile | None = None) -> Probe: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A kernel on a layer's shape. `make(batch, dtype, device)`; `count`: how often the network has it."""
+    """A kernel on a layer's shape, `count` times in the network.
+
+    `table` and `rows` are of the tile table, "{}" being the arithmetic; `shape` names rows of this shape's
+    own. `spreads`: NaN in an image is seen in that image alone.
+    """
 
     name: str
     layer: str
     size: int
     macs: int
     count: int
-    make: Callable[[int, torch.dtype, str], Probe]
+    make: Make
+    table: str = ""
+    rows: tuple[str, ...] = ("{}",)
+    shape: str = ""
+    multiplies: bool = True  # matrices, which TF32 is for
     whole_block: bool = False
+    spreads: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.layer} at {self.size}"
+
+    def kinds(self) -> list[str]:
+        """The kinds of `DTYPES` that the kernel has."""
+        if self.whole_block:
+            return ["fp16", "bf16"]
+        return [kind for kind in DTYPES if kind != "tf32" or self.multiplies]
+
+    def tiles(self, kind: str) -> dict[str, Tile]:
+        """The tiles that its launcher chooses from on this GPU, each by its row of the table."""
+        table = tiles(device_of(torch.device(DEVICE))[0], self.table)
+        found: dict[str, Tile] = {}
+        for row in (row.format(arithmetic(*DTYPES[kind])) for row in self.rows):
+            found[row] = table.get(f"{row}_{self.shape}", table[row])
+            if found[row].get("images", 1) > 1:
+                found[f"{row}, one image"] = {**found[row], "images": 1}
+        return found
 
 
 def forms(layers: Sequence[arch.Layer] | None = None) -> list[Form]:
     """Every kernel of every distinct layer, in the network's order."""
     layers = arch.layers() if layers is None else layers
-    found: dict[tuple[str, str, int], Form] = {}
+    found: dict[str, Form] = {}
     for form in _all(layers):
-        key = form.name, form.layer, form.size
-        before = found.get(key)
-        found[key] = dataclasses.replace(form, count=before.count + 1) if before else form
+        before = found.get(str(form))
+        found[str(form)] = dataclasses.replace(form, count=before.count + 1) if before else form
     return list(found.values())
+
+
+def has_blocks() -> bool:
+    """Whether this GPU has whole blocks, which are for sm_90, and which no interpreter runs."""
+    return DEVICE == "cuda" and torch.cuda.get_device_capability() == FUSED_CAPABILITY
+
+
+def usable(form: Form) -> bool:
+    """Whether this GPU has the kernel."""
+    return not form.whole_block or has_blocks()
+
+
+SIZES = ("large", "small")
+OF_PRODUCTS = ("large_{}", "small_{}")
 
 
 def _all(layers: Sequence[arch.Layer]) -> Iterator[Form]:
     for i, layer in enumerate(layers):
-        spec, name = layer.spec, f"{layer.spec.cin} to {layer.spec.cout} s{layer.spec.stride}"
-        make = {"stem": _stem, "pointwise": _pointwise, "depthwise": _depthwise}.get(spec.kind)
+        spec, (cin, cout, stride) = layer.spec, (layer.spec.cin, layer.spec.cout, layer.spec.stride)
+        facts = f"{cin} to {cout} s{stride}", layer.h, layer.macs, 1
+        by_stride = tuple(f"{size}_s{stride}" for size in SIZES)
         if i + 1 < len(layers) and layers[i + 1].spec.kind == "linear":
-            yield Form("features", name, layer.h, layer.macs, 1, _with(_features, layer))
-        elif make is not None:
-            yield Form(spec.kind, name, layer.h, layer.macs, 1, _with(make, layer))
-        if spec.kind in ("pointwise", "depthwise"):
-            for what, gradient in (("input", _input_gradient), ("weight", _weight_gradient)):
-                named = f"{spec.kind} {what} gradient"
-                yield Form(named, name, layer.h, layer.macs, 1, _with(gradient, layer))
-        block = list(layers[i : i + 3])
-        kinds = [one.spec.kind for one in block]
-        if (
-            kinds in (["pointwise", "depthwise", "pointwise"], ["stem", "depthwise", "pointwise"])
-            and spec.relu6
-        ):
-            macs, last = sum(one.macs for one in block), block[-1].spec
-            name = f"{spec.cin} to {last.cin} to {last.cout} s{block[1].spec.stride}"
-            yield Form("block", name, layer.h, macs, 1, _with(_block, block), whole_block=True)
+            yield Form("features", *facts, _with(_features, layer), "head")
+        elif spec.kind == "stem":
+            yield Form("stem", *facts, _with(_stem, layer), "stem")
+            yield Form("stem of bytes", *facts, _with(_stem, layer, True), "stem")
+        elif spec.kind in ("pointwise", "linear"):
+            name = "classifier" if spec.kind == "linear" else spec.kind
+            yield Form(name, *facts, _with(_pointwise, layer), "pointwise", OF_PRODUCTS, f"{cin}x{cout}")
+        elif spec.kind == "depthwise":
+            made = _with(_depthwise, layer)
+            yield Form("depthwise", *facts, made, "depthwise", by_stride, multiplies=False)
+        if spec.kind == "pointwise":
+            made, shape = _with(_input_gradient, layer), f"{cout}x{cin}"
+            yield Form("pointwise input gradient", *facts, made, "pointwise", OF_PRODUCTS, shape)
+            made = _with(_weight_gradient, layer)
+            yield Form("pointwise weight gradient", *facts, made, "pointwise_gradient", spreads=False)
+        if spec.kind == "depthwise":
+            made = _with(_input_gradient, layer)
+            table, rows = ("depthwise", by_stride) if stride == 1 else ("depthwise_input_s2", SIZES)
+            yield Form("depthwise input gradient", *facts, made, table, rows, multiplies=False)
+            made, rows = _with(_weight_gradient, layer), (f"s{stride}",)
+            named = "depthwise weight gradient"
+            yield Form(named, *facts, made, "depthwise_weight", rows, multiplies=False, spreads=False)
+        yield from _whole(layers[i : i + 3])
 
 
-def _with(make: Callable[..., Probe], what: object) -> Callable[[int, torch.dtype, str], Probe]:
-    def probe(batch: int, dtype: torch.dtype, device: str) -> Probe:
-        return make(what, batch, dtype, device)
+def _whole(block: Sequence[arch.Layer]) -> Iterator[Form]:
+    """The launch that makes three layers at once, where it has a geometry for them."""
+    kinds = [layer.spec.kind for layer in block]
+    if kinds[1:] != ["depthwise", "pointwise"] or not block[0].spec.relu6:
+        return
+    (a, b, c), stride = block, block[1].spec.stride
+    row = "stem" if a.spec.kind == "stem" else f"{a.h}_s{stride}"
+    if (b.h if row == "stem" else a.h, stride) not in _maps(row):
+        return
+    macs = sum(layer.macs for layer in block)
+    facts = f"{a.spec.cin} to {c.spec.cin} to {c.spec.cout} s{stride}", a.h, macs, 1
+    yield Form("block", *facts, _with(_block, block), "block", (row,), whole_block=True)
+    if row == "stem":
+        yield Form("block of bytes", *facts, _with(_block, block, True), "block", (row,), whole_block=True)
+
+
+def _maps(row: str) -> Sequence[tuple[int, int]]:
+    """Size and stride of the maps that whole blocks are made of."""
+    stems = [(inverted_residual.STEM_SIZE, 1)]
+    return stems if row == "stem" else list(inverted_residual.GEOMETRIES)
+
+
+def _with(make: Callable[..., Probe], *what: object) -> Make:
+    def probe(batch: int, kind: str, tile: Tile | None = None) -> Probe:
+        return make(*what, n=batch, kind=kind, tile=tile)
 
     return probe
 
 
 class _Maker:
-    """Random tensors of one dtype on one device, others at every run; results that begin as NaN."""
+    """Random tensors of one kind on the device, others at every run; results that begin as NaN."""
 
-    def __init__(self, dtype: torch.dtype, device: str) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(self, kind: str) -> None:
+        self.dtype, self.tf32 = DTYPES[kind]
 
     def random(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
-        import torch
-
-        return torch.randn(shape, device=self.device).mul_(scale).add_(shift).to(self.dtype)
+        return torch.randn(shape, device=DEVICE).mul_(scale).add_(shift).to(self.dtype)
 
     def image(self, n: int, c: int, h: int, w: int, scale: float = 1.0) -> torch.Tensor:
         return self.random(n, h, w, c, scale=scale).permute(0, 3, 1, 2)
 
-    def poisoned(self, *shape: int) -> torch.Tensor:
-        import torch
+    def photos(self, n: int, h: int, w: int, from_bytes: bool) -> torch.Tensor:
+        if not from_bytes:
+            return self.image(n, 3, h, w)
+        return torch.randint(0, 256, (n, h, w, 3), dtype=torch.uint8, device=DEVICE).permute(0, 3, 1, 2)
 
-        return torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
+    def poisoned(self, *shape: int) -> torch.Tensor:
+        return torch.full(shape, torch.nan, dtype=self.dtype, device=DEVICE)
 
     def result(self, n: int, c: int, h: int, w: int) -> torch.Tensor:
         return self.poisoned(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def _stem(layer: arch.Layer, n: int, dtype: torch.dtype, device: str) -> Probe:
-    import torch.nn.functional as F
-
-    from kernels import stem
-
-    make, cout = _Maker(dtype, device), layer.spec.cout
-    x, weight = make.image(n, 3, layer.h, layer.w), make.random(cout, 3, 3, 3, scale=0.4)
+def _stem(layer: arch.Layer, from_bytes: bool = False, *, n: int, kind: str, tile: Tile | None) -> Probe:
+    make, cout = _Maker(kind), layer.spec.cout
+    x, weight = make.photos(n, layer.h, layer.w, from_bytes), make.random(cout, 3, 3, 3, scale=0.4)
     bias, out = make.random(cout, shift=2), make.result(n, cout, layer.ho, layer.wo)
+    norm = torch.tensor(NORM, device=DEVICE) if from_bytes else None
+
+    def call(x: torch.Tensor, out: torch.Tensor) -> object:
+        return stem.stem(x, weight, bias, True, norm=norm, out=out, tf32=make.tf32, tile=tile)
 
     def judge() -> tuple[torch.Tensor, torch.Tensor]:
-        want = stem.reference(x, weight, bias, True)
-        return want, stem.tolerance(x, weight, bias, want)
+        want = stem.reference(x, weight, bias, True, norm)
+        return want, stem.tolerance(x, weight, bias, want, norm, make.tf32)
 
-    return Probe(
-        lambda: stem.stem(x, weight, bias, True, out=out),
-        out,
-        judge,
-        lambda: F.relu6(F.conv2d(x, weight, bias, 2, 1), inplace=True),
-        (x, weight, bias),
-    )
+    def torchs() -> object:
+        y = x if norm is None else (x * norm[0].view(3, 1, 1) + norm[1].view(3, 1, 1)).to(make.dtype)
+        return F.relu6(F.conv2d(y, weight, bias, 2, 1), inplace=True)
+
+    return Probe(call, x, out, judge, torchs, (weight, bias))
 
 
-def _depthwise(layer: arch.Layer, n: int, dtype: torch.dtype, device: str) -> Probe:
-    import torch.nn.functional as F
-
-    from kernels import depthwise
-
-    make, c, stride = _Maker(dtype, device), layer.spec.cin, layer.spec.stride
+def _depthwise(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Probe:
+    make, c, stride = _Maker(kind), layer.spec.cin, layer.spec.stride
     x, weight = make.image(n, c, layer.h, layer.w, 2.0), depthwise.pack_weight(make.random(c, 1, 3, 3))
     bias, out = make.random(c, shift=2), make.result(n, c, layer.ho, layer.wo)
+
+    def call(x: torch.Tensor, out: torch.Tensor) -> object:
+        return depthwise.depthwise(x, weight, bias, stride, True, out=out, tile=tile)
 
     def judge() -> tuple[torch.Tensor, torch.Tensor]:
         want = depthwise.reference(x, weight, bias, stride, True)
         return want, depthwise.tolerance(x, weight, bias, stride, want)
 
-    return Probe(
-        lambda: depthwise.depthwise(x, weight, bias, stride, True, out=out),
-        out,
-        judge,
-        lambda: F.relu6(F.conv2d(x, weight, bias, stride, 1, groups=c), inplace=True),
-        (x, weight, bias),
-    )
+    def torchs() -> object:
+        return F.relu6(F.conv2d(x, weight, bias, stride, 1, groups=c), inplace=True)
+
+    return Probe(call, x, out, judge, torchs, (weight, bias))
 
 
-def _pointwise(layer: arch.Layer, n: int, dtype: torch.dtype, device: str) -> Probe:
-    import torch.nn.functional as F
+def _product(make: _Maker, spec: arch.LayerSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a 1x1 convolution."""
+    weight = make.random(spec.cout, spec.cin, 1, 1, scale=spec.cin**-0.5)
+    return weight, make.random(spec.cout, shift=2)
 
-    from kernels import pointwise
 
-    make, spec = _Maker(dtype, device), layer.spec
-    x = make.image(n, spec.cin, layer.h, layer.w, 2.0)
-    weight, bias = (
-        make.random(spec.cout, spec.cin, 1, 1, scale=spec.cin**-0.5),
-        make.random(spec.cout, shift=2),
-    )
-    residual = make.image(n, spec.cout, layer.h, layer.w) if spec.residual else None
-    out = make.result(n, spec.cout, layer.h, layer.w)
+def _pointwise(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Probe:
+    make, spec = _Maker(kind), layer.spec
+    weight, bias = _product(make, spec)
+    x = make.image(n, spec.cin, layer.ho, layer.wo, 2.0)
+    residual = make.image(n, spec.cout, layer.ho, layer.wo) if spec.residual else None
+    out = make.result(n, spec.cout, layer.ho, layer.wo)
+
+    def call(x: torch.Tensor, out: torch.Tensor) -> object:
+        return pointwise.pointwise(x, weight, bias, residual, spec.relu6, out=out, tf32=make.tf32, tile=tile)
 
     def judge() -> tuple[torch.Tensor, torch.Tensor]:
         want = pointwise.reference(x, weight, bias, residual, spec.relu6)
-        return want, pointwise.tolerance(x, weight, bias, residual, want)
+        return want, pointwise.tolerance(x, weight, bias, residual, want, make.tf32)
 
     def torchs() -> object:
         y = F.conv2d(x, weight, bias)
         y = F.relu6(y, inplace=True) if spec.relu6 else y
         return y if residual is None else y.add_(residual)
 
-    inputs = [x, weight, bias, *([] if residual is None else [residual])]
-    return Probe(
-        lambda: pointwise.pointwise(x, weight, bias, residual, spec.relu6, out=out),
-        out,
-        judge,
-        torchs,
-        inputs,
-    )
+    return Probe(call, x, out, judge, torchs, [weight, bias, *([] if residual is None else [residual])])
 
 
-def _features(layer: arch.Layer, n: int, dtype: torch.dtype, device: str) -> Probe:
-    import torch.nn.functional as F
+def _features(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Probe:
+    make, spec = _Maker(kind), layer.spec
+    weight, bias = _product(make, spec)
+    x, out = make.image(n, spec.cin, layer.h, layer.w, 2.0), make.poisoned(n, spec.cout)
 
-    from kernels import head
-
-    make, spec = _Maker(dtype, device), layer.spec
-    x = make.image(n, spec.cin, layer.h, layer.w, 2.0)
-    weight, bias = (
-        make.random(spec.cout, spec.cin, 1, 1, scale=spec.cin**-0.5),
-        make.random(spec.cout, shift=2),
-    )
-    out = make.poisoned(n, spec.cout)
+    def call(x: torch.Tensor, out: torch.Tensor) -> object:
+        return head.features(x, weight, bias, out=out, tf32=make.tf32, tile=tile)
 
     def judge() -> tuple[torch.Tensor, torch.Tensor]:
         want = head.reference(x, weight, bias)
-        return want, head.tolerance(x, weight, bias, want)
+        return want, head.tolerance(x, weight, bias, want, make.tf32)
 
-    return Probe(
-        lambda: head.features(x, weight, bias, out=out),
-        out,
-        judge,
-        lambda: F.relu6(F.conv2d(x, weight, bias), inplace=True).mean((2, 3)),
-        (x, weight, bias),
-    )
+    def torchs() -> object:
+        return F.relu6(F.conv2d(x, weight, bias), inplace=True).mean((2, 3))
+
+    return Probe(call, x, out, judge, torchs, (weight, bias))
 
 
 def _gradient_inputs(
-    layer: arch.Layer, n: int, dtype: torch.dtype, device: str
-) -> tuple[_Maker, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    layer: arch.Layer, n: int, make: _Maker
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """x, weight, dy and groups of a layer."""
-    from kernels.depthwise import pack_weight
-
-    make, spec = _Maker(dtype, device), layer.spec
+    spec = layer.spec
     groups = spec.cin if spec.kind == "depthwise" else 1
     weight = make.random(*spec.weight_shape, scale=spec.cin**-0.5 if groups == 1 else 0.4)
-    weight = pack_weight(weight) if groups > 1 else weight
+    weight = depthwise.pack_weight(weight) if groups > 1 else weight
     x, dy = make.image(n, spec.cin, layer.h, layer.w), make.image(n, spec.cout, layer.ho, layer.wo)
-    return make, x, weight, dy, groups
+    return x, weight, dy, groups
 
 
 def _torchs_gradient(  # noqa: PLR0917
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: int, groups: int, mask: list[bool]
 ) -> Callable[[], object]:
-    import torch
-
     padding = [(weight.shape[2] - 1) // 2] * 2
     fixed: tuple[Any, ...] = (None, [stride] * 2, padding, [1, 1], False, [0, 0], groups, mask)
     return lambda: torch.ops.aten.convolution_backward(dy, x, weight, *fixed)
 
 
-def _input_gradient(layer: arch.Layer, n: int, dtype: torch.dtype, device: str) -> Probe:
-    from kernels import depthwise_gradient, pointwise
-
-    make, x, weight, dy, groups = _gradient_inputs(layer, n, dtype, device)
+def _input_gradient(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Probe:
+    make = _Maker(kind)
+    x, weight, dy, groups = _gradient_inputs(layer, n, make)
     size, stride, out = (layer.h, layer.w), layer.spec.stride, make.result(*x.shape)
 
-    def run() -> object:
+    def call(dy: torch.Tensor, out: torch.Tensor) -> object:
         if groups == 1:
-            return pointwise.input_gradient(dy, weight, out=out)
-        return depthwise_gradient.input_gradient(dy, weight, size, stride, out=out)
+            return pointwise.input_gradient(dy, weight, out=out, tf32=make.tf32, tile=tile)
+        return depthwise_gradient.input_gradient(dy, weight, size, stride, out=out, tile=tile)
 
     def judge() -> tuple[torch.Tensor, torch.Tensor]:
         if groups == 1:
             want = pointwise.reference_gradient(dy, weight)
-            return want, pointwise.tolerance(dy, weight.transpose(0, 1), None, None, want)
+            return want, pointwise.tolerance(dy, weight.transpose(0, 1), None, None, want, make.tf32)
         want = depthwise_gradient.reference_input(dy, weight, size, stride)
         sizes = depthwise_gradient.reference_input(dy.abs(), weight.abs(), size, stride)
-        return want, depthwise_gradient.tolerance(want, sizes, 9, dtype)
+        return want, depthwise_gradient.tolerance(want, sizes, 9, make.dtype)
 
     torchs = _torchs_gradient(dy, x, weight, stride, groups, [True, False, False])
-    return Probe(run, out, judge, torchs, (dy, weight))
+    return Probe(call, dy, out, judge, torchs, (weight,))
 
 
-def _weight_gradient(layer: arch.Layer, n: int, dtype: torch.dtype, device: str) -> Probe:
-    from kernels import depthwise_gradient, pointwise_gradient
-
-    make, x, weight, dy, groups = _gradient_inputs(layer, n, dtype, device)
+def _weight_gradient(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Probe:
+    make = _Maker(kind)
+    x, weight, dy, groups = _gradient_inputs(layer, n, make)
     stride = layer.spec.stride
     out = make.poisoned(*weight.shape) if groups == 1 else make.poisoned(3, 3, 1, groups).permute(3, 2, 0, 1)
 
-    def run() -> object:
+    def call(dy: torch.Tensor, out: torch.Tensor) -> object:
         if groups == 1:
-            return pointwise_gradient.weight_gradient(dy, x, out=out)
-        return depthwise_gradient.weight_gradient(dy, x, stride, out=out)
+            return pointwise_gradient.weight_gradient(dy, x, out=out, tf32=make.tf32, tile=tile)
+        return depthwise_gradient.weight_gradient(dy, x, stride, out=out, tile=tile)
 
     def judge() -> tuple[torch.Tensor, torch.Tensor]:
         if groups == 1:
             want = pointwise_gradient.reference(dy, x)
-            return want, pointwise_gradient.tolerance(dy, x, want)
+            return want, pointwise_gradient.tolerance(dy, x, want, make.tf32)
         want = depthwise_gradient.reference_weight(dy, x, stride)
         sizes = depthwise_gradient.reference_weight(dy.abs(), x.abs(), stride)
-        return want, depthwise_gradient.tolerance(want, sizes, math.prod(dy.shape) // groups, dtype)
+        return want, depthwise_gradient.tolerance(want, sizes, math.prod(dy.shape) // groups, make.dtype)
 
     torchs = _torchs_gradient(dy, x, weight, stride, groups, [False, True, False])
-    return Probe(run, out, judge, torchs, (dy, x))
+    return Probe(call, dy, out, judge, torchs, (x,))
 
 
-def _block(layers: Sequence[arch.Layer], n: int, dtype: torch.dtype, device: str) -> Probe:
-    import torch
-    import torch.nn.functional as F
-
-    from kernels import inverted_residual
-    from kernels.common import device_of, tiles
-
-    make = _Maker(torch.float32, device)
-    a, b, c = layers
-    stem, stride, residual = a.spec.kind == "stem", b.spec.stride, c.spec.residual == 2
+def _block_weights(layers: Sequence[arch.Layer], kind: str) -> dict[str, torch.Tensor]:
+    """Of float32, that the kind's dtype holds, biases aside; about half of what is hidden is clamped."""
+    make, (a, b, c) = _Maker("fp32"), (layer.spec for layer in layers)
     weights = {
-        "expand": make.random(*a.spec.weight_shape, scale=math.prod(a.spec.weight_shape[1:]) ** -0.5 * 3),
-        "expand_bias": make.random(a.spec.cout, scale=2),
-        "depthwise": make.random(*b.spec.weight_shape, scale=0.5),
-        "depthwise_bias": make.random(b.spec.cout),
-        "project": make.random(*c.spec.weight_shape, scale=c.spec.cin**-0.5),
-        "project_bias": make.random(c.spec.cout),
+        "expand": make.random(*a.weight_shape, scale=math.prod(a.weight_shape[1:]) ** -0.5 * 3),
+        "expand_bias": make.random(a.cout, scale=2),
+        "depthwise": make.random(*b.weight_shape, scale=0.5),
+        "depthwise_bias": make.random(b.cout),
+        "project": make.random(*c.weight_shape, scale=c.cin**-0.5),
+        "project_bias": make.random(c.cout),
     }
-    weights = {name: t if "bias" in name else t.to(dtype).float() for name, t in weights.items()}
-    table = tiles(device_of(torch.device(device))[0] if device != "cpu" else "", "block")
-    slab = table["stem" if stem else f"{a.h}_s{stride}"]["slab"]
-    packed = inverted_residual.pack(weights, stride, residual, dtype, slab)
-    x = _Maker(dtype, device).image(n, a.spec.cin, a.h, a.w)
-    out = _Maker(dtype, device).result(n, c.spec.cout, c.ho, c.wo)
-    launch = inverted_residual.stem_block if stem else inverted_residual.block
+    return {name: t if "bias" in name else t.to(DTYPES[kind][0]).float() for name, t in weights.items()}
+
+
+def _block(
+    layers: Sequence[arch.Layer], from_bytes: bool = False, *, n: int, kind: str, tile: Tile | None
+) -> Probe:
+    make, (a, b, c) = _Maker(kind), layers
+    of_stem, stride, residual = a.spec.kind == "stem", b.spec.stride, c.spec.residual == 2
+    weights = _block_weights(layers, kind)
+    if tile is None:
+        table = tiles(device_of(torch.device(DEVICE))[0], "block")
+        tile = table["stem" if of_stem else f"{a.h}_s{stride}"]
+    packed = inverted_residual.pack(weights, stride, residual, make.dtype, tile["slab"])
+    out = make.result(n, c.spec.cout, c.ho, c.wo)
+    x = make.photos(n, a.h, a.w, from_bytes) if of_stem else make.image(n, a.spec.cin, a.h, a.w)
+    norm = torch.tensor(NORM, device=DEVICE) if from_bytes else None
+
+    def seen() -> torch.Tensor:
+        """What the expansion gets: photos as numbers."""
+        return x if norm is None else x * norm[0].view(3, 1, 1) + norm[1].view(3, 1, 1)
+
+    def call(x: torch.Tensor, out: torch.Tensor) -> object:
+        if of_stem:
+            return inverted_residual.stem_block(x, packed, norm=norm, out=out, tile=tile)
+        return inverted_residual.block(x, packed, out=out, tile=tile)
 
     def judge() -> tuple[torch.Tensor, torch.Tensor]:
-        want = inverted_residual.reference(x, weights, stride, residual)
-        return want, inverted_residual.tolerance(x, weights, stride, residual, dtype)
+        want = inverted_residual.reference(seen(), weights, stride, residual)
+        return want, inverted_residual.tolerance(seen(), weights, stride, residual, make.dtype)
 
-    narrow = {name: t.to(dtype) for name, t in weights.items()}
+    narrow: Mapping[str, torch.Tensor] = {name: t.to(make.dtype) for name, t in weights.items()}
 
     def torchs() -> object:
         w = narrow
-        y = F.conv2d(x, w["expand"], w["expand_bias"], 2 if stem else 1, 1 if stem else 0)
+        y = F.conv2d(
+            seen().to(make.dtype), w["expand"], w["expand_bias"], 2 if of_stem else 1, 1 if of_stem else 0
+        )
         y = F.conv2d(
             F.relu6(y, inplace=True), w["depthwise"], w["depthwise_bias"], stride, 1, groups=b.spec.cin
         )
@@ -326,4 +415,4 @@ def _block(layers: Sequence[arch.Layer], n: int, dtype: torch.dtype, device: str
         return y.add_(x) if residual else y
 
     read = (packed.expand, packed.depthwise, packed.shift, packed.project, packed.out_shift)
-    return Probe(lambda: launch(x, packed, out=out), out, judge, torchs, (x, *read))
+    return Probe(call, x, out, judge, torchs, read)

@@ -1,0 +1,149 @@
+"""What `bench.gpu` times: a copy, the network by batch and every kernel, each beside torch's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import gpu_forms, gpu_network
+from bench.gpu_checks import TIMED
+from bench.gpu_children import in_one_line
+from bench.gpu_forms import DTYPES, Form, forms, has_blocks, usable
+from mnv2_fast import arch
+
+# The two that must not be missing first.
+BATCHES = (256, 1, 32, 1024, 8)
+FORM_BATCH = 256
+COPY_BYTES = 2**30
+OURS, EAGER, COMPILED = "mnv2_fast", "torch eager channels_last", "torch.compile max-autotune"
+# Our networks: their name, whether whole blocks are one launch.
+FORMS_OF_OURS = (("fused", True), ("by layer", False))
+
+Times = tuple[float, float, float]  # median, 20% and 80% quantile, ms
+
+
+@dataclass(frozen=True)
+class Work:
+    """One measurement; `subject`: the check that it depends on, "" for none."""
+
+    name: str
+    contender: str
+    subject: str
+    batch: int
+    run: Callable[[], Any]
+    form: Form | None = None
+
+
+def works() -> list[Work]:
+    """All measurements but torch.compile's, the copy first. Training steps belong after the networks."""
+    copy = Work("copy", "", "", 1, measure_copy)
+    return [copy, *network_works(), *form_works()]
+
+
+def network_works() -> list[Work]:
+    """The network on our kernels and in torch, by batch."""
+    found = []
+    for batch in BATCHES:
+        for name, fuse in FORMS_OF_OURS:
+            if not fuse or has_blocks():
+                run = functools.partial(time_ours, batch, fuse)
+                found.append(Work("network", f"{OURS} {name}", f"network {name}", batch, run))
+        found.append(Work("network", EAGER, "", batch, functools.partial(time_torch, batch)))
+    return found
+
+
+def form_works() -> list[Work]:
+    """Every kernel that this GPU has, and torch's way to make the same; products last, of which torch's are
+    good, too.
+    """
+    return [
+        Work(str(form), OURS, str(form), FORM_BATCH, functools.partial(time_form, form), form)
+        for form in sorted(forms(), key=lambda form: form.name.startswith("pointwise"))
+        if usable(form)
+    ]
+
+
+def timed(call: Callable[[], object], rep: int = 100) -> Times:
+    """Milliseconds on the GPU, its L2 flushed before each call; calls for `rep` ms."""
+    from triton.testing import do_bench
+
+    median, low, high = do_bench(call, warmup=25, rep=rep, quantiles=[0.5, 0.2, 0.8])
+    return median, low, high
+
+
+def measure_copy() -> dict[str, Any]:
+    """GB/s of a device-to-device copy, bytes read and bytes written both counted; and the bytes an image
+    that each way to run the network must move.
+    """
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=gpu_forms.DEVICE)
+    target = torch.empty_like(source)
+    gbs = 2 * COPY_BYTES / timed(lambda: target.copy_(source))[0] / 1e6
+    return {"gbs": gbs, "floors": floors()}
+
+
+def floors() -> dict[str, float]:
+    """Bytes an image that a network of fp16 reads and writes, from photos of bytes, in a large batch.
+
+    Layer by layer each activation once, weights left out; in whole blocks as the launchers count what theirs
+    move, halo and weights included.
+    """
+    size = gpu_network.SIZE
+    found = {"layer by layer": 2.0 * sum(layer.elements for layer in arch.layers(size=size))}
+    if has_blocks():
+        network = gpu_network.our_network(gpu_network.settled_network(), TIMED, True)
+        found["whole blocks"] = network.traffic(FORM_BATCH, size, size, 1) / FORM_BATCH
+    return found
+
+
+@functools.cache
+def _model() -> nn.Module:
+    torch.backends.cudnn.benchmark = True
+    return gpu_network.settled_network()
+
+
+def _photos(batch: int) -> Tensor:
+    """A batch of bytes, of which few are made: the GPU takes the same time for all."""
+    some = gpu_network.photos(min(batch, 32), 0)
+    return some.repeat(-(-batch // len(some)), 1, 1, 1)[:batch]
+
+
+def time_ours(batch: int, fuse: bool) -> Times:
+    """Of photos as bytes, from the call to the logits, as an engine serves them."""
+    run = gpu_network.engine(_model(), TIMED, fuse)
+    x = _photos(batch)
+    return timed(lambda: run(x))
+
+
+def time_torch(batch: int, compiled: bool = False) -> Times:
+    """Of normalised fp16 photos in channels_last: eager, or compiled with its weights frozen."""
+    dtype = DTYPES[TIMED][0]
+    model = deepcopy(_model()).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = gpu_network.as_numbers(_photos(batch), dtype)
+    call: Callable[[Tensor], object] = model
+    if compiled:
+        from torch._inductor import config
+
+        config.freezing = True
+        call = torch.compile(model, mode="max-autotune")
+    with torch.no_grad():
+        for _ in range(3):  # the CUDA graph is recorded in one of them
+            call(x)
+        return timed(lambda: call(x))
+
+
+def time_form(form: Form) -> dict[str, Any]:
+    """Times of our kernel and of torch's, which may be why there are none, and the bytes that must move."""
+    torch.backends.cudnn.benchmark = True
+    probe = form.make(FORM_BATCH, TIMED)
+    found: dict[str, Any] = {"bytes": probe.bytes, OURS: timed(probe.run)}
+    try:
+        found[EAGER] = timed(probe.eager)
+    except RuntimeError as error:
+        found[EAGER] = in_one_line(error)
+    return found
