@@ -25,7 +25,7 @@ from kernels import (
 )
 from kernels.common import Tile, arithmetic, device_of, tiles
 from mnv2_fast import arch
-from mnv2_fast.backends.triton import DTYPES, FUSED_CAPABILITY
+from mnv2_fast.backends.triton import DTYPES
 
 DEVICE = "cuda"
 NORM = ((0.0171, 0.0175, 0.0174), (-2.118, -2.036, -1.804))  # bytes to numbers, for ImageNet
@@ -115,7 +115,7 @@ def forms(layers: Sequence[arch.Layer] | None = None) -> list[Form]:
 
 def has_blocks() -> bool:
     """Whether this GPU has whole blocks, which are for sm_90, and which no interpreter runs."""
-    return DEVICE == "cuda" and torch.cuda.get_device_capability() == FUSED_CAPABILITY
+    return DEVICE == "cuda" and torch.cuda.get_device_capability() == inverted_residual.CAPABILITY
 
 
 def usable(form: Form) -> bool:
