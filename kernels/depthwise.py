@@ -21,12 +21,21 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import DTYPES, POINTERS, Tile, channels_last, device_of, output, relu6, tiles
+from .common import (
+    DTYPES,
+    GRID_LIMIT,
+    POINTERS,
+    Tile,
+    batches,
+    channels_last,
+    device_of,
+    output,
+    relu6,
+    tiles,
+)
 
 # Rows are counted with 64 bits. Within a row of an image (W x C elements) 32 bits are enough up to:
 ROW_LIMIT = 2**27
-# What CUDA allows along the grid's second and third dimension.
-GRID_LIMIT = 65535
 
 
 @triton.jit
@@ -186,13 +195,12 @@ def _launch(
     (n, h, w, c), (_, ho, wo, _) = x.shape, out.shape
     taps = weight.permute(2, 3, 1, 0).contiguous()
     with torch.cuda.device_of(x):
-        for first in range(0, n, GRID_LIMIT):
-            part = slice(first, first + GRID_LIMIT)
-            depthwise_kernel[grid(len(out[part]), c, ho, wo, tile)](
-                x[part],
+        for some in batches(n):
+            depthwise_kernel[grid(len(out[some]), c, ho, wo, tile)](
+                x[some],
                 taps,
                 taps if bias is None else bias.contiguous(),
-                out[part],
+                out[some],
                 h,
                 w,
                 ho,

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from .common import DTYPES, POINTERS, Tile, channels_last, device_of, output, tiles
-from .depthwise import GRID_LIMIT, _load_row, choose_tile, convolve_turned, limit
+from .common import DTYPES, POINTERS, Tile, batches, channels_last, device_of, output, tiles
+from .depthwise import _load_row, choose_tile, convolve_turned, limit
 from .parts import add_parts, number_of_parts
 
 
@@ -184,8 +184,7 @@ def input_gradient(
     (n, h, w, c), image = lines.shape, channels_last(dy)
     taps = weight.permute(2, 3, 1, 0).contiguous()
     with torch.cuda.device_of(dy):
-        for first in range(0, n, GRID_LIMIT):
-            some = slice(first, first + GRID_LIMIT)
+        for some in batches(n):
             grid = *_grid(shape, tile), len(lines[some])
             input_gradient_s2_kernel[grid](
                 image[some],

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import DTYPES, POINTERS, Tile, arithmetic, device_of, output, relu6, tiles
-from .depthwise import GRID_LIMIT, limit
+from .common import DTYPES, POINTERS, Tile, arithmetic, batches, device_of, output, relu6, tiles
+from .depthwise import limit
 from .pointwise import DOT
 
 
@@ -121,8 +121,7 @@ def stem(
         return out
     tile = tiles(device_of(x.device)[0], "stem")[arithmetic(weight.dtype, tf32)] if tile is None else tile
     with torch.cuda.device_of(x):
-        for first in range(0, n, GRID_LIMIT):
-            some = slice(first, first + GRID_LIMIT)
+        for some in batches(n):
             stem_kernel[triton.cdiv(ho * wo, tile["m"]), len(lines[some])](
                 x[some],
                 weight.contiguous(),

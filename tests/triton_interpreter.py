@@ -23,6 +23,13 @@ CHILD_SECONDS = 240
 Case = TypeVar("Case")
 
 
+def kinds() -> Iterator[tuple[str, bool]]:
+    """How a kernel can compute: dtype and whether float32 is multiplied as TF32."""
+    for dtype in ("float32", "float16", "bfloat16"):
+        yield dtype, False
+    yield "float32", True
+
+
 def verdicts(path: str) -> dict[str, str]:
     """What is wrong with each case, "" where nothing is: what `print_verdicts` prints when `path` is run."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

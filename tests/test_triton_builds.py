@@ -1,0 +1,146 @@
+"""The Triton operators compiled ahead of time for the network's layers: what ptxas says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from triton_interpreter import kinds
+
+from mnv2_fast import arch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
+
+from mnv2_fast.kernels import aot, depthwise, depthwise_gradient, head, pointwise, pointwise_gradient, stem
+from mnv2_fast.kernels.common import arithmetic, tiles
+
+# Bytes of shared memory that one program may have: sm_80 163 KiB, sm_90 and sm_100 227 KiB.
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """One kernel as a layer launches it, for one GPU."""
+
+    name: str
+    kernel: Any
+    arguments: Mapping[str, str | int | bool]
+    tile: Mapping[str, int]
+    sm: int
+    dtype: torch.dtype
+    tf32: bool = False
+    relu6: bool = False
+    multiplies: bool = True  # matrices
+
+
+def _layers(kind: str) -> list[tuple[int, int, int, bool]]:
+    """cin, cout, stride and ReLU6 of the network's layers of a kind."""
+    return sorted({(s.cin, s.cout, s.stride, s.relu6) for s in arch.network() if s.kind == kind})
+
+
+def _kernels(
+    dtype: torch.dtype, tf32: bool
+) -> Iterator[tuple[str, Any, Mapping[str, Any], Mapping[str, int], bool, bool]]:
+    """Of every layer: name, kernel, arguments, tile, whether it has a ReLU6 and multiplies matrices."""
+    kind = arithmetic(dtype, tf32)
+    tile = tiles("", "stem")[kind]
+    for from_bytes in (False, True):
+        arguments = stem.compile_arguments(arch.STEM_CHANNELS, dtype, tile, from_bytes=from_bytes, tf32=tf32)
+        yield f"stem bytes={from_bytes}", stem.stem_kernel, arguments, tile, True, True
+    tile = tiles("", "head")[kind]
+    yield (
+        "features 320x1280",
+        head.pool_kernel,
+        head.compile_arguments(320, 1280, dtype, tile, tf32=tf32),
+        tile,
+        True,
+        True,
+    )
+    for (cin, cout, _, relu6), size in itertools.product(
+        [*_layers("pointwise"), (1280, 1000, 1, False)], ("large", "small")
+    ):
+        tile = pointwise.row("", f"{size}_{kind}", cin, cout)
+        arguments = pointwise.compile_arguments(
+            cin, cout, dtype, tile, relu6=relu6, residual=not relu6, tf32=tf32
+        )
+        yield f"pointwise {cin}x{cout} {size}", pointwise.pointwise_kernel, arguments, tile, relu6, True
+        tile = pointwise.row("", f"{size}_{kind}", cout, cin)
+        arguments = pointwise.compile_arguments(
+            cout, cin, dtype, tile, residual=True, gradient=True, tf32=tf32
+        )
+        yield f"pointwise input {cin}x{cout} {size}", pointwise.pointwise_kernel, arguments, tile, False, True
+    for cin, cout, _, _ in _layers("pointwise"):
+        tile = tiles("", "pointwise_gradient")[kind]
+        arguments = pointwise_gradient.compile_arguments(cin, cout, dtype, tile, tf32=tf32)
+        yield (
+            f"pointwise weight {cin}x{cout}",
+            pointwise_gradient.weight_gradient_kernel,
+            arguments,
+            tile,
+            False,
+            True,
+        )
+    if tf32:
+        return
+    for c, _, stride, _ in _layers("depthwise"):
+        tile = tiles("", "depthwise_weight")[f"s{stride}"]
+        arguments = depthwise_gradient.weight_arguments(c, stride, dtype, tile)
+        yield (
+            f"depthwise weight {c} s{stride}",
+            depthwise_gradient.weight_gradient_kernel,
+            arguments,
+            tile,
+            False,
+            False,
+        )
+        for size in ("large", "small"):
+            tile = tiles("", "depthwise_input_s2" if stride == 2 else "depthwise")[
+                size if stride == 2 else f"{size}_s1"
+            ]
+            if stride == 2:
+                kernel, arguments = (
+                    depthwise_gradient.input_gradient_s2_kernel,
+                    depthwise_gradient.input_arguments(c, dtype, tile),
+                )
+            else:
+                kernel, arguments = (
+                    depthwise.depthwise_kernel,
+                    depthwise.compile_arguments(c, 1, False, dtype, tile, turned=True),
+                )
+            yield f"depthwise input {c} s{stride} {size}", kernel, arguments, tile, False, False
+
+
+def _builds() -> Iterator[Any]:
+    """Every layer for every GPU and dtype; of those that are not slow, fp16 on sm_90 alone."""
+    for sm, (name, tf32) in itertools.product(SHARED, kinds()):
+        dtype = getattr(torch, name)
+        for what, kernel, arguments, tile, relu6, multiplies in _kernels(dtype, tf32):
+            build = Build(what, kernel, arguments, tile, sm, dtype, tf32, relu6, multiplies)
+            often = sm == 90 and dtype == torch.float16 and "small" not in what
+            yield pytest.param(
+                build,
+                id=f"{what}-{arithmetic(dtype, tf32)}-{name}-sm{sm}",
+                marks=() if often else pytest.mark.slow,
+            )
+
+
+@pytest.mark.parametrize("build", list(_builds()))
+def test_compiles_without_spills(build: Build, record_property: Callable[[str, object], None]) -> None:
+    tile = build.tile
+    built = aot.compile_for(build.kernel, build.sm, build.arguments, tile["warps"], tile.get("stages", 3))
+    for name in ("registers", "stack", "local", "shared"):
+        record_property(name, getattr(built, name))
+    print(f"registers {built.registers}, stack {built.stack}, local {built.local}, shared {built.shared}")
+    assert (built.stack, built.local) == (0, 0)
+    assert built.shared <= SHARED[build.sm]
+    # NaN must survive ReLU6 on the hardware, where the interpreter proves nothing.
+    clamps = [clamp for clamp in re.findall(r"\b(?:min|max)\.\S*", built.ptx) if clamp.endswith("f32")]
+    assert {"max.NaN.f32", "min.NaN.f32"} == set(clamps) if build.relu6 else not clamps
+    if build.multiplies:
+        on_tensor_cores = re.search(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)", built.ptx) is not None
+        assert on_tensor_cores == (arithmetic(build.dtype, build.tf32) != "ieee")
