@@ -14,7 +14,10 @@ with ROWS = 7 and COLS = 2, stride 1 takes 2.6 loads an output in place of nine.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +172,7 @@ def depthwise(
     ho, wo = (h - 1) // stride + 1, (w - 1) // stride + 1
     out, lines = output(out, (n, c, ho, wo), x)
     if out.numel():
-        tile = choose_tile(x, stride) if tile is None else tile
+        tile = choose_tile(x.device, x.shape, stride) if tile is None else tile
         _launch(channels_last(x), weight, bias, lines, stride, relu6=relu6, turned=False, tile=tile)
     return out
 
@@ -227,14 +230,64 @@ def grid(n: int, c: int, ho: int, wo: int, tile: Tile) -> tuple[int, int, int]:
     return triton.cdiv(triton.cdiv(wo, tile["cols"]) * c, tile["block"]), triton.cdiv(ho, tile["rows"]), n
 
 
-def choose_tile(x: torch.Tensor, stride: int) -> Tile:
+def choose_tile(device: torch.device, shape: Sequence[int], stride: int) -> Tile:
     """The table's tile for x [N, C, H, W]: "large", or "small" where large ones would leave the GPU idle."""
-    n, c, h, w = x.shape
-    name, units = device_of(x.device)
+    n, c, h, w = shape
+    name, units = device_of(device)
     table = tiles(name, "depthwise")
     large = table[f"large_s{stride}"]
     programs = math.prod(grid(n, c, (h - 1) // stride + 1, (w - 1) // stride + 1, large))
     return large if programs >= 4 * units else table[f"small_s{stride}"]
+
+
+def traffic(shape: Sequence[int], stride: int, item: int, tile: Tile, *, bias: bool = True) -> int:
+    """Bytes that `depthwise` reads and writes for x [N, C, H, W], `item` a number.
+
+    The unique addresses of each program, weights included, summed over programs. L2 serves a part.
+    """
+    n, c, h, w = shape
+    ho, wo = (h - 1) // stride + 1, (w - 1) // stride + 1
+    runs, groups, _ = grid(n, c, ho, wo, tile)
+    rows, cols = ((stride * tile[key], -1, stride * (tile[key] - 1) + 3) for key in ("rows", "cols"))
+    image = sum(span(group, group, *rows, h) for group in range(groups))
+    image *= row_elements(runs, tile["block"], c, *cols, w)
+    weights = runs * groups * min(tile["block"], c) * (10 if bias else 9)
+    return n * (image + weights + c * ho * wo) * item
+
+
+def span(first: int, last: int, step: int, begin: int, width: int, size: int) -> int:
+    """How many of 0 to `size` - 1 windows `first` to `last` cover: each is `width` long, the one numbered 0
+    begins at `begin`, the next one `step` further, which leaves no gap.
+    """
+    return max(0, min(last * step + begin + width, size) - max(first * step + begin, 0))
+
+
+def row_elements(runs: int, block: int, c: int, step: int, begin: int, width: int, w: int) -> int:
+    """Elements of one row [w, c] that the programs along it read, each its own once: `runs` of `block` lanes.
+
+    A lane's patch is a window of columns, as `span` has it.
+    """
+    total = 0
+    for lanes in (range(run * block, (run + 1) * block) for run in range(runs)):
+        for channel in range(c):
+            first, last = -((channel - lanes.start) // c), (lanes.stop - 1 - channel) // c
+            if first <= last:
+                total += span(first, last, step, begin, width, w)
+    return total
+
+
+@functools.cache
+def pixels_under(first: int, last: int, ho: int, wo: int, h: int, w: int, stride: int) -> int:
+    """How many pixels of h x w images lie under the 3 x 3 windows of output pixels `first` to `last` - 1,
+    counted along rows and images.
+    """
+    under = set()
+    for pixel in range(first, last):
+        image, row, column = pixel // (ho * wo), pixel // wo % ho * stride - 1, pixel % wo * stride - 1
+        for y, x in itertools.product(range(row, row + 3), range(column, column + 3)):
+            if 0 <= y < h and 0 <= x < w:
+                under.add((image, y, x))
+    return len(under)
 
 
 def compile_arguments(

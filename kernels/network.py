@@ -12,7 +12,9 @@ from typing import Protocol
 
 import torch
 
+from . import depthwise as depthwise_layer
 from . import head, inverted_residual, pointwise
+from . import stem as stem_layer
 from .common import arithmetic, device_of, tiles
 from .depthwise import depthwise, pack_weight
 from .inverted_residual import GEOMETRIES, STEM_SIZE, Packed
@@ -197,9 +199,6 @@ class Network:
         """Bytes that all launches read and write for n photos of h x w, of `item` bytes a number.
 
         As the kernels' own `traffic` counts them: unique addresses of each program, weights included.
-
-        Raises:
-            ValueError: a layer of its own has no count.
         """
         total = 0
         kind = arithmetic(self.dtype, self.tf32)
@@ -211,7 +210,22 @@ class Network:
             elif launch.form == "head":
                 total += head.traffic(n, h * w, self._layers[-2][0], self._layers[-1][0], kind)
             else:
-                raise ValueError(f"{launch.form} as a layer of its own has no count")
+                total += self._layer_traffic(launch.first, (n, h, w), item)
             for spec in self.specs[launch.first : launch.first + launch.count]:
                 h, w = (h - 1) // spec.stride + 1, (w - 1) // spec.stride + 1
         return total
+
+    def _layer_traffic(self, i: int, size: tuple[int, int, int], item: int) -> int:
+        """Bytes of layer i as a launch of its own, for N maps of H x W; `item`: of a photo's numbers."""
+        (n, h, w), spec, weight = size, self.specs[i], self._layers[i][0]
+        own, kind = weight.element_size(), arithmetic(self.dtype, self.tf32)
+        if spec.kind == "stem":
+            tile = tiles(device_of(self.device)[0], "stem")[kind]
+            return stem_layer.traffic((n, 3, h, w), len(weight), own, tile, from_bytes=item == 1)
+        if spec.kind == "depthwise":
+            shape = n, len(weight), h, w
+            tile = depthwise_layer.choose_tile(self.device, shape, spec.stride)
+            return depthwise_layer.traffic(shape, spec.stride, own, tile)
+        cout, cin = weight.shape[:2]
+        tile = pointwise.choose_tile(self.device, n * h * w, cin, cout, kind)
+        return pointwise.traffic(n * h * w, cin, cout, own, tile, residual=spec.residual > 0)

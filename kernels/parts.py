@@ -38,6 +38,11 @@ def add_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
     add_parts_kernel[triton.cdiv(count, BLOCK),](parts, out, count, len(parts), BLOCK=BLOCK, num_warps=WARPS)
 
 
+def traffic(number: int, count: int, item: int) -> int:
+    """Bytes that `add_parts` reads and writes: `number` parts of `count` float32, a result of `item` each."""
+    return count * (4 * number + item)
+
+
 def number_of_parts(steps: int, programs: int, units: int) -> int:
     """Into how many parts a loop of `steps` is cut, of which each takes so many programs on so many units."""
     return max(1, min(steps, triton.cdiv(PER_UNIT * units, programs), MOST))
