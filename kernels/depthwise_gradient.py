@@ -92,7 +92,7 @@ def _add_products(sums, columns, gradients, KY: tl.constexpr, STRIDE: tl.constex
     return result
 
 
-@triton.jit(do_not_specialize=["n"])  # a batch of 1 would be a plain number, which has no type
+@triton.jit(do_not_specialize=["n"])  # one binary for every batch
 def weight_gradient_kernel(
     dy,  # [N, HO, WO, C]
     x,  # [N, H, W, C]

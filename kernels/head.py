@@ -18,7 +18,7 @@ from . import pointwise
 from .common import POINTERS, Tile, arithmetic, batches, channels_last, device_of, relu6, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])  # one binary for every batch
 def pool_kernel(
     x,  # [N, pixels, CIN]
     weight,  # [COUT, CIN]

@@ -19,7 +19,7 @@ from .parts import add_parts, number_of_parts
 from .pointwise import DOT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])  # one binary for every batch
 def weight_gradient_kernel(
     dy,  # [pixels, COUT]
     x,  # [pixels, CIN]

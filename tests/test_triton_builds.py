@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from triton_interpreter import kinds
 
 from mnv2_fast import arch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from mnv2_fast.kernels import aot, depthwise, depthwise_gradient, head, pointwise, pointwise_gradient, stem
 from mnv2_fast.kernels.common import arithmetic, tiles
@@ -144,3 +149,89 @@ def test_compiles_without_spills(build: Build, record_property: Callable[[str, o
     if build.multiplies:
         on_tensor_cores = re.search(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)", built.ptx) is not None
         assert on_tensor_cores == (arithmetic(build.dtype, build.tf32) != "ieee")
+
+
+META: dict[str, Any] = {"dtype": torch.float16, "device": "meta"}
+
+
+def _map(n: int, c: int, h: int, w: int) -> Tensor:
+    return torch.empty(n, h, w, c, **META).permute(0, 3, 1, 2)
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, **META)
+
+
+# Each operator's call on n maps of h x w, whose tile does not depend on n.
+CALLS: dict[str, Callable[[int, int, int], object]] = {
+    "depthwise s1": lambda n, h, w: depthwise.depthwise(
+        _map(n, 32, h, w), _empty(32, 1, 3, 3), _empty(32), 1, True, tile=tiles("", "depthwise")["large_s1"]
+    ),
+    "depthwise s2": lambda n, h, w: depthwise.depthwise(
+        _map(n, 32, h, w), _empty(32, 1, 3, 3), _empty(32), 2, True, tile=tiles("", "depthwise")["large_s2"]
+    ),
+    "depthwise input gradient s1": lambda n, h, w: depthwise_gradient.input_gradient(
+        _map(n, 32, h, w), _empty(32, 1, 3, 3), (h, w), 1, tile=tiles("", "depthwise")["large_s1"]
+    ),
+    "depthwise input gradient s2": lambda n, h, w: depthwise_gradient.input_gradient(
+        _map(n, 32, (h + 1) // 2, (w + 1) // 2),
+        _empty(32, 1, 3, 3),
+        (h, w),
+        2,
+        tile=tiles("", "depthwise_input_s2")["large"],
+    ),
+    "depthwise weight gradient": lambda n, h, w: depthwise_gradient.weight_gradient(
+        _map(n, 32, h, w), _map(n, 32, h, w), 1
+    ),
+    "stem": lambda n, h, w: stem.stem(_empty(n, 3, h, w), _empty(32, 3, 3, 3), _empty(32), True),
+    "pointwise": lambda n, h, w: pointwise.pointwise(
+        _map(n, 96, h, w),
+        _empty(24, 96, 1, 1),
+        _empty(24),
+        _map(n, 24, h, w),
+        tile=tiles("", "pointwise")["large_half"],
+    ),
+    "pointwise input gradient": lambda n, h, w: pointwise.input_gradient(
+        _map(n, 24, h, w), _empty(24, 96, 1, 1), tile=tiles("", "pointwise")["large_half"]
+    ),
+    "pointwise weight gradient": lambda n, h, w: pointwise_gradient.weight_gradient(
+        _map(n, 24, h, w), _map(n, 96, h, w)
+    ),
+    "features": lambda n, h, w: head.features(
+        _map(n, 96, h, w), _empty(160, 96, 1, 1), _empty(160), tile=tiles("", "head")["half"]
+    ),
+}
+
+
+def _keys(call: Callable[[], object]) -> list[tuple[str, str]]:
+    """What Triton tells the binaries of a call's launches apart by: kernel, and what it specialises."""
+    with aot.launches() as made:
+        call()
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    keys = []
+    for launch in made:
+        bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+        keys.append((launch.kernel.__name__, str(bind(**launch.arguments)[1])))
+    return keys
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (16, 32)], ids=str)
+def test_one_binary_serves_every_batch(op: str, size: tuple[int, int]) -> None:
+    """A kernel is compiled at the first call alone, whatever batches follow, one of a single image, too."""
+    keys = [_keys(lambda n=n: CALLS[op](n, *size)) for n in (1, 2, 3, 16, 17, 256)]
+    assert all(key == keys[0] for key in keys), keys
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (16, 32)], ids=str)
+def test_compiles_as_a_launch_specialises_it(op: str, size: tuple[int, int]) -> None:
+    """Sizes of 1 are constants and multiples of 16 known as such, where the kernel does not decline it."""
+    with aot.launches() as made:
+        CALLS[op](1, *size)
+    assert made
+    for launch in made:
+        built = launch.compile_for(90)
+        assert (built.stack, built.local) == (0, 0)
+        # Pointers are known to be aligned at every launch: what can move as vectors does.
+        assert re.search(r"(?:ld|st)\.global\S*\.v[24]\.|cp\.async\S* \[[^]]*\], \[[^]]*\], 0x10", built.ptx)
