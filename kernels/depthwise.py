@@ -39,6 +39,8 @@ from .common import (
 
 # Rows are counted with 64 bits. Within a row of an image (W x C elements) 32 bits are enough up to:
 ROW_LIMIT = 2**27
+# A kernel that does not go by rows numbers an image's pixels, and a program's past its end, with 32 bits.
+PIXEL_LIMIT = 2**31 - 2**10
 
 
 @triton.jit
@@ -306,6 +308,8 @@ def limit(shape: torch.Size) -> str | None:
     _, c, h, w = shape
     if w * c > ROW_LIMIT or h > GRID_LIMIT:
         return f"{tuple(shape)} has over {GRID_LIMIT} rows or {ROW_LIMIT} elements a row: split it"
+    if h * w > PIXEL_LIMIT:
+        return f"{tuple(shape)} has over {PIXEL_LIMIT} pixels an image: split it"
     return None
 
 

@@ -1,7 +1,8 @@
 """The whole network on a GPU, batch norm folded: which kernel makes which layers, and the launches in order.
 
 On sm_90, in fp16 and bf16, whole blocks are one launch each where they have a geometry (`fuse`); everywhere
-else, and for every other size, each layer is one. Nothing here waits for the GPU.
+else, and for every other size, each layer is one, or depthwise and projection together are (`project`, which
+has not been seen to be faster). Nothing here waits for the GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Protocol
 import torch
 
 from . import depthwise as depthwise_layer
-from . import head, inverted_residual, pointwise
+from . import depthwise_project, head, inverted_residual, pointwise
 from . import stem as stem_layer
 from .common import arithmetic, device_of, tiles
 from .depthwise import depthwise, pack_weight
@@ -57,6 +58,7 @@ class Network:
         norm: [2, 3], what makes a number of a byte, see `stem.stem`.
         tf32: multiply float32 as TF32; in full precision otherwise.
         fuse: whole blocks in one launch where there is a form for them.
+        project: a depthwise layer and the linear 1x1 layer behind it in one launch, outside of whole blocks.
 
     Raises:
         ValueError: a layer is none that the kernels know, or whole blocks are asked for in float32.
@@ -72,6 +74,7 @@ class Network:
         norm: torch.Tensor,
         tf32: bool = False,
         fuse: bool = False,
+        project: bool = False,
     ) -> None:
         kinds = [spec.kind for spec in specs]
         if kinds[0] != "stem" or kinds[-2:] != ["pointwise", "linear"] or not specs[-2].relu6:
@@ -82,6 +85,7 @@ class Network:
             raise ValueError(f"whole blocks are of float16 and bfloat16, not {dtype}: leave fuse out")
         self.specs, self.dtype, self.tf32, self.fuse = tuple(specs), dtype, tf32, fuse
         self.device, self.norm = device, norm.to(device)
+        self.project = project
         wide = [
             (weight.to(device, torch.float32), bias.to(device, torch.float32)) for weight, bias in tensors
         ]
@@ -129,9 +133,9 @@ class Network:
         """The launches for photos of h x w, in order. The last one is of the head: two kernels."""
         launches, i, last = [], 0, len(self.specs) - 2
         while i < last:
-            count = 3 if self._whole(i, h, w) else 1
-            spec = self.specs[i]
-            launches.append(Launch("block" if count == 3 else spec.kind, i, count))
+            count = 3 if self._whole(i, h, w) else 2 if self._projects(i) else 1
+            form = {1: self.specs[i].kind, 2: "depthwise_project", 3: "block"}[count]
+            launches.append(Launch(form, i, count))
             for spec in self.specs[i : i + count]:
                 h, w = (h - 1) // spec.stride + 1, (w - 1) // spec.stride + 1
             i += count
@@ -147,6 +151,12 @@ class Network:
         row = f"{h}_s{packed.stride}"
         table = tiles(device_of(self.device)[0], "block")
         return h == w and (h, packed.stride) in GEOMETRIES and table[row]["slab"] == packed.slab
+
+    def _projects(self, i: int) -> bool:
+        """Whether one launch makes layers i and i + 1, outside of a whole block."""
+        a, b = self.specs[i : i + 2]
+        kinds = a.kind, b.kind, a.relu6, b.relu6
+        return self.project and kinds == ("depthwise", "pointwise", True, False)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of photos.
@@ -184,6 +194,17 @@ class Network:
         spec = self.specs[launch.first]
         return depthwise(inputs[-1], *self._layers[launch.first], spec.stride, spec.relu6)
 
+    def _depthwise_project(
+        self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None
+    ) -> torch.Tensor:
+        first, last = self.specs[launch.first : launch.first + 2]
+        # Counted back from the input of the 1x1 layer, which is not among them.
+        residual = inputs[-last.residual] if last.residual else None
+        spread, project = self._layers[launch.first : launch.first + 2]
+        return depthwise_project.depthwise_project(
+            inputs[-1], spread, project, first.stride, residual, tf32=self.tf32
+        )
+
     def _pointwise(
         self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None
     ) -> torch.Tensor:
@@ -210,20 +231,28 @@ class Network:
             elif launch.form == "head":
                 total += head.traffic(n, h * w, self._layers[-2][0], self._layers[-1][0], kind)
             else:
-                total += self._layer_traffic(launch.first, (n, h, w), item)
+                total += self._layer_traffic(launch, (n, h, w), item)
             for spec in self.specs[launch.first : launch.first + launch.count]:
                 h, w = (h - 1) // spec.stride + 1, (w - 1) // spec.stride + 1
         return total
 
-    def _layer_traffic(self, i: int, size: tuple[int, int, int], item: int) -> int:
-        """Bytes of layer i as a launch of its own, for N maps of H x W; `item`: of a photo's numbers."""
-        (n, h, w), spec, weight = size, self.specs[i], self._layers[i][0]
+    def _layer_traffic(self, launch: Launch, size: tuple[int, int, int], item: int) -> int:
+        """Bytes of a launch of one or two layers, for N maps of H x W; `item`: of a photo's numbers."""
+        i, (n, h, w) = launch.first, size
+        spec, weight = self.specs[i], self._layers[i][0]
         own, kind = weight.element_size(), arithmetic(self.dtype, self.tf32)
         if spec.kind == "stem":
             tile = tiles(device_of(self.device)[0], "stem")[kind]
             return stem_layer.traffic((n, 3, h, w), len(weight), own, tile, from_bytes=item == 1)
+        shape = n, len(weight), h, w
+        if launch.count == 2:
+            pixels = n * ((h - 1) // spec.stride + 1) * ((w - 1) // spec.stride + 1)
+            cout = len(self._layers[i + 1][0])
+            tile = depthwise_project.choose_tile(self.device, pixels, len(weight), cout, kind)
+            # The input itself as a residual is read under the windows already.
+            residual = self.specs[i + 1].residual > 1
+            return depthwise_project.traffic(shape, cout, spec.stride, own, tile, residual=residual)
         if spec.kind == "depthwise":
-            shape = n, len(weight), h, w
             tile = depthwise_layer.choose_tile(self.device, shape, spec.stride)
             return depthwise_layer.traffic(shape, spec.stride, own, tile)
         cout, cin = weight.shape[:2]

@@ -21,7 +21,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from mnv2_fast.kernels import aot, depthwise, depthwise_gradient, head, pointwise, pointwise_gradient, stem
+from mnv2_fast.kernels import (
+    aot,
+    depthwise,
+    depthwise_gradient,
+    depthwise_project,
+    head,
+    pointwise,
+    pointwise_gradient,
+    stem,
+)
 from mnv2_fast.kernels.common import arithmetic, tiles
 
 # Bytes of shared memory that one program may have: sm_80 163 KiB, sm_90 and sm_100 227 KiB.
@@ -79,6 +88,15 @@ def _kernels(
             cout, cin, dtype, tile, residual=True, gradient=True, tf32=tf32
         )
         yield f"pointwise input {cin}x{cout} {size}", pointwise.pointwise_kernel, arguments, tile, False, True
+    pairs = itertools.pairwise(arch.network())
+    blocks = {(a.cin, b.cout, a.stride, b.residual > 0) for a, b in pairs if a.kind == "depthwise"}
+    for (c, cout, stride, residual), size in itertools.product(sorted(blocks), ("large", "small")):
+        tile = tiles("", "depthwise_project")[f"{size}_{kind}"]
+        arguments = depthwise_project.compile_arguments(
+            c, cout, stride, dtype, tile, residual=residual, tf32=tf32
+        )
+        name = f"depthwise project {c}x{cout} s{stride} {size}"
+        yield name, depthwise_project.depthwise_project_kernel, arguments, tile, True, True
     for cin, cout, _, _ in _layers("pointwise"):
         tile = tiles("", "pointwise_gradient")[kind]
         arguments = pointwise_gradient.compile_arguments(cin, cout, dtype, tile, tf32=tf32)
@@ -196,6 +214,14 @@ CALLS: dict[str, Callable[[int, int, int], object]] = {
     ),
     "pointwise weight gradient": lambda n, h, w: pointwise_gradient.weight_gradient(
         _map(n, 24, h, w), _map(n, 96, h, w)
+    ),
+    "depthwise project": lambda n, h, w: depthwise_project.depthwise_project(
+        _map(n, 96, h, w),
+        (_empty(96, 1, 3, 3), _empty(96)),
+        (_empty(24, 96, 1, 1), _empty(24)),
+        1,
+        _map(n, 24, h, w),
+        tile=tiles("", "depthwise_project")["large_half"],
     ),
     "features": lambda n, h, w: head.features(
         _map(n, 96, h, w), _empty(160, 96, 1, 1), _empty(160), tile=tiles("", "head")["half"]

@@ -263,6 +263,7 @@ def test_a_wrong_output_buffer_is_refused() -> None:
 
 def test_a_row_beyond_32_bits_is_refused() -> None:
     assert depthwise.limit(torch.Size((1, 2**14, 1, 2**14))) is not None
+    assert depthwise.limit(torch.Size((1, 1, 2**15, 2**16))) is not None
     assert depthwise.limit(torch.Size((2**20, 960, 112, 112))) is None
 
 

@@ -14,7 +14,15 @@ from triton_far import Far, run, without_64_bits
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
-from mnv2_fast.kernels import depthwise, depthwise_gradient, head, pointwise, pointwise_gradient, stem
+from mnv2_fast.kernels import (
+    depthwise,
+    depthwise_gradient,
+    depthwise_project,
+    head,
+    pointwise,
+    pointwise_gradient,
+    stem,
+)
 from mnv2_fast.kernels.common import GRID_LIMIT, tiles
 
 F16 = torch.float16
@@ -91,6 +99,22 @@ def _pointwise_input(pixels: int) -> Judged:
     return out, want, pointwise.tolerance(dy, weight.transpose(0, 1), None, None, want)
 
 
+def _depthwise_project(images: int, stride: int) -> Judged:
+    """On odd maps, so that the first program begins within an image."""
+    h, c, cout = 7, 24, 16
+    x = _map(2, c, h, h)
+    spread, project = (_random(c, 1, 3, 3), _random(c)), (_random(cout, c, 1, 1), _random(cout))
+    tile = pointwise.fit(tiles("", "depthwise_project")["large_half"], c, cout)
+    size = (h - 1) // stride + 1
+    pixels, residual = images * size**2, _map(2, cout, size, size)
+    before = {"x": images * h * h * c, "out": pixels * cout, "residual": pixels * cout}
+    far = Far("depthwise_project_kernel", (pixels // tile["m"], 0, 0), before, {"pixels": pixels})
+    with run(far):
+        out = depthwise_project.depthwise_project(x, spread, project, stride, residual, tile=tile)
+    want = depthwise_project.reference(x, spread, project, stride, residual)
+    return out, want, depthwise_project.tolerance(x, spread, project, stride, residual, want)
+
+
 def _pointwise_weight() -> Judged:
     """2**24 parts before, of one step each."""
     dy, x, parts = _map(1, 24, 10, 12), _map(1, 16, 10, 12), 2**24
@@ -150,6 +174,9 @@ OPERATORS: dict[str, Callable[[], Judged]] = {
     "pointwise past 2**31 pixels": lambda: _pointwise(2**33),
     "pointwise input gradient": lambda: _pointwise_input(2**28),
     "pointwise weight gradient": _pointwise_weight,
+    "depthwise project s1": lambda: _depthwise_project(2**22, 1),
+    "depthwise project s2": lambda: _depthwise_project(2**22, 2),
+    "depthwise project past 2**31 pixels": lambda: _depthwise_project(2**29, 1),
     "stem": _stem_images,
     "stem with far channels": lambda: _stem_steps(1),
     "stem with far rows": lambda: _stem_steps(2),

@@ -70,6 +70,7 @@ CASES = [
     Case("network", *kind, photos) for kind in KINDS for photos in ("contiguous", "channels_last", "uint8")
 ]
 CASES += [Case("network", "float16", photos="float32"), Case("engine", "float16")]
+CASES += [Case("projected network", *kind, "uint8") for kind in KINDS]
 # N, pixels, Cin, Cout of the one; N, pixels, Cin, Cout, classes of the other.
 CASES += [
     Case("pointwise traffic", shape=shape) for shape in ((1, 5, 16, 24), (3, 49, 40, 130), (2, 70, 33, 64))
@@ -79,13 +80,15 @@ CASES += [
     for shape in ((1, 1, 16, 24, 3), (5, 49, 40, 130, 10), (6, 70, 33, 64, 90))
 ]
 CASES += [Case("network traffic", *kind, photos) for kind in KINDS[1:3] for photos in ("uint8", "contiguous")]
+CASES += [Case("projected network traffic", "float16")]
 
 
 def _network(case: Case) -> str:
     specs = small_specs()
     layers = tensors(specs)
     dtype = getattr(torch, case.dtype)
-    network = Network(specs, layers, dtype, CPU, norm=NORM, tf32=case.tf32)
+    project = case.what == "projected network"
+    network = Network(specs, layers, dtype, CPU, norm=NORM, tf32=case.tf32, project=project)
     photos = torch.randint(0, 256, (2, 3, 21, 18), dtype=torch.uint8)
     seen = photos.double() * NORM[0].double().view(3, 1, 1) + NORM[1].double().view(3, 1, 1)
     if case.photos == "uint8":
@@ -160,7 +163,8 @@ def by_launches(run: replay.Run, x: Tensor) -> replay.Graph:
 def _network_traffic(case: Case) -> str:
     """All launches together, on photos of the network's dtype or of bytes."""
     specs, dtype = small_specs(), getattr(torch, case.dtype)
-    network = Network(specs, tensors(specs), dtype, CPU, norm=NORM, tf32=case.tf32)
+    project = case.what == "projected network traffic"
+    network = Network(specs, tensors(specs), dtype, CPU, norm=NORM, tf32=case.tf32, project=project)
     from_bytes = case.photos == "uint8"
     x = torch.zeros(2, 21, 18, 3, dtype=torch.uint8) if from_bytes else torch.zeros(2, 3, 21, 18, dtype=dtype)
     with triton_interpreter.recorded() as moved:
@@ -174,6 +178,8 @@ VERDICTS: dict[str, Callable[[Case], str]] = {
     "pointwise traffic": _pointwise_traffic,
     "head traffic": _head_traffic,
     "network traffic": _network_traffic,
+    "projected network": _network,
+    "projected network traffic": _network_traffic,
     "engine": _engine,
 }
 
@@ -212,6 +218,21 @@ def test_a_map_that_fits_in_between_is_one_launch(fused: Network) -> None:
     assert [launch.form for launch in plan[:3]] == ["stem", "depthwise", "pointwise"]
     assert any(launch.form == "block" for launch in plan)
     assert sum(launch.count for launch in plan) == len(fused.specs)
+
+
+def test_depthwise_and_projection_are_one_launch_where_asked() -> None:
+    """Seventeen pairs of layers, of which the last one is not the head's; off unless asked for."""
+    specs = arch.network()
+    off, on = (
+        Network(specs, tensors(specs), torch.float16, CPU, norm=NORM, project=project)
+        for project in (False, True)
+    )
+    assert {launch.count for launch in off.plan(224, 224)[:-1]} == {1}
+    plan = on.plan(224, 224)
+    assert [launch.form for launch in plan[:3]] == ["stem", "depthwise_project", "pointwise"]
+    assert sum(launch.form == "depthwise_project" for launch in plan) == 17
+    assert sum(launch.count for launch in plan) == len(specs)
+    assert on.traffic(256, 224, 224, 1) < off.traffic(256, 224, 224, 1)
 
 
 @pytest.mark.parametrize("item", [1, 2], ids=["bytes", "fp16"])

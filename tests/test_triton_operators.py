@@ -18,7 +18,15 @@ from triton_interpreter import kinds
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
-from mnv2_fast.kernels import common, depthwise_gradient, head, pointwise, pointwise_gradient, stem
+from mnv2_fast.kernels import (
+    common,
+    depthwise_gradient,
+    depthwise_project,
+    head,
+    pointwise,
+    pointwise_gradient,
+    stem,
+)
 from mnv2_fast.kernels.common import CONFIGS, GRID_LIMIT, arithmetic, tiles
 from mnv2_fast.kernels.inverted_residual import GEOMETRIES
 
@@ -150,6 +158,20 @@ def _depthwise_weight(case: Case, dtype: torch.dtype, tile: Mapping[str, int]) -
     return memory, (out, want, depthwise_gradient.tolerance(want, size_of, n * size[0] * size[1], dtype))
 
 
+def _depthwise_project(case: Case, dtype: torch.dtype, tile: Mapping[str, int]) -> tuple[Tensor, Judged]:
+    n, c, h, w = case.shape
+    size = (h - 1) // case.stride + 1, (w - 1) // case.stride + 1
+    x = _laid(_tensor(*case.shape, dtype=dtype, scale=2), case)
+    spread = _tensor(c, 1, 3, 3, dtype=dtype), _tensor(c, dtype=dtype, shift=2)
+    project = _tensor(case.cout, c, 1, 1, dtype=dtype, scale=c**-0.5), _tensor(case.cout, dtype=dtype)
+    residual = _tensor(n, case.cout, *size, dtype=dtype) if case.residual else None
+    args = x, spread, project, case.stride, residual
+    memory, out = _image(case, case.cout, dtype, size)
+    depthwise_project.depthwise_project(*args, out=out, tf32=case.tf32, tile=tile)
+    want = depthwise_project.reference(*args)
+    return memory, (out, want, depthwise_project.tolerance(*args, want, case.tf32))
+
+
 def _stem(case: Case, dtype: torch.dtype, tile: Mapping[str, int]) -> tuple[Tensor, Judged]:
     _, _, h, w = case.shape
     norm = torch.tensor(NORM) if case.from_bytes else None
@@ -187,13 +209,14 @@ OPERATORS: dict[str, tuple[Callable[[Case, torch.dtype, Mapping[str, int]], tupl
     "pointwise weight gradient": (_pointwise_weight, "pointwise_gradient"),
     "depthwise input gradient": (_depthwise_input, "depthwise"),
     "depthwise weight gradient": (_depthwise_weight, "depthwise_weight"),
+    "depthwise project": (_depthwise_project, "depthwise_project"),
     "features": (_features, "head"),
 }
 
 
-def _products(op: str) -> Iterator[Case]:
+def _products(op: str, stride: int = 1) -> Iterator[Case]:
     """Cases of an operator that multiplies matrices: around the tiles' edges, layouts, planted values."""
-    sizes = ("large", "small") if op.startswith("pointwise") and "weight" not in op else ("",)
+    sizes = ("",) if op in ("pointwise weight gradient", "features") else ("large", "small")
     shapes = [
         ((1, 1, 1, 1), 1),
         ((3, 16, 2, 5), 24),
@@ -205,14 +228,22 @@ def _products(op: str) -> Iterator[Case]:
         kind = arithmetic(getattr(torch, dtype), tf32)
         tile = "_".join(filter(None, (size, kind)))
         yield Case(
-            op, shape, dtype, cout, tile=tile, tf32=tf32, relu6=sum(shape) % 2 == 0, residual=cout % 2 == 1
+            op,
+            shape,
+            dtype,
+            cout,
+            stride,
+            tile,
+            tf32=tf32,
+            relu6=sum(shape) % 2 == 0,
+            residual=cout % 2 == 1,
         )
     tile = "small_ieee" if sizes[0] else "ieee"
-    yield Case(op, (0, 8, 3, 3), "float32", 8, tile=tile)
+    yield Case(op, (0, 8, 3, 3), "float32", 8, stride, tile)
     for layout in ("contiguous", "sliced"):
-        yield Case(op, (2, 8, 3, 5), "float32", 8, tile=tile, residual=True, layout=layout)
+        yield Case(op, (2, 8, 3, 5), "float32", 8, stride, tile, residual=True, layout=layout)
     for planted in ("nan", "inf", "-inf"):
-        yield Case(op, (2, 8, 3, 5), "float16", 8, tile=tile.replace("ieee", "half"), planted=planted)
+        yield Case(op, (2, 8, 3, 5), "float16", 8, stride, tile.replace("ieee", "half"), planted=planted)
 
 
 def _cases() -> list[Case]:
@@ -221,6 +252,7 @@ def _cases() -> list[Case]:
         for op in ("pointwise", "pointwise input gradient", "pointwise weight gradient", "features")
         for case in _products(op)
     ]
+    cases += [case for stride in (1, 2) for case in _products("depthwise project", stride)]
     for op, stride in itertools.product(("depthwise input gradient", "depthwise weight gradient"), (1, 2)):
         tables = ("large", "small") if "input" in op else ("",)
         named = "" if op == "depthwise input gradient" and stride == 2 else f"s{stride}"
@@ -306,6 +338,7 @@ def test_tile_table_is_complete(path: Path) -> None:
     kinds, warps = ("half", "tf32", "ieee"), {"warps"}
     product = warps | {"m", "n", "k", "stages"}
     wanted = {
+        "depthwise_project": ([f"{size}_{kind}" for size in ("large", "small") for kind in kinds], product),
         "stem": (kinds, warps | {"m"}),
         "pointwise": ([f"{size}_{kind}" for size in ("large", "small") for kind in kinds], product),
         "head": (kinds, product | {"images"}),
@@ -328,6 +361,11 @@ def test_tile_table_is_complete(path: Path) -> None:
 
 
 F16 = {"dtype": torch.float16}
+
+
+def _project(x: Tensor, cin: int = 3, stride: int = 2, residual: Tensor | None = None) -> Tensor:
+    spread, project = (torch.zeros(3, 1, 3, 3), torch.zeros(3)), (torch.zeros(4, cin, 1, 1), torch.zeros(4))
+    return depthwise_project.depthwise_project(x, spread, project, stride, residual)
 
 
 @pytest.mark.parametrize(
@@ -402,6 +440,11 @@ F16 = {"dtype": torch.float16}
             ),
             r"norm must be float32 \(2, 3\)",
         ),
+        (lambda: _project(torch.zeros(1, 3, 5, 4), cin=4), "do not fit"),
+        (lambda: _project(torch.zeros(1, 4, 5, 4)), "x has 4 channels"),
+        (lambda: _project(torch.zeros(1, 3, 5, 4), residual=torch.zeros(1, 4, 5, 4)), "residual must be"),
+        (lambda: _project(torch.zeros(1, 3, 5, 4, **F16)), "must share one of"),
+        (lambda: _project(torch.zeros(1, 3, 5, 4), stride=3), "stride must be 1 or 2"),
         (
             lambda: head.features(torch.zeros(1, 3, 0, 2), torch.zeros(4, 3, 1, 1), torch.zeros(4)),
             "at least 1x1",

@@ -15,7 +15,15 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 import triton
 import triton.language as tl
 
-from mnv2_fast.kernels import depthwise, depthwise_gradient, parts, pointwise, pointwise_gradient, stem
+from mnv2_fast.kernels import (
+    depthwise,
+    depthwise_gradient,
+    depthwise_project,
+    parts,
+    pointwise,
+    pointwise_gradient,
+    stem,
+)
 from mnv2_fast.kernels.common import tiles
 
 Tile = Mapping[str, int]
@@ -99,6 +107,22 @@ def _pointwise_weight(case: Case) -> int:
     return pointwise_gradient.traffic(n * h * w, cin, 40, 2, tile, out_item=4 if case.fine else None)
 
 
+def _depthwise_project(case: Case, stride: int) -> int:
+    c = case.shape[1]
+    tile = pointwise.fit(_tile(case, "depthwise_project", "large_half", PRODUCT), c, 40)
+    n, _, ho, wo = _after(case.shape, stride)
+    residual = _random(n, 40, ho, wo) if case.fine else None
+    depthwise_project.depthwise_project(
+        _random(*case.shape),
+        (_random(c, 1, 3, 3), _random(c)),
+        (_random(40, c, 1, 1), _random(40)),
+        stride,
+        residual,
+        tile=tile,
+    )
+    return depthwise_project.traffic(case.shape, 40, stride, 2, tile, residual=case.fine)
+
+
 def _parts(case: Case) -> int:
     given = _random(*case.shape, dtype=torch.float32)
     out = torch.empty(case.shape[1:], dtype=torch.float16 if case.fine else torch.float32)
@@ -134,6 +158,8 @@ OPERATORS: dict[str, Callable[[Case], int]] = {
     "pointwise input gradient": lambda case: _pointwise_input(case, False),
     "pointwise input gradient with a residual": lambda case: _pointwise_input(case, True),
     "pointwise weight gradient": _pointwise_weight,
+    "depthwise project s1": lambda case: _depthwise_project(case, 1),
+    "depthwise project s2": lambda case: _depthwise_project(case, 2),
     "parts": _parts,
     "unmasked": _unmasked,
 }
