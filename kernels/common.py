@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,9 @@ import triton.language as tl
 # The types the kernels read and write, and Triton's names for pointers to them.
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 DTYPES = tuple(POINTERS)
+
+# What CUDA allows along a grid's second and third dimension.
+GRID_LIMIT = 65535
 
 CONFIGS = Path(__file__).parent / "configs"
 Tile = Mapping[str, int]
@@ -67,6 +70,12 @@ def output(
     ):
         raise ValueError(f"out must be channels_last {tuple(shape)} of {x.dtype} on {x.device}")
     return out, lines
+
+
+def batches(n: int, images: int = 1) -> Iterator[slice]:
+    """n images in runs, one a launch; a program along a limited dimension of the grid takes `images`."""
+    most = GRID_LIMIT * images
+    return (slice(first, min(first + most, n)) for first in range(0, n, most))
 
 
 @functools.cache

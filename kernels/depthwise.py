@@ -14,19 +14,33 @@ with ROWS = 7 and COLS = 2, stride 1 takes 2.6 loads an output in place of nine.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import DTYPES, POINTERS, Tile, channels_last, device_of, output, relu6, tiles
+from .common import (
+    DTYPES,
+    GRID_LIMIT,
+    POINTERS,
+    Tile,
+    batches,
+    channels_last,
+    device_of,
+    output,
+    relu6,
+    tiles,
+)
 
 # Rows are counted with 64 bits. Within a row of an image (W x C elements) 32 bits are enough up to:
 ROW_LIMIT = 2**27
-# What CUDA allows along the grid's second and third dimension.
-GRID_LIMIT = 65535
+# A kernel that does not go by rows numbers an image's pixels, and a program's past its end, with 32 bits.
+PIXEL_LIMIT = 2**31 - 2**10
 
 
 @triton.jit
@@ -160,7 +174,7 @@ def depthwise(
     ho, wo = (h - 1) // stride + 1, (w - 1) // stride + 1
     out, lines = output(out, (n, c, ho, wo), x)
     if out.numel():
-        tile = choose_tile(x, stride) if tile is None else tile
+        tile = choose_tile(x.device, x.shape, stride) if tile is None else tile
         _launch(channels_last(x), weight, bias, lines, stride, relu6=relu6, turned=False, tile=tile)
     return out
 
@@ -186,13 +200,12 @@ def _launch(
     (n, h, w, c), (_, ho, wo, _) = x.shape, out.shape
     taps = weight.permute(2, 3, 1, 0).contiguous()
     with torch.cuda.device_of(x):
-        for first in range(0, n, GRID_LIMIT):
-            part = slice(first, first + GRID_LIMIT)
-            depthwise_kernel[grid(len(out[part]), c, ho, wo, tile)](
-                x[part],
+        for some in batches(n):
+            depthwise_kernel[grid(len(out[some]), c, ho, wo, tile)](
+                x[some],
                 taps,
                 taps if bias is None else bias.contiguous(),
-                out[part],
+                out[some],
                 h,
                 w,
                 ho,
@@ -219,14 +232,64 @@ def grid(n: int, c: int, ho: int, wo: int, tile: Tile) -> tuple[int, int, int]:
     return triton.cdiv(triton.cdiv(wo, tile["cols"]) * c, tile["block"]), triton.cdiv(ho, tile["rows"]), n
 
 
-def choose_tile(x: torch.Tensor, stride: int) -> Tile:
+def choose_tile(device: torch.device, shape: Sequence[int], stride: int) -> Tile:
     """The table's tile for x [N, C, H, W]: "large", or "small" where large ones would leave the GPU idle."""
-    n, c, h, w = x.shape
-    name, units = device_of(x.device)
+    n, c, h, w = shape
+    name, units = device_of(device)
     table = tiles(name, "depthwise")
     large = table[f"large_s{stride}"]
     programs = math.prod(grid(n, c, (h - 1) // stride + 1, (w - 1) // stride + 1, large))
     return large if programs >= 4 * units else table[f"small_s{stride}"]
+
+
+def traffic(shape: Sequence[int], stride: int, item: int, tile: Tile, *, bias: bool = True) -> int:
+    """Bytes that `depthwise` reads and writes for x [N, C, H, W], `item` a number.
+
+    The unique addresses of each program, weights included, summed over programs. L2 serves a part.
+    """
+    n, c, h, w = shape
+    ho, wo = (h - 1) // stride + 1, (w - 1) // stride + 1
+    runs, groups, _ = grid(n, c, ho, wo, tile)
+    rows, cols = ((stride * tile[key], -1, stride * (tile[key] - 1) + 3) for key in ("rows", "cols"))
+    image = sum(span(group, group, *rows, h) for group in range(groups))
+    image *= row_elements(runs, tile["block"], c, *cols, w)
+    weights = runs * groups * min(tile["block"], c) * (10 if bias else 9)
+    return n * (image + weights + c * ho * wo) * item
+
+
+def span(first: int, last: int, step: int, begin: int, width: int, size: int) -> int:
+    """How many of 0 to `size` - 1 windows `first` to `last` cover: each is `width` long, the one numbered 0
+    begins at `begin`, the next one `step` further, which leaves no gap.
+    """
+    return max(0, min(last * step + begin + width, size) - max(first * step + begin, 0))
+
+
+def row_elements(runs: int, block: int, c: int, step: int, begin: int, width: int, w: int) -> int:
+    """Elements of one row [w, c] that the programs along it read, each its own once: `runs` of `block` lanes.
+
+    A lane's patch is a window of columns, as `span` has it.
+    """
+    total = 0
+    for lanes in (range(run * block, (run + 1) * block) for run in range(runs)):
+        for channel in range(c):
+            first, last = -((channel - lanes.start) // c), (lanes.stop - 1 - channel) // c
+            if first <= last:
+                total += span(first, last, step, begin, width, w)
+    return total
+
+
+@functools.cache
+def pixels_under(first: int, last: int, ho: int, wo: int, h: int, w: int, stride: int) -> int:
+    """How many pixels of h x w images lie under the 3 x 3 windows of output pixels `first` to `last` - 1,
+    counted along rows and images.
+    """
+    under = set()
+    for pixel in range(first, last):
+        image, row, column = pixel // (ho * wo), pixel // wo % ho * stride - 1, pixel % wo * stride - 1
+        for y, x in itertools.product(range(row, row + 3), range(column, column + 3)):
+            if 0 <= y < h and 0 <= x < w:
+                under.add((image, y, x))
+    return len(under)
 
 
 def compile_arguments(
@@ -245,6 +308,8 @@ def limit(shape: torch.Size) -> str | None:
     _, c, h, w = shape
     if w * c > ROW_LIMIT or h > GRID_LIMIT:
         return f"{tuple(shape)} has over {GRID_LIMIT} rows or {ROW_LIMIT} elements a row: split it"
+    if h * w > PIXEL_LIMIT:
+        return f"{tuple(shape)} has over {PIXEL_LIMIT} pixels an image: split it"
     return None
 
 

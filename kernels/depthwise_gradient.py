@@ -15,13 +15,17 @@ the same every time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from .common import DTYPES, POINTERS, Tile, channels_last, device_of, output, tiles
-from .depthwise import GRID_LIMIT, _load_row, choose_tile, convolve_turned, limit
+from . import depthwise
+from . import parts as shares
+from .common import DTYPES, POINTERS, Tile, batches, channels_last, device_of, output, tiles
+from .depthwise import _load_row, choose_tile, convolve_turned, limit, row_elements, span
 from .parts import add_parts, number_of_parts
 
 
@@ -88,7 +92,7 @@ def _add_products(sums, columns, gradients, KY: tl.constexpr, STRIDE: tl.constex
     return result
 
 
-@triton.jit(do_not_specialize=["n"])  # a batch of 1 would be a plain number, which has no type
+@triton.jit(do_not_specialize=["n"])  # one binary for every batch
 def weight_gradient_kernel(
     dy,  # [N, HO, WO, C]
     x,  # [N, H, W, C]
@@ -175,17 +179,13 @@ def input_gradient(
     if not out.numel():
         return out
     if stride == 1:
-        convolve_turned(dy, weight, out, choose_tile(dy, 1) if tile is None else tile)
+        convolve_turned(dy, weight, out, choose_tile(dy.device, dy.shape, 1) if tile is None else tile)
         return out
-    if tile is None:
-        name, units = device_of(dy.device)
-        table = tiles(name, "depthwise_input_s2")
-        tile = table["large" if _programs(shape, table["large"]) >= 4 * units else "small"]
+    tile = choose_input_tile(dy.device, shape) if tile is None else tile
     (n, h, w, c), image = lines.shape, channels_last(dy)
     taps = weight.permute(2, 3, 1, 0).contiguous()
     with torch.cuda.device_of(dy):
-        for first in range(0, n, GRID_LIMIT):
-            some = slice(first, first + GRID_LIMIT)
+        for some in batches(n):
             grid = *_grid(shape, tile), len(lines[some])
             input_gradient_s2_kernel[grid](
                 image[some],
@@ -238,9 +238,7 @@ def weight_gradient(
         return out.zero_()
     name, units = device_of(x.device)
     tile = tiles(name, "depthwise_weight")[f"s{stride}"] if tile is None else tile
-    patches = triton.cdiv(wo, tile["cols"])
-    programs = triton.cdiv(patches * c, tile["block"])
-    number = number_of_parts(n * triton.cdiv(ho, tile["rows"]), programs, units)
+    programs, patches, number = _weight_grid(x.shape, stride, tile, units)
     parts = torch.empty((number * patches, 9, c), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         weight_gradient_kernel[programs, number](
@@ -263,15 +261,68 @@ def weight_gradient(
     return out
 
 
-def _grid(shape: torch.Size, tile: Tile) -> tuple[int, int]:
+def _grid(shape: Sequence[int], tile: Tile) -> tuple[int, int]:
     """Programs for one image of x [N, C, H, W]: runs of lanes, groups of pairs of rows."""
     _, c, h, w = shape
     return triton.cdiv(triton.cdiv(w, 2) * c, tile["block"]), triton.cdiv(triton.cdiv(h, 2), tile["rows"])
 
 
-def _programs(shape: torch.Size, tile: Tile) -> int:
-    lanes, rows = _grid(shape, tile)
-    return lanes * rows * shape[0]
+def _weight_grid(shape: Sequence[int], stride: int, tile: Tile, units: int) -> tuple[int, int, int]:
+    """Of `weight_gradient` for x [N, C, H, W]: runs of lanes, patches of a row, and parts."""
+    n, c, h, w = shape
+    patches = triton.cdiv((w - 1) // stride + 1, tile["cols"])
+    programs = triton.cdiv(patches * c, tile["block"])
+    groups = triton.cdiv((h - 1) // stride + 1, tile["rows"])
+    return programs, patches, number_of_parts(n * groups, programs, units)
+
+
+def choose_input_tile(device: torch.device, shape: Sequence[int]) -> Tile:
+    """The table's tile for the gradient of x [N, C, H, W] at stride 2: "large", or "small" where large ones
+    would leave the GPU idle.
+    """
+    name, units = device_of(device)
+    table = tiles(name, "depthwise_input_s2")
+    lanes, rows = _grid(shape, table["large"])
+    return table["large" if lanes * rows * shape[0] >= 4 * units else "small"]
+
+
+def input_traffic(shape: Sequence[int], stride: int, item: int, tile: Tile) -> int:
+    """Bytes that `input_gradient` reads and writes for x [N, C, H, W], as `depthwise.traffic` counts them."""
+    if stride == 1:
+        return depthwise.traffic(shape, 1, item, tile, bias=False)
+    n, c, h, w = shape
+    ho, wo = (h + 1) // 2, (w + 1) // 2
+    runs, groups = _grid(shape, tile)
+    gradients = sum(span(group, group, tile["rows"], 0, tile["rows"] + 1, ho) for group in range(groups))
+    gradients *= row_elements(runs, tile["block"], c, 1, 0, 2, wo)
+    weights = runs * groups * min(tile["block"], c) * 9
+    return n * (gradients + weights + c * h * w) * item
+
+
+def weight_traffic(
+    shape: Sequence[int], stride: int, item: int, tile: Tile, units: int = 1, out_item: int | None = None
+) -> int:
+    """Bytes that `weight_gradient` reads and writes for x [N, C, H, W] on a GPU of so many multiprocessors.
+
+    As `depthwise.traffic` counts them, those of adding the parts included; `out_item`: of the result's
+    numbers where they are not as x's.
+    """
+    n, c, h, w = shape
+    ho, wo = (h - 1) // stride + 1, (w - 1) // stride + 1
+    runs, patches, number = _weight_grid(shape, stride, tile, units)
+    rows, cols, groups = tile["rows"], tile["cols"], triton.cdiv(ho, tile["rows"])
+    x_rows = dy_rows = 0
+    for part in range(number):
+        first, end = part * n * groups // number, (part + 1) * n * groups // number
+        for image in range(first // groups, triton.cdiv(end, groups)):
+            # The part's groups of rows that are of this image.
+            some = max(first - image * groups, 0), min(end - image * groups, groups) - 1
+            x_rows += span(*some, stride * rows, -1, stride * (rows - 1) + 3, h)
+            dy_rows += span(*some, rows, 0, rows, ho)
+    read = x_rows * row_elements(runs, tile["block"], c, stride * cols, -1, stride * (cols - 1) + 3, w)
+    read += dy_rows * row_elements(runs, tile["block"], c, cols, 0, cols, wo)
+    sums = number * patches
+    return read * item + sums * 9 * c * 4 + shares.traffic(sums, 9 * c, out_item or item)
 
 
 def input_arguments(c: int, dtype: torch.dtype, tile: Tile) -> dict[str, str | int | bool]:

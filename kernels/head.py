@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 
 from . import pointwise
-from .common import POINTERS, Tile, arithmetic, channels_last, device_of, relu6, tiles
-from .depthwise import GRID_LIMIT
+from .common import POINTERS, Tile, arithmetic, batches, channels_last, device_of, relu6, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])  # one binary for every batch
 def pool_kernel(
     x,  # [N, pixels, CIN]
     weight,  # [COUT, CIN]
@@ -101,9 +100,7 @@ def features(
     tile = choose_tile(x.device, n, cout, arithmetic(x.dtype, tf32)) if tile is None else tile
     tile, image = pointwise.fit(tile, cin, cout), channels_last(x)
     with torch.cuda.device_of(x):
-        most = GRID_LIMIT * tile["images"]
-        for first in range(0, n, most):
-            some = slice(first, first + most)
+        for some in batches(n, tile["images"]):
             pool_kernel[triton.cdiv(cout, tile["n"]), triton.cdiv(len(out[some]), tile["images"])](
                 image[some],
                 weight.contiguous(),

@@ -1,9 +1,10 @@
 """The whole network on a GPU, batch norm folded: which kernel makes which layers, and the launches in order.
 
 On sm_90, in fp16 and bf16, whole blocks are one launch each where they have a geometry and fit on the chip
-(`fuse`); everywhere else, and for every other size, each layer is one. An operator whose kernel is off, or
-cannot take an input, is the caller's function in plain torch, among the other launches. Nothing here waits
-for the GPU but the packing of weights, which are packed for the form that a call needs when it first comes.
+(`fuse`); everywhere else, and for every other size, each layer is one, or depthwise and projection together
+are (`project`, which has not been seen to be faster). An operator whose kernel is off, or cannot take an
+input, is the caller's function in plain torch, among the other launches. Nothing here waits for the GPU but
+the packing of weights, which are packed for the form that a call needs when it first comes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Protocol
 import torch
 from triton.errors import TritonError
 
-from . import head, inverted_residual, pointwise
+from . import depthwise as depthwise_layer
+from . import depthwise_project, head, inverted_residual, pointwise
+from . import stem as stem_layer
 from .common import arithmetic, device_of, tiles
 from .depthwise import depthwise, limit, pack_weight
 from .inverted_residual import STEM_SIZE, Form, Packed
@@ -27,6 +30,10 @@ class Spec(Protocol):
 
     @property
     def kind(self) -> str: ...
+    @property
+    def cin(self) -> int: ...
+    @property
+    def cout(self) -> int: ...
     @property
     def stride(self) -> int: ...
     @property
@@ -75,6 +82,7 @@ class Network:
         tf32: multiply float32 as TF32; in full precision otherwise.
         fuse: whole blocks in one launch where there is a form for them.
         pool: a chain that ends in a pointwise layer gives its mean over H and W.
+        project: a depthwise layer and the linear 1x1 layer behind it in one launch, outside of whole blocks.
         answer: dtype of the answer.
         plain: operators in plain torch, by name, for those that are off and for inputs past a kernel's limit.
         off: those of them whose kernels are not used, and why; a kernel that turns out not to fit on the GPU
@@ -95,6 +103,7 @@ class Network:
         tf32: bool = False,
         fuse: bool = False,
         pool: bool = False,
+        project: bool = False,
         answer: torch.dtype = torch.float32,
         plain: Mapping[str, Plain] | None = None,
         off: dict[str, str] | None = None,
@@ -104,6 +113,7 @@ class Network:
         if fuse and dtype not in inverted_residual.DTYPES:
             raise ValueError(f"whole blocks are of float16 and bfloat16, not {dtype}: leave fuse out")
         self.specs, self.dtype, self.tf32, self.fuse = tuple(specs), dtype, tf32, fuse
+        self.project = project
         self.device, self.norm = device, None if norm is None else norm.to(device)
         self.answer, self._plain, self.off = answer, dict(plain or {}), {} if off is None else off
         # Layers of the head, which is two kernels' work: the mean of the last 1x1 layer, and a classifier.
@@ -166,9 +176,9 @@ class Network:
         """The launches for photos of h x w, in order. The last one is of the head, where there is one."""
         launches, i, last = [], 0, len(self.specs) - self._head_layers
         while i < last:
-            count = 3 if self._whole(i, h, w) else 1
-            spec = self.specs[i]
-            launches.append(Launch("block" if count == 3 else spec.kind, i, count))
+            count = 3 if self._whole(i, h, w) else 2 if self._projects(i) else 1
+            form = {1: self.specs[i].kind, 2: "depthwise_project", 3: "block"}[count]
+            launches.append(Launch(form, i, count))
             for spec in self.specs[i : i + count]:
                 h, w = (h - 1) // spec.stride + 1, (w - 1) // spec.stride + 1
             i += count
@@ -185,6 +195,15 @@ class Network:
         else:
             tile = inverted_residual.choose_tile(name, h, form.stride)
         return inverted_residual.declines(form, h, w, tile) is None
+
+    def _projects(self, i: int) -> bool:
+        """Whether one launch makes layers i and i + 1, outside of a whole block."""
+        if not self.project or i + 1 >= len(self.specs) - self._head_layers:
+            return False
+        a, b = self.specs[i : i + 2]
+        kinds = a.kind, b.kind, a.relu6, b.relu6
+        off = self.off.keys() & {"depthwise", "pointwise"}
+        return not off and kinds == ("depthwise", "pointwise", True, False)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The chain's answer, such as logits of photos.
@@ -255,6 +274,17 @@ class Network:
         call = inputs[-1], *self._layer(launch.first), spec.stride, spec.relu6
         return self._by("depthwise", inputs[-1], lambda: depthwise(*call), lambda plain: plain(*call))
 
+    def _depthwise_project(
+        self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None
+    ) -> torch.Tensor:
+        first, last = self.specs[launch.first : launch.first + 2]
+        # Counted back from the input of the 1x1 layer, which is not among them.
+        residual = inputs[-last.residual] if last.residual else None
+        spread, project = self._layer(launch.first), self._layer(launch.first + 1)
+        return depthwise_project.depthwise_project(
+            inputs[-1], spread, project, first.stride, residual, tf32=self.tf32
+        )
+
     def _pointwise(
         self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None
     ) -> torch.Tensor:
@@ -293,7 +323,7 @@ class Network:
         As the kernels' own `traffic` counts them: unique addresses of each program, weights included.
 
         Raises:
-            ValueError: a layer of its own, or a mean without a classifier, has no count.
+            ValueError: a mean without a classifier has no count.
         """
         total = 0
         kind = arithmetic(self.dtype, self.tf32)
@@ -307,7 +337,30 @@ class Network:
                     n, h * w, self._layer(launch.first)[0], self._layer(launch.first + 1)[0], kind
                 )
             else:
-                raise ValueError(f"{launch.form} as a layer of its own has no count")
+                total += self._layer_traffic(launch, (n, h, w), item)
             for spec in self.specs[launch.first : launch.first + launch.count]:
                 h, w = (h - 1) // spec.stride + 1, (w - 1) // spec.stride + 1
         return total
+
+    def _layer_traffic(self, launch: Launch, size: tuple[int, int, int], item: int) -> int:
+        """Bytes of a launch of one or two layers, for N maps of H x W; `item`: of a photo's numbers."""
+        i, (n, h, w) = launch.first, size
+        spec = self.specs[i]
+        own, kind = self.dtype.itemsize, arithmetic(self.dtype, self.tf32)
+        if spec.kind == "stem":
+            tile = tiles(device_of(self.device)[0], "stem")[kind]
+            return stem_layer.traffic((n, 3, h, w), spec.cout, own, tile, from_bytes=item == 1)
+        shape = n, spec.cout, h, w
+        if launch.count == 2:
+            pixels = n * ((h - 1) // spec.stride + 1) * ((w - 1) // spec.stride + 1)
+            cout = self.specs[i + 1].cout
+            tile = depthwise_project.choose_tile(self.device, pixels, spec.cout, cout, kind)
+            # The input itself as a residual is read under the windows already.
+            residual = self.specs[i + 1].residual > 1
+            return depthwise_project.traffic(shape, cout, spec.stride, own, tile, residual=residual)
+        if spec.kind == "depthwise":
+            tile = depthwise_layer.choose_tile(self.device, shape, spec.stride)
+            return depthwise_layer.traffic(shape, spec.stride, own, tile)
+        cout, cin = spec.cout, spec.cin
+        tile = pointwise.choose_tile(self.device, n * h * w, cin, cout, kind)
+        return pointwise.traffic(n * h * w, cin, cout, own, tile, residual=spec.residual > 0)

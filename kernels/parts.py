@@ -20,7 +20,8 @@ PER_UNIT = 4
 MOST = 4096
 
 
-@triton.jit
+# One binary for every batch; a `count` that 16 divides is known as such, or nothing moves as vectors.
+@triton.jit(do_not_specialize=["number"])
 def add_parts_kernel(parts, out, count, number, BLOCK: tl.constexpr):
     """out[i] = parts[0, i] + parts[1, i] + ...: BLOCK of `count` elements, `number` parts, in float32."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -36,6 +37,11 @@ def add_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
     """Fill contiguous `out` with the sum over the first dimension of contiguous float32 `parts`."""
     count = parts[0].numel()
     add_parts_kernel[triton.cdiv(count, BLOCK),](parts, out, count, len(parts), BLOCK=BLOCK, num_warps=WARPS)
+
+
+def traffic(number: int, count: int, item: int) -> int:
+    """Bytes that `add_parts` reads and writes: `number` parts of `count` float32, a result of `item` each."""
+    return count * (4 * number + item)
 
 
 def number_of_parts(steps: int, programs: int, units: int) -> int:

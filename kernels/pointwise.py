@@ -23,7 +23,7 @@ from .common import DTYPES, POINTERS, Tile, arithmetic, channels_last, device_of
 DOT = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])  # one binary for every batch
 def pointwise_kernel(
     x,  # [pixels, CIN]
     weight,  # [COUT, CIN]; [CIN, COUT] where TURNED

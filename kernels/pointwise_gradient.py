@@ -13,12 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
+from . import parts as shares
 from .common import DTYPES, POINTERS, Tile, arithmetic, channels_last, device_of, tiles
 from .parts import add_parts, number_of_parts
 from .pointwise import DOT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])  # one binary for every batch
 def weight_gradient_kernel(
     dy,  # [pixels, COUT]
     x,  # [pixels, CIN]
@@ -96,8 +97,7 @@ def weight_gradient(
     tile = fit(
         tiles(name, "pointwise_gradient")[arithmetic(x.dtype, tf32)] if tile is None else tile, cin, cout
     )
-    programs = triton.cdiv(cout, tile["m"]) * triton.cdiv(cin, tile["n"])
-    number = number_of_parts(triton.cdiv(pixels, tile["k"]), programs, units)
+    programs, number = _grid(pixels, cin, cout, tile, units)
     parts = torch.empty((number, cout, cin), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         weight_gradient_kernel[programs, number](
@@ -122,6 +122,26 @@ def fit(tile: Tile, cin: int, cout: int) -> Tile:
     """A tile of the table without what lies past the channels."""
     m, n = (max(DOT, triton.next_power_of_2(channels)) for channels in (cout, cin))
     return {**tile, "m": min(tile["m"], m), "n": min(tile["n"], n)}
+
+
+def _grid(pixels: int, cin: int, cout: int, tile: Tile, units: int) -> tuple[int, int]:
+    """Programs of one part, and parts."""
+    programs = triton.cdiv(cout, tile["m"]) * triton.cdiv(cin, tile["n"])
+    return programs, number_of_parts(triton.cdiv(pixels, tile["k"]), programs, units)
+
+
+def traffic(
+    pixels: int, cin: int, cout: int, item: int, tile: Tile, units: int = 1, out_item: int | None = None
+) -> int:
+    """Bytes that `weight_gradient` reads and writes on a GPU of so many multiprocessors, with a tile that
+    `fit` has made.
+
+    The unique addresses of each program, summed over programs, those of adding the parts included. L2 serves
+    a part. `out_item`: bytes of the result's numbers where they are not as x's.
+    """
+    _, number = _grid(pixels, cin, cout, tile, units)
+    read = pixels * (cout * triton.cdiv(cin, tile["n"]) + cin * triton.cdiv(cout, tile["m"])) * item
+    return read + number * cout * cin * 4 + shares.traffic(number, cout * cin, out_item or item)
 
 
 def compile_arguments(

@@ -12,13 +12,15 @@ their own; the cache serves the nine windows that share a pixel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import DTYPES, POINTERS, Tile, arithmetic, device_of, output, relu6, tiles
-from .depthwise import GRID_LIMIT, limit
+from .common import DTYPES, POINTERS, Tile, arithmetic, batches, device_of, output, relu6, tiles
+from .depthwise import limit, pixels_under
 from .pointwise import DOT
 
 
@@ -121,8 +123,7 @@ def stem(
         return out
     tile = tiles(device_of(x.device)[0], "stem")[arithmetic(weight.dtype, tf32)] if tile is None else tile
     with torch.cuda.device_of(x):
-        for first in range(0, n, GRID_LIMIT):
-            some = slice(first, first + GRID_LIMIT)
+        for some in batches(n):
             stem_kernel[triton.cdiv(ho * wo, tile["m"]), len(lines[some])](
                 x[some],
                 weight.contiguous(),
@@ -148,6 +149,19 @@ def stem(
 def columns(cout: int) -> int:
     """Channels of the kernel's tile: a power of two that holds them all."""
     return max(DOT, triton.next_power_of_2(cout))
+
+
+def traffic(shape: Sequence[int], cout: int, item: int, tile: Tile, *, from_bytes: bool = False) -> int:
+    """Bytes that `stem` reads and writes for x [N, 3, H, W] of any strides, `item` a number of the weight.
+
+    The unique addresses of each program, weights included, summed over programs. L2 serves a part.
+    """
+    n, _, h, w = shape
+    ho, wo = (h - 1) // 2 + 1, (w - 1) // 2 + 1
+    starts = range(0, ho * wo, tile["m"])
+    pixels = sum(pixels_under(at, min(at + tile["m"], ho * wo), ho, wo, h, w, 2) for at in starts)
+    weights = len(starts) * (28 * cout * item + (24 if from_bytes else 0))
+    return n * (3 * pixels * (1 if from_bytes else item) + weights + ho * wo * cout * item)
 
 
 def compile_arguments(

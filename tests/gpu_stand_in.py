@@ -50,6 +50,10 @@ class Captured:
         return graph(run, x, lane)
 
 
+# Why modules in train mode are torch's; tests/test_triton_train_modules.py trains.
+NO_TRAINING = "the stand-in trains nothing"
+
+
 class StandIn:
     """`launches`: name of each kernel launched, with ":tf32" where float32 is multiplied so."""
 
@@ -63,7 +67,14 @@ class StandIn:
         row = chains.KERNELS["cuda"]
         declines = backend.network_declines
         monkeypatch.setitem(
-            chains.KERNELS, "cpu", dataclasses.replace(row, unavailable=lambda: "", declines=declines)
+            chains.KERNELS,
+            "cpu",
+            dataclasses.replace(
+                row,
+                unavailable=lambda: "",
+                declines=declines,
+                declines_training=lambda device, asked: NO_TRAINING,
+            ),
         )
         monkeypatch.setattr(network, "stem", self.launcher("stem", eager.stem))
         monkeypatch.setattr(network, "depthwise", self.launcher("depthwise", eager.depthwise))

@@ -26,8 +26,7 @@ import gluon_stand_in
 from bench import gpu_checks, gpu_forms, gpu_network
 from bench.gpu_checks import Check
 from bench.gpu_forms import DTYPES, Form
-from kernels import depthwise, inverted_residual
-from kernels.block import block_kernel
+from kernels import depthwise
 from mnv2_fast import arch
 from mnv2_fast.backends import replay
 
@@ -112,26 +111,6 @@ def test_every_judge_sees_a_small_error(verdicts: dict[str, str]) -> None:
     assert said == dict.fromkeys(said, "")
 
 
-def _by_numpy(x, steps, norm, packed, lines, size, tile) -> None:  # noqa: PLR0917
-    """The launch of a whole block, by the numbers that its kernel's source computes."""
-    photo = (x.shape[2], x.shape[3]) if packed.stem else (0, 0)
-    memory = x.permute(0, 2, 3, 1) if packed.stem else x
-    names = ("expand", "depthwise", "shift", "project", "out_shift")
-    arguments = {
-        "x": memory.numpy().reshape(-1),
-        **dict(zip(("image_step", "channel_step", "row_step", "column_step"), steps, strict=True)),
-        **{name: getattr(packed, name).numpy().reshape(-1) for name in names},
-        "norm": (packed.out_shift if norm is None else norm).numpy().reshape(-1),
-        "y": lines.numpy().reshape(-1),
-        "images": len(lines),
-        "slabs": packed.slabs,
-    }
-    constants = inverted_residual.compile_constants(packed, size, tile, photo, from_bytes=norm is not None)
-    gluon_stand_in.run(
-        block_kernel, inverted_residual.programs(packed, len(lines), size), arguments | constants
-    )
-
-
 def _blocks(*rows: str) -> Iterator[Form]:
     for form in gpu_forms.forms():
         if form.whole_block and form.rows[0] in rows:
@@ -141,10 +120,11 @@ def _blocks(*rows: str) -> Iterator[Form]:
 
 @pytest.mark.parametrize("form", list(_blocks("stem", "28_s2", "7_s1")), ids=str)
 def test_whole_blocks_are_right_by_numpy(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inverted_residual, "_launch", _by_numpy)
     monkeypatch.setattr(gpu_checks, "CHECK_BATCH", 3 if form.size == 7 else 1)
-    assert [check.run() for check in gpu_checks.form_checks(form, "fp16")] == [""]
-    assert touched(form, "fp16") == ""
+    with gluon_stand_in.executed() as moved:
+        assert [check.run() for check in gpu_checks.form_checks(form, "fp16")] == [""]
+        assert touched(form, "fp16") == ""
+    assert moved
 
 
 def _unwritten(x, weight, bias, stride, relu6, *, out, tile):

@@ -21,8 +21,8 @@ from mnv2_fast.backends import triton as backend
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
-from mnv2_fast.kernels import aot, depthwise
-from mnv2_fast.kernels.common import CONFIGS, DTYPES, slug, tiles
+from mnv2_fast.kernels import aot, common, depthwise
+from mnv2_fast.kernels.common import CONFIGS, DTYPES, GRID_LIMIT, slug, tiles
 
 TILES = tiles("", "depthwise")
 # Registers a thread may use so that 16 warps fit on a multiprocessor of 65,536.
@@ -43,7 +43,7 @@ class Case:
     relu6: bool = True
     layout: str = "channels_last"
     planted: str = ""
-    grid_limit: int = depthwise.GRID_LIMIT
+    grid_limit: int = GRID_LIMIT
 
     def __str__(self) -> str:
         parts = [
@@ -54,7 +54,7 @@ class Case:
             self.layout,
         ]
         parts += [self.planted or "finite", "relu6" if self.relu6 else "linear"]
-        parts += [f"chunks of {self.grid_limit}"] if self.grid_limit < depthwise.GRID_LIMIT else []
+        parts += [f"chunks of {self.grid_limit}"] if self.grid_limit < GRID_LIMIT else []
         return "-".join(parts)
 
 
@@ -124,7 +124,7 @@ def _verdict(case: Case) -> str:
     # One image more on either side shows a write outside the output; NaN in it, an element not written.
     guarded = torch.full((case.n + 2, ho, wo, case.c), torch.nan, dtype=dtype)
     out = guarded[1:-1].permute(0, 3, 1, 2)
-    with mock.patch.object(depthwise, "GRID_LIMIT", case.grid_limit):
+    with mock.patch.object(common, "GRID_LIMIT", case.grid_limit):
         result = depthwise.depthwise(x, weight, bias, case.stride, case.relu6, out=out, tile=TILES[case.tile])
     if result is not out:
         return "the result is not the buffer that was given"
@@ -263,6 +263,7 @@ def test_a_wrong_output_buffer_is_refused() -> None:
 
 def test_a_row_beyond_32_bits_is_refused() -> None:
     assert depthwise.limit(torch.Size((1, 2**14, 1, 2**14))) is not None
+    assert depthwise.limit(torch.Size((1, 1, 2**15, 2**16))) is not None
     assert depthwise.limit(torch.Size((2**20, 960, 112, 112))) is None
 
 

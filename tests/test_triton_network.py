@@ -72,6 +72,7 @@ CASES = [
 CASES += [Case("network", "float16", photos="float32"), Case("engine", "float16")]
 CASES += [Case("by operator", *kind, photos) for kind in KINDS[1:3] for photos in ("contiguous", "uint8")]
 CASES += [Case(what, *kind) for what in ("block", "features") for kind in KINDS]
+CASES += [Case("projected network", *kind, "uint8") for kind in KINDS]
 # N, pixels, Cin, Cout of the one; N, pixels, Cin, Cout, classes of the other.
 CASES += [
     Case("pointwise traffic", shape=shape) for shape in ((1, 5, 16, 24), (3, 49, 40, 130), (2, 70, 33, 64))
@@ -80,6 +81,8 @@ CASES += [
     Case("head traffic", shape=shape)
     for shape in ((1, 1, 16, 24, 3), (5, 49, 40, 130, 10), (6, 70, 33, 64, 90))
 ]
+CASES += [Case("network traffic", *kind, photos) for kind in KINDS[1:3] for photos in ("uint8", "contiguous")]
+CASES += [Case("projected network traffic", "float16")]
 
 
 def _network(case: Case) -> str:
@@ -87,8 +90,10 @@ def _network(case: Case) -> str:
     layers = tensors(specs)
     dtype = getattr(torch, case.dtype)
     off = dict.fromkeys(("depthwise", "head"), "a reason") if case.what == "by operator" else {}
-    plain = {op: getattr(eager, op) for op in off}
-    network = Network(specs, layers, dtype, CPU, norm=NORM, tf32=case.tf32, plain=plain, off=off)
+    plain, project = {op: getattr(eager, op) for op in off}, case.what == "projected network"
+    network = Network(
+        specs, layers, dtype, CPU, norm=NORM, tf32=case.tf32, plain=plain, off=off, project=project
+    )
     photos = torch.randint(0, 256, (2, 3, 21, 18), dtype=torch.uint8)
     seen = photos.double() * NORM[0].double().view(3, 1, 1) + NORM[1].double().view(3, 1, 1)
     if case.photos == "uint8":
@@ -180,6 +185,19 @@ def _engine(case: Case) -> str:
     )
 
 
+def _network_traffic(case: Case) -> str:
+    """All launches together, on photos of the network's dtype or of bytes."""
+    specs, dtype = small_specs(), getattr(torch, case.dtype)
+    project = case.what == "projected network traffic"
+    network = Network(specs, tensors(specs), dtype, CPU, norm=NORM, tf32=case.tf32, project=project)
+    from_bytes = case.photos == "uint8"
+    x = torch.zeros(2, 21, 18, 3, dtype=torch.uint8) if from_bytes else torch.zeros(2, 3, 21, 18, dtype=dtype)
+    with triton_interpreter.recorded() as moved:
+        network(x)
+    counted = network.traffic(2, 21, 18, x.element_size())
+    return "" if counted == moved.total else f"counted {counted}, the kernels moved {moved.total}"
+
+
 VERDICTS: dict[str, Callable[[Case], str]] = {
     "network": _network,
     "by operator": _network,
@@ -187,6 +205,9 @@ VERDICTS: dict[str, Callable[[Case], str]] = {
     "features": _chain,
     "pointwise traffic": _pointwise_traffic,
     "head traffic": _head_traffic,
+    "network traffic": _network_traffic,
+    "projected network": _network,
+    "projected network traffic": _network_traffic,
     "engine": _engine,
 }
 
@@ -274,12 +295,36 @@ def test_weights_are_those_that_were_given() -> None:
     assert torch.equal(network._whole_block(3).expand[: len(want), : want.shape[1]], want)
 
 
+def test_depthwise_and_projection_are_one_launch_where_asked() -> None:
+    """Seventeen pairs of layers, of which the last one is not the head's; off unless asked for."""
+    specs = arch.network()
+    off, on = (
+        Network(specs, tensors(specs), torch.float16, CPU, norm=NORM, project=project)
+        for project in (False, True)
+    )
+    assert {launch.count for launch in off.plan(224, 224)[:-1]} == {1}
+    plan = on.plan(224, 224)
+    assert [launch.form for launch in plan[:3]] == ["stem", "depthwise_project", "pointwise"]
+    assert sum(launch.form == "depthwise_project" for launch in plan) == 17
+    assert sum(launch.count for launch in plan) == len(specs)
+    assert on.traffic(256, 224, 224, 1) < off.traffic(256, 224, 224, 1)
+
+
 @pytest.mark.parametrize("item", [1, 2], ids=["bytes", "fp16"])
 def test_an_image_moves_few_bytes(fused: Network, item: int) -> None:
     """Of a batch of 256, halo and weights included; layer by layer the activations alone are 27.5 MB."""
     megabytes = fused.traffic(256, 224, 224, item) / 256 / 1e6
     print(f"{megabytes:.2f} MB an image")
     assert megabytes == pytest.approx({1: 6.95, 2: 7.14}[item], abs=0.01)
+
+
+def test_layer_by_layer_an_image_moves_more() -> None:
+    """Halos, and inputs that several programs read, are counted once for each of them; L2 serves those."""
+    specs = arch.network()
+    network = Network(specs, tensors(specs), torch.float16, CPU, norm=NORM)
+    megabytes = network.traffic(256, 224, 224, 1) / 256 / 1e6
+    print(f"{megabytes:.2f} MB an image")
+    assert megabytes == pytest.approx(41.39, abs=0.01)
 
 
 def test_what_is_no_network_is_refused() -> None:

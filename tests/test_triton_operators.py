@@ -1,6 +1,4 @@
-"""The Triton operators but the depthwise one: their answers in Triton's interpreter, their machine code from
-ptxas.
-"""
+"""The Triton operators but the depthwise one: their answers in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,26 +6,30 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import triton_interpreter
 from torch import Tensor
-
-from mnv2_fast import arch
+from triton_interpreter import kinds
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
-from mnv2_fast.kernels import aot, depthwise, depthwise_gradient, head, pointwise, pointwise_gradient, stem
-from mnv2_fast.kernels.common import CONFIGS, DTYPES, arithmetic, tiles
+from mnv2_fast.kernels import (
+    common,
+    depthwise_gradient,
+    depthwise_project,
+    head,
+    pointwise,
+    pointwise_gradient,
+    stem,
+)
+from mnv2_fast.kernels.common import CONFIGS, GRID_LIMIT, arithmetic, tiles
 from mnv2_fast.kernels.inverted_residual import GEOMETRIES
 
-# Bytes of shared memory that one program may have: sm_80 163 KiB, sm_90 and sm_100 227 KiB.
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 NORM = [[0.0171, 0.0175, 0.0174], [-2.118, -2.036, -1.804]]
 
 
@@ -47,6 +49,7 @@ class Case:
     from_bytes: bool = False
     layout: str = "channels_last"
     planted: str = ""
+    grid_limit: int = GRID_LIMIT
 
     def __str__(self) -> str:
         parts = [self.op, "x".join(map(str, self.shape)), self.dtype]
@@ -155,6 +158,20 @@ def _depthwise_weight(case: Case, dtype: torch.dtype, tile: Mapping[str, int]) -
     return memory, (out, want, depthwise_gradient.tolerance(want, size_of, n * size[0] * size[1], dtype))
 
 
+def _depthwise_project(case: Case, dtype: torch.dtype, tile: Mapping[str, int]) -> tuple[Tensor, Judged]:
+    n, c, h, w = case.shape
+    size = (h - 1) // case.stride + 1, (w - 1) // case.stride + 1
+    x = _laid(_tensor(*case.shape, dtype=dtype, scale=2), case)
+    spread = _tensor(c, 1, 3, 3, dtype=dtype), _tensor(c, dtype=dtype, shift=2)
+    project = _tensor(case.cout, c, 1, 1, dtype=dtype, scale=c**-0.5), _tensor(case.cout, dtype=dtype)
+    residual = _tensor(n, case.cout, *size, dtype=dtype) if case.residual else None
+    args = x, spread, project, case.stride, residual
+    memory, out = _image(case, case.cout, dtype, size)
+    depthwise_project.depthwise_project(*args, out=out, tf32=case.tf32, tile=tile)
+    want = depthwise_project.reference(*args)
+    return memory, (out, want, depthwise_project.tolerance(*args, want, case.tf32))
+
+
 def _stem(case: Case, dtype: torch.dtype, tile: Mapping[str, int]) -> tuple[Tensor, Judged]:
     _, _, h, w = case.shape
     norm = torch.tensor(NORM) if case.from_bytes else None
@@ -192,20 +209,14 @@ OPERATORS: dict[str, tuple[Callable[[Case, torch.dtype, Mapping[str, int]], tupl
     "pointwise weight gradient": (_pointwise_weight, "pointwise_gradient"),
     "depthwise input gradient": (_depthwise_input, "depthwise"),
     "depthwise weight gradient": (_depthwise_weight, "depthwise_weight"),
+    "depthwise project": (_depthwise_project, "depthwise_project"),
     "features": (_features, "head"),
 }
 
 
-def _kinds() -> Iterator[tuple[str, bool]]:
-    """dtype and whether float32 is multiplied as TF32."""
-    for dtype in DTYPES:
-        yield str(dtype).removeprefix("torch."), False
-    yield "float32", True
-
-
-def _products(op: str) -> Iterator[Case]:
+def _products(op: str, stride: int = 1) -> Iterator[Case]:
     """Cases of an operator that multiplies matrices: around the tiles' edges, layouts, planted values."""
-    sizes = ("large", "small") if op.startswith("pointwise") and "weight" not in op else ("",)
+    sizes = ("",) if op in ("pointwise weight gradient", "features") else ("large", "small")
     shapes = [
         ((1, 1, 1, 1), 1),
         ((3, 16, 2, 5), 24),
@@ -213,18 +224,26 @@ def _products(op: str) -> Iterator[Case]:
         ((2, 72, 3, 5), 15),
         ((1, 24, 12, 11), 144),
     ]
-    for ((shape, cout), (dtype, tf32)), size in itertools.product(itertools.product(shapes, _kinds()), sizes):
+    for ((shape, cout), (dtype, tf32)), size in itertools.product(itertools.product(shapes, kinds()), sizes):
         kind = arithmetic(getattr(torch, dtype), tf32)
         tile = "_".join(filter(None, (size, kind)))
         yield Case(
-            op, shape, dtype, cout, tile=tile, tf32=tf32, relu6=sum(shape) % 2 == 0, residual=cout % 2 == 1
+            op,
+            shape,
+            dtype,
+            cout,
+            stride,
+            tile,
+            tf32=tf32,
+            relu6=sum(shape) % 2 == 0,
+            residual=cout % 2 == 1,
         )
     tile = "small_ieee" if sizes[0] else "ieee"
-    yield Case(op, (0, 8, 3, 3), "float32", 8, tile=tile)
+    yield Case(op, (0, 8, 3, 3), "float32", 8, stride, tile)
     for layout in ("contiguous", "sliced"):
-        yield Case(op, (2, 8, 3, 5), "float32", 8, tile=tile, residual=True, layout=layout)
+        yield Case(op, (2, 8, 3, 5), "float32", 8, stride, tile, residual=True, layout=layout)
     for planted in ("nan", "inf", "-inf"):
-        yield Case(op, (2, 8, 3, 5), "float16", 8, tile=tile.replace("ieee", "half"), planted=planted)
+        yield Case(op, (2, 8, 3, 5), "float16", 8, stride, tile.replace("ieee", "half"), planted=planted)
 
 
 def _cases() -> list[Case]:
@@ -233,10 +252,11 @@ def _cases() -> list[Case]:
         for op in ("pointwise", "pointwise input gradient", "pointwise weight gradient", "features")
         for case in _products(op)
     ]
+    cases += [case for stride in (1, 2) for case in _products("depthwise project", stride)]
     for op, stride in itertools.product(("depthwise input gradient", "depthwise weight gradient"), (1, 2)):
         tables = ("large", "small") if "input" in op else ("",)
         named = "" if op == "depthwise input gradient" and stride == 2 else f"s{stride}"
-        for size, (dtype, tf32) in itertools.product(tables, _kinds()):
+        for size, (dtype, tf32) in itertools.product(tables, kinds()):
             tile = "_".join(filter(None, (size, named)))
             for shape in ((1, 1, 1, 1), (3, 8, 7, 7), (1, 17, 15, 2), (2, 24, 8, 9), (1, 33, 1, 6)):
                 if not tf32:
@@ -251,7 +271,7 @@ def _cases() -> list[Case]:
             for planted in ("nan", "inf")
         ]
     for shape, (dtype, tf32), from_bytes in itertools.product(
-        ((1, 3, 1, 1), (2, 3, 15, 18), (1, 3, 32, 9)), _kinds(), (False, True)
+        ((1, 3, 1, 1), (2, 3, 15, 18), (1, 3, 32, 9)), kinds(), (False, True)
     ):
         tile = arithmetic(getattr(torch, dtype), tf32)
         for layout in ("channels_last", "contiguous", "sliced"):
@@ -273,6 +293,12 @@ def _cases() -> list[Case]:
         Case("stem", (2, 3, 5, 6), "float16", 8, tile="half", planted=planted) for planted in ("nan", "inf")
     ]
     cases.append(Case("stem", (0, 3, 5, 6), "float16", 8, tile="half"))
+    # Batches of more images than one launch may have.
+    cases.append(Case("stem", (5, 3, 3, 4), "float16", 8, tile="half", grid_limit=2))
+    cases.append(Case("features", (11, 16, 1, 2), "float16", 24, tile="half", grid_limit=1))
+    cases.append(
+        Case("depthwise input gradient", (5, 3, 3, 4), "float16", stride=2, tile="small", grid_limit=2)
+    )
     return cases
 
 
@@ -289,7 +315,8 @@ def _tile(case: Case) -> Mapping[str, int]:
 def _verdict(case: Case) -> str:
     """What is wrong with the kernel's answer to one case, or "". Runs in the child."""
     torch.manual_seed(0)
-    memory, (out, want, allowed) = OPERATORS[case.op][0](case, getattr(torch, case.dtype), _tile(case))
+    with mock.patch.object(common, "GRID_LIMIT", case.grid_limit):
+        memory, (out, want, allowed) = OPERATORS[case.op][0](case, getattr(torch, case.dtype), _tile(case))
     if not (memory[:64].isnan().all() and memory[-64:].isnan().all()):
         return "wrote outside the output"
     return triton_interpreter.judge(out, want, allowed)
@@ -305,135 +332,13 @@ def test_interpreted_kernel_matches_float64(case: Case, verdicts: dict[str, str]
     assert verdicts[str(case)] == ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Build:
-    """One kernel as a layer launches it, for one GPU."""
-
-    name: str
-    kernel: Any
-    arguments: Mapping[str, str | int | bool]
-    tile: Mapping[str, int]
-    sm: int
-    dtype: torch.dtype
-    tf32: bool = False
-    relu6: bool = False
-    multiplies: bool = True  # matrices
-
-
-def _layers(kind: str) -> list[tuple[int, int, int, bool]]:
-    """cin, cout, stride and ReLU6 of the network's layers of a kind."""
-    return sorted({(s.cin, s.cout, s.stride, s.relu6) for s in arch.network() if s.kind == kind})
-
-
-def _kernels(
-    dtype: torch.dtype, tf32: bool
-) -> Iterator[tuple[str, Any, Mapping[str, Any], Mapping[str, int], bool, bool]]:
-    """Of every layer: name, kernel, arguments, tile, whether it has a ReLU6 and multiplies matrices."""
-    kind = arithmetic(dtype, tf32)
-    tile = tiles("", "stem")[kind]
-    for from_bytes in (False, True):
-        arguments = stem.compile_arguments(arch.STEM_CHANNELS, dtype, tile, from_bytes=from_bytes, tf32=tf32)
-        yield f"stem bytes={from_bytes}", stem.stem_kernel, arguments, tile, True, True
-    tile = tiles("", "head")[kind]
-    yield (
-        "features 320x1280",
-        head.pool_kernel,
-        head.compile_arguments(320, 1280, dtype, tile, tf32=tf32),
-        tile,
-        True,
-        True,
-    )
-    for (cin, cout, _, relu6), size in itertools.product(
-        [*_layers("pointwise"), (1280, 1000, 1, False)], ("large", "small")
-    ):
-        tile = pointwise.row("", f"{size}_{kind}", cin, cout)
-        arguments = pointwise.compile_arguments(
-            cin, cout, dtype, tile, relu6=relu6, residual=not relu6, tf32=tf32
-        )
-        yield f"pointwise {cin}x{cout} {size}", pointwise.pointwise_kernel, arguments, tile, relu6, True
-        tile = pointwise.row("", f"{size}_{kind}", cout, cin)
-        arguments = pointwise.compile_arguments(
-            cout, cin, dtype, tile, residual=True, gradient=True, tf32=tf32
-        )
-        yield f"pointwise input {cin}x{cout} {size}", pointwise.pointwise_kernel, arguments, tile, False, True
-    for cin, cout, _, _ in _layers("pointwise"):
-        tile = tiles("", "pointwise_gradient")[kind]
-        arguments = pointwise_gradient.compile_arguments(cin, cout, dtype, tile, tf32=tf32)
-        yield (
-            f"pointwise weight {cin}x{cout}",
-            pointwise_gradient.weight_gradient_kernel,
-            arguments,
-            tile,
-            False,
-            True,
-        )
-    if tf32:
-        return
-    for c, _, stride, _ in _layers("depthwise"):
-        tile = tiles("", "depthwise_weight")[f"s{stride}"]
-        arguments = depthwise_gradient.weight_arguments(c, stride, dtype, tile)
-        yield (
-            f"depthwise weight {c} s{stride}",
-            depthwise_gradient.weight_gradient_kernel,
-            arguments,
-            tile,
-            False,
-            False,
-        )
-        for size in ("large", "small"):
-            tile = tiles("", "depthwise_input_s2" if stride == 2 else "depthwise")[
-                size if stride == 2 else f"{size}_s1"
-            ]
-            if stride == 2:
-                kernel, arguments = (
-                    depthwise_gradient.input_gradient_s2_kernel,
-                    depthwise_gradient.input_arguments(c, dtype, tile),
-                )
-            else:
-                kernel, arguments = (
-                    depthwise.depthwise_kernel,
-                    depthwise.compile_arguments(c, 1, False, dtype, tile, turned=True),
-                )
-            yield f"depthwise input {c} s{stride} {size}", kernel, arguments, tile, False, False
-
-
-def _builds() -> Iterator[Any]:
-    """Every layer for every GPU and dtype; of those that are not slow, fp16 on sm_90 alone."""
-    for sm, (name, tf32) in itertools.product(SHARED, _kinds()):
-        dtype = getattr(torch, name)
-        for what, kernel, arguments, tile, relu6, multiplies in _kernels(dtype, tf32):
-            build = Build(what, kernel, arguments, tile, sm, dtype, tf32, relu6, multiplies)
-            often = sm == 90 and dtype == torch.float16 and "small" not in what
-            yield pytest.param(
-                build,
-                id=f"{what}-{arithmetic(dtype, tf32)}-{name}-sm{sm}",
-                marks=() if often else pytest.mark.slow,
-            )
-
-
-@pytest.mark.parametrize("build", list(_builds()))
-def test_compiles_without_spills(build: Build, record_property: Callable[[str, object], None]) -> None:
-    tile = build.tile
-    built = aot.compile_for(build.kernel, build.sm, build.arguments, tile["warps"], tile.get("stages", 3))
-    for name in ("registers", "stack", "local", "shared"):
-        record_property(name, getattr(built, name))
-    print(f"registers {built.registers}, stack {built.stack}, local {built.local}, shared {built.shared}")
-    assert (built.stack, built.local) == (0, 0)
-    assert built.shared <= SHARED[build.sm]
-    # NaN must survive ReLU6 on the hardware, where the interpreter proves nothing.
-    clamps = [clamp for clamp in re.findall(r"\b(?:min|max)\.\S*", built.ptx) if clamp.endswith("f32")]
-    assert {"max.NaN.f32", "min.NaN.f32"} == set(clamps) if build.relu6 else not clamps
-    if build.multiplies:
-        on_tensor_cores = re.search(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)", built.ptx) is not None
-        assert on_tensor_cores == (arithmetic(build.dtype, build.tf32) != "ieee")
-
-
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_tile_table_is_complete(path: Path) -> None:
     """Every table has the rows that the launchers look for, with the numbers that the kernels read."""
     kinds, warps = ("half", "tf32", "ieee"), {"warps"}
     product = warps | {"m", "n", "k", "stages"}
     wanted = {
+        "depthwise_project": ([f"{size}_{kind}" for size in ("large", "small") for kind in kinds], product),
         "stem": (kinds, warps | {"m"}),
         "pointwise": ([f"{size}_{kind}" for size in ("large", "small") for kind in kinds], product),
         "head": (kinds, product | {"images"}),
@@ -471,6 +376,11 @@ def test_tile_table_is_complete(path: Path) -> None:
 
 
 F16 = {"dtype": torch.float16}
+
+
+def _project(x: Tensor, cin: int = 3, stride: int = 2, residual: Tensor | None = None) -> Tensor:
+    spread, project = (torch.zeros(3, 1, 3, 3), torch.zeros(3)), (torch.zeros(4, cin, 1, 1), torch.zeros(4))
+    return depthwise_project.depthwise_project(x, spread, project, stride, residual)
 
 
 @pytest.mark.parametrize(
@@ -545,6 +455,11 @@ F16 = {"dtype": torch.float16}
             ),
             r"norm must be float32 \(2, 3\)",
         ),
+        (lambda: _project(torch.zeros(1, 3, 5, 4), cin=4), "do not fit"),
+        (lambda: _project(torch.zeros(1, 4, 5, 4)), "x has 4 channels"),
+        (lambda: _project(torch.zeros(1, 3, 5, 4), residual=torch.zeros(1, 4, 5, 4)), "residual must be"),
+        (lambda: _project(torch.zeros(1, 3, 5, 4, **F16)), "must share one of"),
+        (lambda: _project(torch.zeros(1, 3, 5, 4), stride=3), "stride must be 1 or 2"),
         (
             lambda: head.features(torch.zeros(1, 3, 0, 2), torch.zeros(4, 3, 1, 1), torch.zeros(4)),
             "at least 1x1",

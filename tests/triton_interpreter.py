@@ -23,6 +23,13 @@ CHILD_SECONDS = 240
 Case = TypeVar("Case")
 
 
+def kinds() -> Iterator[tuple[str, bool]]:
+    """How a kernel can compute: dtype and whether float32 is multiplied as TF32."""
+    for dtype in ("float32", "float16", "bfloat16"):
+        yield dtype, False
+    yield "float32", True
+
+
 def verdicts(path: str) -> dict[str, str]:
     """What is wrong with each case, "" where nothing is: what `print_verdicts` prints when `path` is run."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -65,7 +72,8 @@ def mend() -> None:
     """Make Triton 3.6's interpreter do what the hardware does where it does not.
 
     It rounds to bfloat16 towards zero and multiplies matrices of it by their bits; TF32 keeps all of
-    float32's bits; numpy 2.4 turns no array of one element into the number that a loop's bound is.
+    float32's bits; numpy 2.4 turns no array of one element into the number that a loop's bound is; and it
+    counts loops in numbers, which have 32 bits where they are small, whatever their bounds have.
     """
     from triton.runtime import interpreter
 
@@ -87,7 +95,7 @@ def mend() -> None:
     cast_impl.mended = True  # type: ignore[attr-defined]
     builder.cast_impl = cast_impl
     builder.create_dot = create_dot
-    interpreter.range = lambda *bounds: builtins.range(*map(_number, bounds))
+    interpreter.range = _range
 
 
 class Traffic:
@@ -148,6 +156,19 @@ def _factor(handle: Any, precision: str) -> np.ndarray:
     if precision.endswith("TF32") and str(handle.dtype.scalar) == "fp32":
         wide = (wide.view(np.uint32) & 0xFFFFE000).view(np.float32)
     return wide
+
+
+def _range(*bounds: Any) -> Iterable[Any]:
+    """The numbers of a loop: of its bounds' widest type where they are tensors."""
+    from triton.runtime import interpreter
+
+    numbers = builtins.range(*map(_number, bounds))
+    kinds = [bound.dtype for bound in bounds if hasattr(bound, "handle")]
+    if not kinds:
+        return numbers
+    kind = max(kinds, key=lambda kind: kind.primitive_bitwidth)
+    dtype, tl = interpreter._get_np_dtype(kind), interpreter.tl
+    return (tl.tensor(interpreter.TensorHandle(np.array([i], dtype), kind), kind) for i in numbers)
 
 
 def _number(bound: Any) -> int:
