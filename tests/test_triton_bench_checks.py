@@ -8,7 +8,6 @@ import json
 import math
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))  # the interpreter's child is run as a script
 
 import gluon_stand_in
+import gpu_stand_in
 
 from bench import gpu_checks, gpu_forms, gpu_network
 from bench.gpu_checks import Check
@@ -227,12 +227,7 @@ class _Stub:
             return self.spoil(self.model.to(self.dtype)(x).double())
 
 
-def _by_launches(run: replay.Run, x: Tensor) -> replay.Graph:
-    y = run(x)
-    return replay.Graph(lambda: y.copy_(run(x)), x, y, threading.Lock())
-
-
-def _stale(run: replay.Run, x: Tensor) -> replay.Graph:
+def _stale(run: replay.Run, x: Tensor, lane: replay.Lane) -> replay.Graph:
     """A graph that answers what it did first, once it has answered."""
     y, first = run(x), []
 
@@ -241,7 +236,7 @@ def _stale(run: replay.Run, x: Tensor) -> replay.Graph:
             first.append(run(x))
         y.copy_(first[0])
 
-    return replay.Graph(again, x, y, threading.Lock())
+    return replay.Graph(again, x, y)
 
 
 @pytest.fixture
@@ -250,9 +245,10 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     model = gpu_network.settled_network()
     monkeypatch.setattr(gpu_network, "settled_network", lambda: model)
     monkeypatch.setattr(replay, "place", lambda x: 0)
-    monkeypatch.setattr(replay, "capturing", lambda: False)
+    monkeypatch.setattr(replay, "capturing", lambda device: False)
+    monkeypatch.setattr(replay, "_lanes", {})
 
-    def check(kind: str, spoil: Callable, from_bytes: bool, capture: Callable = _by_launches) -> str:
+    def check(kind: str, spoil: Callable, from_bytes: bool, capture: Callable = gpu_stand_in.graph) -> str:
         from copy import deepcopy
 
         monkeypatch.setattr(replay, "capture", capture)
