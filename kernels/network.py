@@ -154,9 +154,8 @@ class Network:
 
     def _projects(self, i: int) -> bool:
         """Whether one launch makes layers i and i + 1, outside of a whole block."""
-        a, b = self.specs[i : i + 2]
-        kinds = a.kind, b.kind, a.relu6, b.relu6
-        return self.project and kinds == ("depthwise", "pointwise", True, False)
+        kinds = [(spec.kind, spec.relu6) for spec in self.specs[i : i + 2]]
+        return self.project and kinds == [("depthwise", True), ("pointwise", False)]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of photos.
