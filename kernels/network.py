@@ -200,10 +200,9 @@ class Network:
         """Whether one launch makes layers i and i + 1, outside of a whole block."""
         if not self.project or i + 1 >= len(self.specs) - self._head_layers:
             return False
-        a, b = self.specs[i : i + 2]
-        kinds = a.kind, b.kind, a.relu6, b.relu6
+        kinds = [(spec.kind, spec.relu6) for spec in self.specs[i : i + 2]]
         off = self.off.keys() & {"depthwise", "pointwise"}
-        return not off and kinds == ("depthwise", "pointwise", True, False)
+        return not off and kinds == [("depthwise", True), ("pointwise", False)]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The chain's answer, such as logits of photos.

@@ -108,9 +108,14 @@ def test_the_table_is_complete(tune: Callable[..., dict], tmp_path: Path) -> Non
 
 
 def test_all_rows_are_tried() -> None:
-    """Those of whole blocks first; small tiles with one image; at most so many as there is time for."""
+    """Those of whole blocks first; small tiles with one image; at most so many as there is time for.
+
+    Not those of what bench.gpu does not time: training, and depthwise with projection.
+    """
     tries = gpu_tune.tries()
-    wanted = {(name, row) for name, rows in DEFAULT.items() for row in rows if "x" not in row}
+    timed = {name: rows for name, rows in DEFAULT.items() if not name.startswith(("train", "norm"))}
+    del timed["depthwise_project"]
+    wanted = {(name, row) for name, rows in timed.items() for row in rows if "x" not in row}
     assert {(one.table, one.row) for one in tries} == wanted
     assert tries[0].form.whole_block
     assert {one.batch for one in tries if one.row.startswith("small")} == {1}

@@ -412,7 +412,7 @@ class Build:
 
         x = empty(256, layer.h, layer.w, spec.cin, dtype=dtype)
         z = empty(256, layer.ho, layer.wo, spec.cout, dtype=dtype)
-        weight = empty(*spec.weight_shape)
+        weight = empty(*spec.weight_shape, dtype=dtype if spec.kind == "pointwise" else torch.float32)
         # The network's last layer gets a gradient that its ReLU6 has not masked.
         of = RawGradient(z, z, empty(3, spec.cout), empty(3, spec.cout), spec == arch.network()[-2], True)
         applied = None if spec.kind == "pointwise" and spec.relu6 else Applied(empty(3, spec.cin), True)
