@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 
-from bench import gpu_forms, gpu_network
+from bench import gpu_forms, gpu_network, gpu_training
 from bench.gpu_forms import DTYPES, Form, forms, has_blocks, usable
 from kernels import (
     block,
@@ -74,6 +74,7 @@ def checks() -> list[Check]:
     return [
         *timed,
         *network_checks(NETWORKS),
+        *training_checks(),
         *far_checks(of_forms),
         *depthwise_checks(),
         *other_kinds(of_forms),
@@ -187,6 +188,12 @@ def check_far(form: Form) -> str:
     x[-1:] = probe.x
     probe.call(x, out)
     return judged(out[-1:], *probe.judge())
+
+
+def training_checks() -> Iterator[Check]:
+    """A training step in each dtype."""
+    for name, run in gpu_training.checks():
+        yield Check(name, "training" if name.endswith(TIMED) else "", run)
 
 
 def network_checks(rows: Sequence[Row]) -> Iterator[Check]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench.gpu_children import Answer
-from bench.gpu_times import BATCHES, COMPILED, EAGER, OURS, Times, Work
+from bench.gpu_times import BATCHES, COMPILED, EAGER, OURS, TRAINING, Times, Work
 from bench.results import Row
 
 KIND = "fp16"
@@ -29,6 +29,8 @@ class Report:
         """Keep and print one answer."""
         if work.name == "copy":
             self._take_copy(answer)
+        elif work.name == TRAINING:
+            self._take_step(work, answer)
         elif work.form is None:
             self._take_network(work.batch, work.contender, answer)
         elif answer.failed:
@@ -62,6 +64,28 @@ class Report:
         rate = batch / answer.found[0] * 1e3
         print(f"{named} {_in_words(answer.found)}, {rate:.0f} images/s")
         self.rows.append(dataclasses.replace(_with_times(row, answer.found), images_per_s=rate))
+
+    def _take_step(self, work: Work, answer: Answer) -> None:
+        row = Row(
+            "gpu",
+            TRAINING,
+            work.contender,
+            dtype=KIND,
+            device=self.device,
+            batch=work.batch,
+            weights="seeded",
+            form="autocast",
+        )
+        named = f"{TRAINING}, batch {work.batch:>4}, {work.contender:<28}"
+        if answer.failed:
+            print(f"{named} {answer.failed}")
+            self.rows.append(dataclasses.replace(row, note=answer.failed))
+            return
+        times, peak = answer.found["times"], answer.found["peak_mb"]
+        rate = work.batch / times[0] * 1e3
+        print(f"{named} {_in_words(times)}, {rate:.0f} images/s, {peak:.0f} MB")
+        row = dataclasses.replace(_with_times(row, times), images_per_s=rate, peak_mb=peak)
+        self.rows.append(row)
 
     def compiled(self, batch: int, answer: Answer) -> None:
         """Keep and print what torch.compile made of the network."""
@@ -101,6 +125,7 @@ class Report:
         """The short tables, line by line: kernels by name, then the network by batch beside its floors."""
         yield from self._of_kernels()
         yield from self._of_networks()
+        yield from self._of_steps()
         for way, moved in self.floors.items():
             rate = self.copy * 1e9 / moved
             yield f"floor, {way}: {moved / 1e6:.2f} MB an image, {rate:.0f} images/s at a copy's speed"
@@ -136,6 +161,15 @@ class Report:
             best = max((rate for rate in found[: len(ours)] if not math.isnan(rate)), default=math.nan)
             ratios = " ".join(f"{_ratio(best, of):>7}" for of in found[-2:])
             yield f"{batch:>8}  " + "".join(f"{_rate(rate):>28}" for rate in found) + f"   {ratios}"
+
+    def _of_steps(self) -> Iterator[str]:
+        for batch in sorted({row.batch for row in self.rows if row.name == TRAINING}):
+            rows = {row.contender: row for row in self.rows if (row.name, row.batch) == (TRAINING, batch)}
+            rates = {name: row.images_per_s or math.nan for name, row in rows.items()}
+            ours = rates.get(OURS, math.nan)
+            yield f"{TRAINING}, batch {batch}: " + ", ".join(
+                f"{name} {_rate(rate)} images/s ({_ratio(ours, rate)})" for name, rate in rates.items()
+            )
 
 
 def _with_times(row: Row, times: Times) -> Row:

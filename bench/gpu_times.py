@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import gpu_forms, gpu_network
+from bench import gpu_forms, gpu_network, gpu_training
 from bench.gpu_checks import TIMED
 from bench.gpu_children import in_one_line
 from bench.gpu_forms import DTYPES, Form, forms, has_blocks, usable
@@ -22,6 +22,9 @@ BATCHES = (256, 1, 32, 1024, 8)
 FORM_BATCH = 256
 COPY_BYTES = 2**30
 OURS, EAGER, COMPILED = "mnv2_fast", "torch eager channels_last", "torch.compile max-autotune"
+# A training step's; CUDA graphs would need a warm-up of their own.
+COMPILED_STEP = "torch.compile channels_last"
+TRAINING = "training step"
 # Our networks: their name, whether whole blocks are one launch.
 FORMS_OF_OURS = (("fused", True), ("by layer", False))
 
@@ -41,9 +44,19 @@ class Work:
 
 
 def works() -> list[Work]:
-    """All measurements but torch.compile's, the copy first. Training steps belong after the networks."""
+    """All measurements but torch.compile's of networks, the copy first."""
     copy = Work("copy", "", "", 1, measure_copy)
-    return [copy, *network_works(), *form_works()]
+    return [copy, *network_works(), *training_works(), *form_works()]
+
+
+def training_works() -> list[Work]:
+    """A training step on our kernels and in torch, by batch."""
+    whose = ((OURS, "ours"), (EAGER, "eager"), (COMPILED_STEP, "compiled"))
+    return [
+        Work(TRAINING, name, "training", batch, functools.partial(gpu_training.time_step, batch, contender))
+        for batch in gpu_training.BATCHES
+        for name, contender in whose
+    ]
 
 
 def network_works() -> list[Work]:
