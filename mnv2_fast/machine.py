@@ -11,11 +11,12 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_THREADS = 1024  # as csrc/parallel.h says
 
@@ -60,6 +61,8 @@ def device(name: str | torch.device) -> torch.device:
     Raises:
         UserError: there is no such device.
     """
+    import torch  # here alone: help and mistakes of the command line load none
+
     try:
         place = torch.device(name)
     except RuntimeError:
