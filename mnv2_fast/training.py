@@ -466,7 +466,8 @@ def _dense(t: Tensor | None) -> Tensor | None:
 def _nhwc(x: Tensor) -> Tensor:
     """[N, C, H, W] of any strides -> [N, H, W, C] without gaps; a view where it is channels_last already."""
     x = x.permute(0, 2, 3, 1)
-    return x if x.is_contiguous() else _kernels(x).empty(*x.shape, dtype=x.dtype).copy_(x)
+    with torch.cuda.device_of(x):  # a GPU's tensors are made on the current one
+        return x if x.is_contiguous() else _kernels(x).empty(*x.shape, dtype=x.dtype).copy_(x)
 
 
 def _check_pixels(shape: torch.Size) -> None:
