@@ -80,6 +80,14 @@ def store_moments(parts, part, channel, count, mean, spread, C: tl.constexpr):
 
 
 @triton.jit
+def store_sums(parts, part, channel, total, product, C: tl.constexpr):
+    """Store the two sums [N] that `norm_gradient_kernel` takes of some channels as one part of [P, 2, C]."""
+    at = parts + part * (2 * C) + channel
+    tl.store(at, total, mask=channel < C)
+    tl.store(at + C, product, mask=channel < C)
+
+
+@triton.jit
 def normalized(z, mean, scale, shift, RELU6: tl.constexpr):
     """What follows a raw output in float32."""
     y = (z - mean) * scale + shift
@@ -305,9 +313,7 @@ def sums_kernel(
             gradient = masked(gradient, raw, mean[None, :], scale[None, :], shift[None, :])
         total += tl.sum(gradient, 0)
         product += tl.sum(gradient * (raw - mean[None, :]), 0)
-    at = parts + part * (2 * C) + channel
-    tl.store(at, total, mask=channel < C)
-    tl.store(at + C, product, mask=channel < C)
+    store_sums(parts, part, channel, total, product, C)
 
 
 @triton.jit(do_not_specialize=["pixels"])

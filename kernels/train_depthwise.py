@@ -28,6 +28,7 @@ from .norm import (
     normalized,
     raw_gradient,
     store_moments,
+    store_sums,
     three,
 )
 from .parts import add_parts, number_of_parts
@@ -379,9 +380,7 @@ def gradients_kernel(
             window = _without_first(window, STRIDE)
     place = part * tl.num_programs(1) + run
     if FOR_X and NORM:
-        at = parts + place * (2 * C) + each
-        tl.store(at, tl.sum(total, 0), mask=each < C)
-        tl.store(at + C, tl.sum(product, 0), mask=each < C)
+        store_sums(parts, place, each, tl.sum(total, 0), tl.sum(product, 0), C)
     if FOR_WEIGHT:
         _store_nine(weight_parts, place, each, weights, C)
 

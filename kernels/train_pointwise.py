@@ -32,6 +32,7 @@ from .norm import (
     normalized,
     read_gradient,
     store_moments,
+    store_sums,
     three,
     with_tile,
 )
@@ -201,9 +202,7 @@ def input_gradient_kernel(
             dx, x, residual, out, pixel, channel, pixels, x_values, total, product, CIN, NORM, RELU6, RESIDUAL
         )
     if NORM:
-        at = parts + part * (2 * CIN) + channel
-        tl.store(at, total, mask=channel < CIN)
-        tl.store(at + CIN, product, mask=channel < CIN)
+        store_sums(parts, part, channel, total, product, CIN)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -315,9 +314,7 @@ def both_gradients_kernel(
             dx, x, residual, out, pixel, i, pixels, x_values, total, product, CIN, NORM, RELU6, RESIDUAL
         )
     if NORM:
-        at = parts + part * (2 * CIN) + i
-        tl.store(at, total, mask=i < CIN)
-        tl.store(at + CIN, product, mask=i < CIN)
+        store_sums(parts, part, i, total, product, CIN)
     at = part * (COUT * CIN) + o[:, None] * CIN + i[None, :]
     tl.store(weight_parts + at, sums, mask=known)
 

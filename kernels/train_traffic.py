@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 
+from . import parts
 from .aot import Launch
 
 FLOAT, DOUBLE = 4, 8
@@ -43,7 +44,7 @@ def _raw_gradient(of: Arguments) -> int:
 
 
 def _add_parts(of: Arguments, grid: Grid) -> int:
-    return of["count"] * (of["number"] * FLOAT + _item(of["out"]))
+    return parts.traffic(of["number"], of["count"], _item(of["out"]))
 
 
 def _normalize(of: Arguments, grid: Grid) -> int:

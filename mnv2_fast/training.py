@@ -21,7 +21,7 @@ from .autograd import TWICE, gradients
 from .backends import cpu_train, eager, triton_train
 from .backends.cpu_train import Conv, Expansion, ExpansionGradient, Gradient, Norm, Step
 from .chain import Chain, Link
-from .reading import Declined, Reading
+from .reading import Declined, Reading, autocast_dtype
 
 # An expansion's raw output is made again, not kept, where it has at most so many inputs and at least so
 # many values. At batch 32 and 224 x 224, on two cores of a Xeon (AMX), a training step took 510 ms so
@@ -141,8 +141,7 @@ def _kernels(x: Tensor) -> Any:
 
 def _dtype(device: torch.device) -> torch.dtype:
     """Of a training step on a device: autocast's, or float32."""
-    kind = device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    return autocast_dtype(device) or torch.float32
 
 
 def joins(x: Tensor) -> bool:

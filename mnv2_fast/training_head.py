@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autograd import TWICE
+from .reading import autocast_dtype
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
@@ -47,8 +48,7 @@ class HeadTraining(torch.autograd.Function):
         if scale is not None:
             pooled.mul_(scale)
         # Cast by hand: autocast would keep its own cast of a parameter, made here without autograd.
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = autocast_dtype(x.device) or x.dtype
         pooled, held = pooled.to(dtype), weight.detach().to(dtype)
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.save_for_backward(pooled, held, scale)
