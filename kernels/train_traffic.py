@@ -76,40 +76,25 @@ def _pointwise_forward(of: Arguments, grid: Grid) -> int:
     return (runs * cin + cout) * pixels * item + rows * FLOAT + weights
 
 
-def _passed_back(of: Arguments) -> tuple[int, int]:
-    """Elements a pixel and bytes a part of what leaves with a gradient of x, its norm read."""
-    cin = of["CIN"]
-    elements = cin * (2 if of["NORM"] or of["RESIDUAL"] else 1)
-    return elements, (5 * cin * FLOAT if of["NORM"] else 0)
-
-
 def _pointwise_input(of: Arguments, grid: Grid) -> int:
     (runs, number), pixels, cin, cout = grid, of["pixels"], of["CIN"], of["COUT"]
-    elements, rows = _passed_back(of)
-    read = runs * _raw_gradient(of) * cout + (cin if of["REMADE"] and not of["NORM"] else 0)
-    weights = number * cin * cout * _item(of["weight"])
-    return (
-        (read + elements) * pixels * _item(of["g"])
-        + number * (runs * _gradient_rows(of, cout) + rows)
-        + weights
-    )
+    elements = runs * _raw_gradient(of) * cout + cin * (2 if of["RESIDUAL"] else 1)
+    elements += cin if of["NORM"] or of["REMADE"] else 0
+    rows = runs * _gradient_rows(of, cout) + (5 * cin * FLOAT if of["NORM"] else 0)
+    weights = cin * cout * _item(of["weight"])
+    return elements * pixels * _item(of["g"]) + number * (rows + weights)
 
 
 def _pointwise_weight(of: Arguments, grid: Grid) -> int:
     (_, number), pixels, cin, cout = grid, of["pixels"], of["CIN"], of["COUT"]
     over_o, over_i = triton.cdiv(cout, of["M"]), triton.cdiv(cin, of["N"])
-    read = over_i * _raw_gradient(of) * cout + over_o * cin
+    elements = over_i * _raw_gradient(of) * cout + over_o * cin
     rows = over_i * _gradient_rows(of, cout) + (over_o * 3 * cin * FLOAT if of["NORM"] else 0)
-    rows += cin * cout * _item(of["weight"]) if of["REMADE"] else 0
-    return read * pixels * _item(of["g"]) + number * (rows + cout * cin * FLOAT)
-
-
-def _pointwise_both(of: Arguments, grid: Grid) -> int:
-    (runs, number), pixels, cin, cout = grid, of["pixels"], of["CIN"], of["COUT"]
-    elements, rows = _passed_back(of)
-    elements += runs * _raw_gradient(of) * cout + (0 if of["NORM"] else cin)  # with a norm x is among them
-    weights = cin * cout * (_item(of["weight"]) + FLOAT)
-    return elements * pixels * _item(of["g"]) + number * (rows + runs * _gradient_rows(of, cout) + weights)
+    rows += cin * cout * _item(of["weight"]) if of["REMADE"] or of["FOR_X"] else 0
+    if of["FOR_X"]:
+        elements += cin * (2 if of["RESIDUAL"] else 1)
+        rows += 2 * cin * FLOAT if of["NORM"] else 0
+    return elements * pixels * _item(of["g"]) + number * (rows + cout * cin * FLOAT)
 
 
 def _segments(steps: int, number: int, groups: int) -> Iterator[tuple[int, int]]:
@@ -206,9 +191,8 @@ _COUNTS: dict[tuple[str, str], Callable[[Arguments, Grid], int]] = {
     ("norm", "sums_kernel"): _sums,
     ("norm", "activate_kernel"): _activate,
     ("train_pointwise", "forward_kernel"): _pointwise_forward,
-    ("train_pointwise", "input_gradient_kernel"): _pointwise_input,
-    ("train_pointwise", "weight_gradient_kernel"): _pointwise_weight,
-    ("train_pointwise", "both_gradients_kernel"): _pointwise_both,
+    ("train_pointwise_gradient", "input_gradient_kernel"): _pointwise_input,
+    ("train_pointwise_gradient", "weight_gradient_kernel"): _pointwise_weight,
     ("train_depthwise", "forward_kernel"): _depthwise_forward,
     ("train_depthwise", "gradients_kernel"): _depthwise_gradients,
     ("train_stem", "forward_kernel"): _stem_forward,

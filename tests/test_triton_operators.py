@@ -357,7 +357,7 @@ def test_tile_table_is_complete(path: Path) -> None:
             ],
             product,
         ),
-        "train_pointwise_both": (kinds, warps | {"m", "most", "stages"}),
+        "train_pointwise_both": (kinds, warps | {"k", "most", "stages"}),
         "depthwise_input_s2": (("large", "small"), warps | {"rows", "block"}),
         "depthwise_weight": (("s1", "s2"), warps | {"rows", "cols", "block"}),
         "block": (

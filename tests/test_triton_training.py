@@ -23,6 +23,7 @@ from mnv2_fast.kernels import (
     norm,
     train_depthwise,
     train_pointwise,
+    train_pointwise_gradient,
     train_reference,
     train_stem,
     train_traffic,
@@ -231,14 +232,14 @@ def _gradients(case: Case, of: RawGradient, call: Call) -> tuple[Tensor | None, 
     if case.kind != "pointwise":
         return train_depthwise.gradients(of, weight, x, applied, case.stride, **wanted)
     if not case.split:
-        return train_pointwise.gradients(of, *call, tf32=case.tf32, **wanted)
+        return train_pointwise_gradient.gradients(of, *call, tf32=case.tf32, **wanted)
     kind = arithmetic(x.dtype, case.tf32)
     dx = dw = sums = None
     if wanted["for_x"]:
-        dx, sums, _ = train_pointwise.gradients(of, *call, tf32=case.tf32, for_weight=False)
+        dx, sums, _ = train_pointwise_gradient.gradients(of, *call, tf32=case.tf32, for_weight=False)
     if wanted["for_weight"]:
         tile = tiles("", "train_pointwise")[f"weight_{kind}"]
-        _, _, dw = train_pointwise.gradients(of, *call, tf32=case.tf32, for_x=False, tile=tile)
+        _, _, dw = train_pointwise_gradient.gradients(of, *call, tf32=case.tf32, for_x=False, tile=tile)
     return dx, sums, dw
 
 
@@ -368,7 +369,7 @@ UNITS = 132  # of an H200, which share the pixels
 
 
 def test_traffic_of_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (norm, train_depthwise, train_pointwise, train_stem):
+    for module in (norm, train_depthwise, train_pointwise, train_pointwise_gradient, train_stem):
         monkeypatch.setattr(module, "device_of", lambda device: ("", UNITS))
     monkeypatch.setitem(chains.KERNELS, "meta", chains.KERNELS["cuda"])
     monkeypatch.setattr(training, "_kernels", lambda x: triton_train)
@@ -427,9 +428,9 @@ class Build:
                 train_depthwise.gradients(of, weight, x, applied, spec.stride)
             else:
                 train_pointwise.forward(x, applied, weight, moments=True, tf32=self.tf32)
-                train_pointwise.gradients(of, weight, x, applied, residual, tf32=self.tf32)
-                train_pointwise.gradients(of, weight, x, applied, for_weight=False, tf32=self.tf32)
-                train_pointwise.gradients(of, weight, x, applied, for_x=False, tf32=self.tf32)
+                train_pointwise_gradient.gradients(of, weight, x, applied, residual, tf32=self.tf32)
+                train_pointwise_gradient.gradients(of, weight, x, applied, for_weight=False, tf32=self.tf32)
+                train_pointwise_gradient.gradients(of, weight, x, applied, for_x=False, tf32=self.tf32)
         return made
 
 

@@ -139,7 +139,7 @@ def backward(
     step: Step, *, residual: Tensor | None = None, for_x: bool = True, for_weight: bool = True
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `forward`, as `cpu_train.backward` has them; sums are what `norm_gradient` takes."""
-    from mnv2_fast.kernels import train_depthwise, train_pointwise, train_stem
+    from mnv2_fast.kernels import train_depthwise, train_pointwise_gradient, train_stem
 
     conv, of, x = step.conv, _raw_gradient(step.gradient, step.z), step.x
     assert isinstance(x, Tensor)
@@ -148,7 +148,7 @@ def backward(
     wanted = {"for_x": for_x, "for_weight": for_weight}
     if conv.kind == "depthwise":
         return train_depthwise.gradients(of, conv.weight, x, _applied(step.norm), conv.stride, **wanted)
-    return train_pointwise.gradients(
+    return train_pointwise_gradient.gradients(
         of, conv.weight, x, _applied(step.norm), residual, tf32=multiplies_tf32(), **wanted
     )
 
