@@ -25,9 +25,9 @@ import triton.language as tl
 from .common import Tile, device_of, relu6, tiles
 from .parts import number_of_parts
 
-# Channels of a program that puts parts together, and parts that it reads at once.
-CHANNELS, ROWS = 16, 64
-WARPS = 4
+# Channels of a program that puts parts together (a sector of memory), and parts that it reads at once.
+CHANNELS, ROWS = 8, 128
+WARPS = 8
 
 
 class Applied(NamedTuple):
@@ -68,6 +68,15 @@ def with_tile(count, mean, spread, z, valid):
     middle = tl.sum(z, 0) / some
     distance = tl.where(valid[:, None], z - middle[None, :], 0.0)
     return merged(count, mean, spread, some, middle, tl.sum(distance * distance, 0))
+
+
+@triton.jit
+def lanes_together(count, mean, spread):
+    """Moments [N] of what the lanes of a program have, [lanes, N]."""
+    total = tl.sum(count, 0)
+    middle = tl.sum(count * mean, 0) / tl.where(total > 0, total, 1.0)
+    distance = mean - middle[None, :]
+    return total, middle, tl.sum(spread + count * distance * distance, 0)
 
 
 @triton.jit
@@ -203,31 +212,23 @@ def normalize_kernel(
         middle = tl.load(mean + channel, mask=known, other=0.0).to(tl.float64)
         biased = tl.load(var + channel, mask=known, other=1.0).to(tl.float64)
     else:
-        count = tl.zeros((CHANNELS,), tl.float64)
-        total = tl.zeros((CHANNELS,), tl.float64)
+        count = tl.zeros((ROWS, CHANNELS), tl.float64)
+        means, spreads = count, count
         for first in tl.range(0, number, ROWS):
             part = first + tl.arange(0, ROWS)
             at = parts + part[:, None] * (3 * C) + channel[None, :]
             inside = (part < number)[:, None] & known[None, :]
-            some = tl.load(at, mask=inside, other=0.0).to(tl.float64)
-            count += tl.sum(some, 0)
-            total += tl.sum(some * tl.load(at + C, mask=inside, other=0.0).to(tl.float64), 0)
-        middle = total / tl.where(known, count, 1.0)
-        spread = tl.zeros((CHANNELS,), tl.float64)
-        for first in tl.range(0, number, ROWS):
-            part = first + tl.arange(0, ROWS)
-            at = parts + part[:, None] * (3 * C) + channel[None, :]
-            inside = (part < number)[:, None] & known[None, :]
-            some = tl.load(at, mask=inside, other=0.0).to(tl.float64)
-            distance = tl.load(at + C, mask=inside, other=0.0).to(tl.float64) - middle[None, :]
-            within = tl.load(at + 2 * C, mask=inside, other=0.0).to(tl.float64)
-            spread += tl.sum(within + some * distance * distance, 0)
-        biased = spread / tl.where(known, count, 1.0)
+            more = tl.load(at, mask=inside, other=0.0).to(tl.float64)
+            mean_of_more = tl.load(at + C, mask=inside, other=0.0).to(tl.float64)
+            spread_of_more = tl.load(at + 2 * C, mask=inside, other=0.0).to(tl.float64)
+            count, means, spreads = merged(count, means, spreads, more, mean_of_more, spread_of_more)
+        pixels, middle, spread = lanes_together(count, means, spreads)
+        biased = spread / tl.where(known, pixels, 1.0)
         if MOVE:
             held = tl.load(mean + channel, mask=known, other=0.0)
             tl.store(mean + channel, (held + share * (middle - held)).to(tl.float32), mask=known)
             held = tl.load(var + channel, mask=known, other=0.0)
-            unbiased = spread / tl.where(known, count - 1, 1.0)
+            unbiased = spread / tl.where(known, pixels - 1, 1.0)
             tl.store(var + channel, (held + share * (unbiased - held)).to(tl.float32), mask=known)
     scale = 1 / tl.sqrt(biased + EPS)
     shift = tl.zeros((CHANNELS,), tl.float32)
@@ -260,14 +261,15 @@ def norm_gradient_kernel(
     """One program: CHANNELS channels. All arrays contiguous."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < C
-    total = tl.zeros((CHANNELS,), tl.float64)
-    product = tl.zeros((CHANNELS,), tl.float64)
+    totals = tl.zeros((ROWS, CHANNELS), tl.float64)
+    products = totals
     for first in tl.range(0, number, ROWS):
         part = first + tl.arange(0, ROWS)
         at = parts + part[:, None] * (2 * C) + channel[None, :]
         inside = (part < number)[:, None] & known[None, :]
-        total += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float64), 0)
-        product += tl.sum(tl.load(at + C, mask=inside, other=0.0).to(tl.float64), 0)
+        totals += tl.load(at, mask=inside, other=0.0).to(tl.float64)
+        products += tl.load(at + C, mask=inside, other=0.0).to(tl.float64)
+    total, product = tl.sum(totals, 0), tl.sum(products, 0)
     inverse = 1 / tl.sqrt(tl.load(moments + C + channel, mask=known, other=1.0) + EPS)
     of_g = inverse
     if AFFINE:

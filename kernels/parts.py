@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 256
-WARPS = 4
+# Elements of a program, and parts that it reads at once: one after the other would be 500 loads in a row.
+BLOCK, ROWS = 64, 64
+WARPS = 8
 # Parts that the first stage makes: enough programs for a GPU's units, this many each, within what CUDA
 # allows.
 PER_UNIT = 4
@@ -22,21 +23,23 @@ MOST = 4096
 
 # One binary for every batch; a `count` that 16 divides is known as such, or nothing moves as vectors.
 @triton.jit(do_not_specialize=["number"])
-def add_parts_kernel(parts, out, count, number, BLOCK: tl.constexpr):
+def add_parts_kernel(parts, out, count, number, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """out[i] = parts[0, i] + parts[1, i] + ...: BLOCK of `count` elements, `number` parts, in float32."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    line = parts + at
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in tl.range(0, number):
-        total += tl.load(line, mask=at < count, other=0.0)
-        line += count
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in tl.range(0, number, ROWS):
+        part = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (part < number)[:, None] & (at < count)[None, :]
+        total += tl.load(parts + part[:, None] * count + at[None, :], mask=inside, other=0.0)
+    tl.store(out + at, tl.sum(total, 0).to(out.dtype.element_ty), mask=at < count)
 
 
 def add_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
     """Fill contiguous `out` with the sum over the first dimension of contiguous float32 `parts`."""
     count = parts[0].numel()
-    add_parts_kernel[triton.cdiv(count, BLOCK),](parts, out, count, len(parts), BLOCK=BLOCK, num_warps=WARPS)
+    add_parts_kernel[triton.cdiv(count, BLOCK),](
+        parts, out, count, len(parts), BLOCK=BLOCK, ROWS=ROWS, num_warps=WARPS
+    )
 
 
 def traffic(number: int, count: int, item: int) -> int:

@@ -23,6 +23,7 @@ from .norm import (
     Applied,
     RawGradient,
     gradient_rows,
+    lanes_together,
     masked,
     merged,
     normalized,
@@ -32,6 +33,10 @@ from .norm import (
     three,
 )
 from .parts import add_parts, number_of_parts
+
+
+# Bytes that memory moves at once. Whole rows of 112 columns would leave a program 4 channels, 8 bytes of each.
+SECTOR = 32
 
 
 @triton.jit
@@ -165,16 +170,6 @@ def _nine(weight, channel, C: tl.constexpr):
     return taps
 
 
-@triton.jit
-def _store_lanes(parts, place, channel, count, mean, spread, C: tl.constexpr):
-    """Store the moments of a program's lanes, [patches, channels] each, as one part."""
-    total = tl.sum(count, 0)
-    middle = tl.sum(count * mean, 0) / tl.where(total > 0, total, 1.0)
-    distance = mean - middle[None, :]
-    within = tl.sum(spread + count * distance * distance, 0)
-    store_moments(parts, place, channel, total, middle, within, C)
-
-
 @triton.jit(do_not_specialize=["n"])
 def forward_kernel(
     x,  # [N, H, W, C]
@@ -262,7 +257,8 @@ def forward_kernel(
             count, mean, spread = merged(count, mean, spread, some, origin + middle, within)
     if MOMENTS:
         place = part * tl.num_programs(1) + run
-        _store_lanes(parts, place, each, count, mean, spread, C)
+        total, middle, within = lanes_together(count, mean, spread)
+        store_moments(parts, place, each, total, middle, within, C)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -410,7 +406,7 @@ def forward(
     n, h, w, c = x.shape
     ho, wo = (h - 1) // stride + 1, (w - 1) // stride + 1
     z = torch.empty((n, ho, wo, c), dtype=x.dtype, device=x.device)
-    tile = choose_tile(x.device, "forward", stride, wo) if tile is None else tile
+    tile = choose_tile(x, "forward", stride, wo) if tile is None else tile
     grid = _grid(x.device, n, c, ho, wo, tile)
     parts = None
     if moments:
@@ -454,7 +450,7 @@ def gradients(
     """
     n, h, w, c = x.shape
     ho, wo = of.z.shape[1:3]
-    tile = choose_tile(x.device, "gradients", stride, wo) if tile is None else tile
+    tile = choose_tile(x, "gradients", stride, wo) if tile is None else tile
     grid = _grid(x.device, n, c, ho, wo, tile)
     number = grid[1] * grid[2]
     dx = torch.empty_like(x) if for_x else None
@@ -497,10 +493,13 @@ def gradients(
     return dx, parts, dw
 
 
-def choose_tile(device: torch.device, what: str, stride: int, wo: int) -> dict[str, int]:
-    """The table's tile for an output of wo columns, with the patches that these take."""
-    tile = tiles(device_of(device)[0], "train_depthwise")[f"{what}_s{stride}"]
-    patches = min(tile["patches"], triton.next_power_of_2(triton.cdiv(wo, tile["cols"])))
+def choose_tile(x: torch.Tensor, what: str, stride: int, wo: int) -> dict[str, int]:
+    """The table's tile for x and an output of wo columns: the patches that these take, but channels for a
+    sector at least.
+    """
+    tile = tiles(device_of(x.device)[0], "train_depthwise")[f"{what}_s{stride}"]
+    most = max(1, tile["lanes"] * x.element_size() // SECTOR)
+    patches = min(tile["patches"], most, triton.next_power_of_2(triton.cdiv(wo, tile["cols"])))
     return {**tile, "patches": patches, "channels": tile["lanes"] // patches}
 
 
