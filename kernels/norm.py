@@ -277,8 +277,9 @@ def norm_gradient_kernel(
     of_z = tl.zeros((CHANNELS,), tl.float64)
     constant = tl.zeros((CHANNELS,), tl.float64)
     if BATCH:
-        of_z = -of_g * inverse * inverse * product / pixels
-        constant = -of_g * total / pixels
+        share = of_g / pixels.to(tl.float64)
+        of_z = -share * inverse * inverse * product
+        constant = -share * total
     tl.store(coefficients + channel, of_g.to(tl.float32), mask=known)
     tl.store(coefficients + C + channel, of_z.to(tl.float32), mask=known)
     tl.store(coefficients + 2 * C + channel, constant.to(tl.float32), mask=known)

@@ -5,6 +5,7 @@ one of `parts`, and this kernel adds them: the same bits at every call on one GP
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: PLR0917
 
 from __future__ import annotations
 

@@ -34,8 +34,7 @@ from .norm import (
 )
 from .parts import add_parts, number_of_parts
 
-
-# Bytes that memory moves at once. Whole rows of 112 columns would leave a program 4 channels, 8 bytes of each.
+# Bytes that memory moves at once. Rows of 112 columns would leave a program 4 channels, 8 bytes of them.
 SECTOR = 32
 
 

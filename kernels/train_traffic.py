@@ -21,7 +21,7 @@ FLOAT, DOUBLE = 4, 8
 def traffic(launch: Launch) -> int:
     """Bytes of one launch."""
     kernel = launch.kernel.fn
-    return _COUNTS[kernel.__module__.rpartition(".")[2], kernel.__name__](launch.arguments, launch.grid)
+    return COUNTS[kernel.__module__.rpartition(".")[2], kernel.__name__](launch.arguments, launch.grid)
 
 
 Arguments = Mapping[str, Any]
@@ -184,7 +184,7 @@ def _stem_weight(of: Arguments, grid: Grid) -> int:
     return _stem_inputs(of, number) * _item(of["x"]) + read + number * each
 
 
-_COUNTS: dict[tuple[str, str], Callable[[Arguments, Grid], int]] = {
+COUNTS: dict[tuple[str, str], Callable[[Arguments, Grid], int]] = {
     ("parts", "add_parts_kernel"): _add_parts,
     ("norm", "normalize_kernel"): _normalize,
     ("norm", "norm_gradient_kernel"): _norm_gradient,
