@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Tile, device_of, relu6, tiles
+from .common import Tile, cdiv, device_of, next_power_of_2, relu6, tiles
 from .parts import number_of_parts
 
 # Channels of a program that puts parts together (a sector of memory), and parts that it reads at once.
@@ -393,7 +393,7 @@ def _normalize(
     values = torch.empty((3, c), dtype=torch.float32, device=held.device)
     mean, var = (values, values) if running is None else running
     with torch.cuda.device_of(held):
-        normalize_kernel[triton.cdiv(c, CHANNELS),](
+        normalize_kernel[cdiv(c, CHANNELS),](
             values if parts is None else parts,
             number,
             mean,
@@ -434,7 +434,7 @@ def norm_gradient(
     coefficients = torch.empty((3, c), dtype=torch.float32, device=parts.device)
     affine = torch.empty((2, c), dtype=torch.float32, device=parts.device)
     with torch.cuda.device_of(parts):
-        norm_gradient_kernel[triton.cdiv(c, CHANNELS),](
+        norm_gradient_kernel[cdiv(c, CHANNELS),](
             parts,
             number,
             float(pixels),
@@ -470,8 +470,8 @@ def sums(g: torch.Tensor, z: torch.Tensor, values: torch.Tensor, relu6: bool) ->
     pixels = z.numel() // c
     name, units = device_of(z.device)
     tile = fit(tiles(name, "norm")["sums"], c)
-    runs = triton.cdiv(c, tile["n"])
-    number = number_of_parts(triton.cdiv(pixels, tile["m"]), runs, units)
+    runs = cdiv(c, tile["n"])
+    number = number_of_parts(cdiv(pixels, tile["m"]), runs, units)
     parts = torch.empty((number, 2, c), dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):
         sums_kernel[runs, number](
@@ -489,7 +489,7 @@ def activate(
     out = torch.empty_like(z)
     tile = fit(tiles(device_of(z.device)[0], "norm")["activate"], c)
     with torch.cuda.device_of(z):
-        activate_kernel[triton.cdiv(pixels, tile["m"]), triton.cdiv(c, tile["n"])](
+        activate_kernel[cdiv(pixels, tile["m"]), cdiv(c, tile["n"])](
             z,
             values,
             z if residual is None else residual,
@@ -507,4 +507,4 @@ def activate(
 
 def fit(tile: Tile, c: int) -> Tile:
     """A tile of the table without what lies past the channels."""
-    return {**tile, "n": min(tile["n"], triton.next_power_of_2(c))}
+    return {**tile, "n": min(tile["n"], next_power_of_2(c))}

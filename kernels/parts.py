@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import cdiv
+
 # Elements of a program, and parts that it reads at once: one after the other would be 500 loads in a row.
 BLOCK, ROWS = 64, 64
 WARPS = 8
@@ -38,7 +40,7 @@ def add_parts_kernel(parts, out, count, number, BLOCK: tl.constexpr, ROWS: tl.co
 def add_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
     """Fill contiguous `out` with the sum over the first dimension of contiguous float32 `parts`."""
     count = parts[0].numel()
-    add_parts_kernel[triton.cdiv(count, BLOCK),](
+    add_parts_kernel[cdiv(count, BLOCK),](
         parts, out, count, len(parts), BLOCK=BLOCK, ROWS=ROWS, num_warps=WARPS
     )
 
@@ -50,4 +52,4 @@ def traffic(number: int, count: int, item: int) -> int:
 
 def number_of_parts(steps: int, programs: int, units: int) -> int:
     """Into how many parts a loop of `steps` is cut, of which each takes so many programs on so many units."""
-    return max(1, min(steps, triton.cdiv(PER_UNIT * units, programs), MOST))
+    return max(1, min(steps, cdiv(PER_UNIT * units, programs), MOST))

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Tile, device_of, tiles
+from .common import Tile, cdiv, device_of, next_power_of_2, tiles
 from .depthwise import _add_taps
 from .norm import (
     Applied,
@@ -498,7 +498,7 @@ def choose_tile(x: torch.Tensor, what: str, stride: int, wo: int) -> dict[str, i
     """
     tile = tiles(device_of(x.device)[0], "train_depthwise")[f"{what}_s{stride}"]
     most = max(1, tile["lanes"] * x.element_size() // SECTOR)
-    patches = min(tile["patches"], most, triton.next_power_of_2(triton.cdiv(wo, tile["cols"])))
+    patches = min(tile["patches"], most, next_power_of_2(cdiv(wo, tile["cols"])))
     return {**tile, "patches": patches, "channels": tile["lanes"] // patches}
 
 
@@ -509,9 +509,9 @@ def constants(tile: Tile) -> dict[str, int]:
 
 def _grid(device: torch.device, n: int, c: int, ho: int, wo: int, tile: Tile) -> tuple[int, int, int]:
     """Programs: runs of channels, runs of columns, parts."""
-    channels, columns = triton.cdiv(c, tile["channels"]), triton.cdiv(wo, tile["cols"] * tile["patches"])
+    channels, columns = cdiv(c, tile["channels"]), cdiv(wo, tile["cols"] * tile["patches"])
     return (
         channels,
         columns,
-        number_of_parts(n * triton.cdiv(ho, tile["rows"]), channels * columns, device_of(device)[1]),
+        number_of_parts(n * cdiv(ho, tile["rows"]), channels * columns, device_of(device)[1]),
     )

@@ -12,13 +12,14 @@ over pixels leave one part a program: no atomics, the bits are the same every ti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 
-from .common import Tile, arithmetic, device_of, tiles
+from .common import Tile, arithmetic, cdiv, device_of, next_power_of_2, tiles
 from .norm import Applied, normalized, store_moments, three, with_tile
 from .parts import number_of_parts
 from .pointwise import DOT
@@ -120,10 +121,10 @@ def forward(
     pixels = x.numel() // cin
     z = torch.empty((*x.shape[:-1], cout), dtype=x.dtype, device=x.device)
     name, units = device_of(x.device)
-    kind = arithmetic(x.dtype, tf32)
-    table = tiles(name, "train_pointwise")
-    tile = fit(row(table, f"forward_{kind}", cin, cout, cout) if tile is None else tile, cout, cin)
-    runs = triton.cdiv(cout, tile["n"])
+    if tile is None:
+        tile = choose_tile(name, arithmetic(x.dtype, tf32), cin, cout)
+    tile = fit(tile, cout, cin)
+    runs = cdiv(cout, tile["n"])
     number = number_of_shares(
         pixels,
         tile["m"],
@@ -155,20 +156,26 @@ def forward(
     return z, parts
 
 
+@functools.cache
+def choose_tile(device_name: str, kind: str, cin: int, cout: int) -> Tile:
+    """The table's tile for `forward`."""
+    return row(tiles(device_name, "train_pointwise"), f"forward_{kind}", cin, cout, cout)
+
+
 def number_of_shares(pixels: int, rows: int, programs: int, units: int, fixed: float) -> int:
     """Parts that the pixels are cut into, `rows` of them a step, for so many programs each.
 
     As `number_of_parts` has it, but fewer, down to one program a unit, where what each part moves, as much as
     `fixed` pixels, would be more than a sixteenth of the rest.
     """
-    number = number_of_parts(triton.cdiv(pixels, rows), programs, units)
-    enough = max(int(pixels / (16 * fixed)), triton.cdiv(units, programs))
+    number = number_of_parts(cdiv(pixels, rows), programs, units)
+    enough = max(int(pixels / (16 * fixed)), cdiv(units, programs))
     return min(number, enough)
 
 
 def power(channels: int) -> int:
     """So many channels as a dimension of `tl.dot`."""
-    return max(DOT, triton.next_power_of_2(channels))
+    return max(DOT, next_power_of_2(channels))
 
 
 def fit(tile: Tile, n: int, k: int) -> Tile:

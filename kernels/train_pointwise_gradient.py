@@ -11,13 +11,14 @@ not read: counted for the network, 7.5 of 100 MB an image.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .common import Tile, arithmetic, device_of, tiles
+from .common import Tile, arithmetic, cdiv, device_of, tiles
 from .norm import Applied, RawGradient, masked, read_gradient, store_sums, three
 from .parts import add_parts
 from .pointwise import DOT
@@ -225,22 +226,55 @@ def gradients(
         `norm.norm_gradient` takes them, if it has one; the gradient of the weight, float32.
     """
     cin, cout = x.shape[-1], weight.shape[0]
-    kind = arithmetic(x.dtype, tf32)
-    name = device_of(x.device)[0]
-    table = tiles(name, "train_pointwise")
     call = _Gradients(of, weight, x, norm, residual, tf32)
-    of_input = fit(row(table, f"input_{kind}", cin, cout, cin) if tile is None else tile, cin, cout)
-    of_weight = fit_weight(row(table, f"weight_{kind}", cin, cout) if tile is None else tile, cin, cout)
-    if for_x and for_weight:
-        both = fit_both(row(tiles(name, "train_pointwise_both"), kind, cin, cout), cin, cout)
-        if both is not None and call.reads_less(both, of_input, of_weight):
-            return call.of_weight(both, for_x=True)
+    if tile is None:
+        kind, may_remake = arithmetic(x.dtype, tf32), of.batch and not of.mask
+        chosen = choose_tiles(device_of(x.device)[0], kind, cin, cout, may_remake)
+    else:
+        chosen = Tiles(fit(tile, cin, cout), fit_weight(tile, cin, cout), None)
+    if for_x and for_weight and chosen.both is not None:
+        return call.of_weight(chosen.both, for_x=True)
     dx = parts = dw = None
     if for_x:
-        dx, parts = call.of_input(of_input)
+        dx, parts = call.of_input(chosen.of_input)
     if for_weight:
-        dw = call.of_weight(of_weight)[2]
+        dw = call.of_weight(chosen.of_weight)[2]
     return dx, parts, dw
+
+
+class Tiles(NamedTuple):
+    """For the gradient of x, for that of the weight, and for both at once where they are made so."""
+
+    of_input: Tile
+    of_weight: Tile
+    both: Tile | None
+
+
+@functools.cache
+def choose_tiles(device_name: str, kind: str, cin: int, cout: int, may_remake: bool) -> Tiles:
+    """The table's tiles for `gradients`, fitted.
+
+    Both are made at once where that reads no more values of a pixel than one after the other. What more than
+    one program reads counts each time.
+    """
+    table, at_once = tiles(device_name, "train_pointwise"), tiles(device_name, "train_pointwise_both")
+    of_input = fit(row(table, f"input_{kind}", cin, cout, cin), cin, cout)
+    of_weight = fit_weight(row(table, f"weight_{kind}", cin, cout), cin, cout)
+    both = fit_both(row(at_once, kind, cin, cout), cin, cout)
+
+    def raw_gradient(n: int) -> int:
+        return cdiv(cin, n) * (1 if may_remake and _remakes(n, cin, cout) else 2) * cout
+
+    apart = raw_gradient(of_input["n"]) + raw_gradient(of_weight["n"]) + cdiv(cout, of_weight["m"]) * cin
+    return Tiles(of_input, of_weight, None if both is None or raw_gradient(both["n"]) > apart else both)
+
+
+def _remakes(n: int, cin: int, cout: int) -> bool:
+    """Whether a kernel that has n input channels at once makes the raw output again, not reads it.
+
+    It does for an expansion, whose x is the smaller one: a product on tensor cores for half of the bytes.
+    """
+    return n >= cin and cout >= 2 * cin
 
 
 class _Gradients(NamedTuple):
@@ -252,28 +286,6 @@ class _Gradients(NamedTuple):
     norm: Applied | None
     residual: torch.Tensor | None
     tf32: bool
-
-    def remakes(self, n: int) -> bool:
-        """Whether a kernel that has n input channels at once makes the raw output again, not reads it.
-
-        It does for an expansion, whose x is the smaller one: a product on tensor cores for half of the bytes.
-        """
-        cin, cout = self.x.shape[-1], self.weight.shape[0]
-        return self.of.batch and not self.of.mask and n >= cin and cout >= 2 * cin
-
-    def reads_less(self, both: Tile, of_input: Tile, of_weight: Tile) -> bool:
-        """Whether both gradients at once read no more values of a pixel than one after the other.
-
-        What more than one program reads counts each time.
-        """
-        cin, cout = self.x.shape[-1], self.weight.shape[0]
-
-        def raw_gradient(n: int) -> int:
-            return triton.cdiv(cin, n) * (1 if self.remakes(n) else 2) * cout
-
-        apart = raw_gradient(of_input["n"]) + raw_gradient(of_weight["n"])
-        again = triton.cdiv(cout, of_weight["m"]) * cin
-        return raw_gradient(both["n"]) <= apart + again
 
     def number(self, rows: int, programs: int, sums: int = 0) -> int:
         """Parts that the pixels are cut into, `rows` of them a step; `sums`: values that each leaves."""
@@ -288,7 +300,7 @@ class _Gradients(NamedTuple):
     def of_input(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradient of x, and the sums of its norm."""
         cin = self.x.shape[-1]
-        runs = triton.cdiv(cin, tile["n"])
+        runs = cdiv(cin, tile["n"])
         number = self.number(tile["m"], runs)
         dx = torch.empty_like(self.x)
         parts = None if self.norm is None else self.empty(number, 2, cin)
@@ -303,7 +315,7 @@ class _Gradients(NamedTuple):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """The gradient of the weight, last; before it, `for_x`, what `of_input` gives, in one pass."""
         cin, cout = self.x.shape[-1], self.weight.shape[0]
-        programs = triton.cdiv(cout, tile["m"]) * triton.cdiv(cin, tile["n"])
+        programs = cdiv(cout, tile["m"]) * cdiv(cin, tile["n"])
         number = self.number(tile["k"], programs, cin * cout)
         dx = torch.empty_like(self.x) if for_x else None
         parts = self.empty(number, 2, cin) if for_x and self.norm is not None else None
@@ -338,15 +350,16 @@ class _Gradients(NamedTuple):
 
     def constants(self, tile: Tile) -> dict[str, Any]:
         """What both kernels are compiled for."""
+        of, cin, cout = self.of, self.x.shape[-1], self.weight.shape[0]
         return {
-            "CIN": self.x.shape[-1],
-            "COUT": self.weight.shape[0],
-            "MASK": self.of.mask,
-            "BATCH": self.of.batch,
+            "CIN": cin,
+            "COUT": cout,
+            "MASK": of.mask,
+            "BATCH": of.batch,
             "NORM": self.norm is not None,
             "RELU6": self.norm is not None and self.norm.relu6,
             "RESIDUAL": self.residual is not None,
-            "REMADE": self.remakes(tile["n"]),
+            "REMADE": of.batch and not of.mask and _remakes(tile["n"], cin, cout),
             "TF32": self.tf32,
             "M": tile["m"],
             "N": tile["n"],

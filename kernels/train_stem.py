@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Tile, arithmetic, device_of, tiles
+from .common import Tile, arithmetic, cdiv, device_of, tiles
 from .norm import RawGradient, read_gradient, store_moments, with_tile
 from .parts import add_parts, number_of_parts
 from .train_pointwise import power
@@ -215,4 +215,4 @@ def _choose_tile(device: torch.device, dtype: torch.dtype, tf32: bool) -> Tile:
 
 
 def _number(device: torch.device, pixels: int, tile: Tile) -> int:
-    return number_of_parts(triton.cdiv(pixels, tile["m"]), 1, device_of(device)[1])
+    return number_of_parts(cdiv(pixels, tile["m"]), 1, device_of(device)[1])

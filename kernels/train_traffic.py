@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import triton
 
 from . import parts
 from .aot import Launch
+from .common import cdiv
 
 FLOAT, DOUBLE = 4, 8
 
@@ -87,7 +87,7 @@ def _pointwise_input(of: Arguments, grid: Grid) -> int:
 
 def _pointwise_weight(of: Arguments, grid: Grid) -> int:
     (_, number), pixels, cin, cout = grid, of["pixels"], of["CIN"], of["COUT"]
-    over_o, over_i = triton.cdiv(cout, of["M"]), triton.cdiv(cin, of["N"])
+    over_o, over_i = cdiv(cout, of["M"]), cdiv(cin, of["N"])
     elements = over_i * _raw_gradient(of) * cout + over_o * cin
     rows = over_i * _gradient_rows(of, cout) + (over_o * 3 * cin * FLOAT if of["NORM"] else 0)
     rows += cin * cout * _item(of["weight"]) if of["REMADE"] or of["FOR_X"] else 0
@@ -120,7 +120,7 @@ def _depthwise_columns(of: Arguments, runs: int, scale: int, before: int, size: 
 
 def _depthwise_forward(of: Arguments, grid: Grid) -> int:
     (_, runs, number), c, stride, rows = grid, of["C"], of["STRIDE"], of["ROWS"]
-    groups = triton.cdiv(of["ho"], rows)
+    groups = cdiv(of["ho"], rows)
     columns = _depthwise_columns(of, runs, stride, 1, of["w"])
     read = sum(
         _clipped(first * rows * stride - 1, (end * rows - 1) * stride + 2, of["h"])
@@ -133,7 +133,7 @@ def _depthwise_forward(of: Arguments, grid: Grid) -> int:
 
 def _depthwise_gradients(of: Arguments, grid: Grid) -> int:
     (_, runs, number), c, stride, rows = grid, of["C"], of["STRIDE"], of["ROWS"]
-    groups, before = triton.cdiv(of["ho"], rows), 2 - stride
+    groups, before = cdiv(of["ho"], rows), 2 - stride
     columns = _depthwise_columns(of, runs, 1, before, of["wo"])
     read = sum(
         _clipped(first * rows - before, end * rows + 1, of["ho"])
@@ -149,7 +149,7 @@ def _depthwise_gradients(of: Arguments, grid: Grid) -> int:
 def _stem_inputs(of: Arguments, number: int) -> int:
     """Values of images that the windows of all parts have, each once a part."""
     h, w, wo, size = of["h"], of["w"], of["wo"], of["ho"] * of["wo"]
-    steps = triton.cdiv(of["pixels"], of["M"])
+    steps = cdiv(of["pixels"], of["M"])
     found: dict[tuple[int, int], int] = {}
     count = 0
     for part in range(number):
