@@ -42,12 +42,9 @@ SECTOR = 32
 def _read_row(
     x,
     norm,
-    first,
-    row,
-    column,
+    place,
     channel,
-    h,
-    w,
+    size,
     C: tl.constexpr,
     NORM: tl.constexpr,
     RELU6: tl.constexpr,
@@ -56,8 +53,11 @@ def _read_row(
     """WIDTH neighbouring columns of one row of an image, with its norm applied, as a tuple of float32
     [patches, channels]; zero outside it.
 
-    `first` counts the rows of the images before (64 bits), `row` is the row within the image.
+    `place`: the rows of the images before (64 bits), the row within the image, the first column. `size`:
+    height and width.
     """
+    first, row, column = place
+    h, w = size
     start = x + (first + row) * (w * C) + (column * C + channel)
     values = ()
     for i in tl.static_range(WIDTH):
@@ -74,20 +74,18 @@ def _read_row(
 def _read_gradient_row(
     g,
     z,
-    norm,
-    coefficients,
-    first,
-    row,
-    column,
+    of_z,
+    place,
     channel,
-    h,
-    w,
+    size,
     C: tl.constexpr,
     MASK: tl.constexpr,
     BATCH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """As `_read_row`, of the gradient of the raw output z."""
+    """As `_read_row`, of the gradient of the raw output z. `of_z`: what `gradient_rows` gives."""
+    first, row, column = place
+    h, w = size
     start = (first + row) * (w * C) + (column * C + channel)
     values = ()
     for i in tl.static_range(WIDTH):
@@ -96,7 +94,7 @@ def _read_gradient_row(
         raw = gradient
         if MASK or BATCH:
             raw = tl.load(z + start + i * C, mask=inside, other=0.0).to(tl.float32)
-        dz = raw_gradient(gradient, raw, norm, coefficients, MASK, BATCH)
+        dz = raw_gradient(gradient, raw, of_z[0], of_z[1], MASK, BATCH)
         values += (tl.where(inside, dz, 0.0),)
     return values
 
@@ -213,20 +211,8 @@ def forward_kernel(
                 row += (zero,)
             sums += (row,)
         for r in tl.static_range(STRIDE * (ROWS - 1) + 3):
-            columns = _read_row(
-                x,
-                norm,
-                image * h,
-                top * STRIDE - 1 + r,
-                column * STRIDE - 1,
-                channel,
-                h,
-                w,
-                C,
-                NORM,
-                RELU6,
-                STRIDE * (COLS - 1) + 3,
-            )
+            place = (image * h, top * STRIDE - 1 + r, column * STRIDE - 1)
+            columns = _read_row(x, norm, place, channel, (h, w), C, NORM, RELU6, STRIDE * (COLS - 1) + 3)
             updated = ()
             for o in tl.static_range(ROWS):
                 row = sums[o]
@@ -301,7 +287,7 @@ def gradients_kernel(
     channel = each[None, :]
     run, part, number = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(2)
     column = ((run * PATCHES + tl.arange(0, PATCHES)) * COLS)[:, None]
-    z_norm, of_z = gradient_rows(z_values, coefficients, each, C, MASK, BATCH)
+    of_z = gradient_rows(z_values, coefficients, each, C, MASK, BATCH)
     norm = _across(x_values, each, C) if NORM else (0.0, 0.0, 0.0)
     taps = _nine(weight, each, C)
     zero = tl.zeros((PATCHES, CHANNELS), tl.float32)
@@ -311,6 +297,7 @@ def gradients_kernel(
         weights += (zero,)
     # The rows and columns of g that a pixel of x is under begin so far before its own.
     BEFORE: tl.constexpr = 2 - STRIDE
+    WIDTH: tl.constexpr = COLS + 1 + BEFORE
     groups = (ho + ROWS - 1) // ROWS
     steps = n.to(tl.int64) * groups
     for step in tl.range(part * steps // number, (part + 1) * steps // number):
@@ -318,43 +305,11 @@ def gradients_kernel(
         top = (step % groups).to(tl.int32) * ROWS
         window = ()
         for r in tl.static_range(-BEFORE, 1):
-            window += (
-                _read_gradient_row(
-                    g,
-                    z,
-                    z_norm,
-                    of_z,
-                    image * ho,
-                    top + r,
-                    column - BEFORE,
-                    channel,
-                    ho,
-                    wo,
-                    C,
-                    MASK,
-                    BATCH,
-                    COLS + 1 + BEFORE,
-                ),
-            )
+            place = (image * ho, top + r, column - BEFORE)
+            window += (_read_gradient_row(g, z, of_z, place, channel, (ho, wo), C, MASK, BATCH, WIDTH),)
         for r in tl.static_range(ROWS):
-            window += (
-                _read_gradient_row(
-                    g,
-                    z,
-                    z_norm,
-                    of_z,
-                    image * ho,
-                    top + r + 1,
-                    column - BEFORE,
-                    channel,
-                    ho,
-                    wo,
-                    C,
-                    MASK,
-                    BATCH,
-                    COLS + 1 + BEFORE,
-                ),
-            )
+            place = (image * ho, top + r + 1, column - BEFORE)
+            window += (_read_gradient_row(g, z, of_z, place, channel, (ho, wo), C, MASK, BATCH, WIDTH),)
             for i in tl.static_range(STRIDE):
                 row = (top + r) * STRIDE + i
                 start = (image * h + row) * (w * C) + (column * STRIDE * C + channel)
