@@ -73,8 +73,9 @@ def read_chain(module: nn.Module, reading: Reading) -> TrainChain:
     """The layers of a module that was read in any mode, without a prefix.
 
     Raises:
-        Declined: one of them has a bias or no norm, or a tensor that is not float32.
+        Declined: one of them has a bias or no norm, or a tensor that is not float32 or on another device.
     """
+    _ = reading.device  # of all: the kernels get addresses
     layers: list[TrainLayer] = []
     of_layers: list[Tensor | None] = []
     for link, tensors in reading.parts:

@@ -21,6 +21,7 @@ from mnv2_fast import MobileNetV2, training
 from mnv2_fast.backends import chains, replay, triton, triton_train
 from mnv2_fast.errors import UserError
 from mnv2_fast.nn import ConvBNReLU6, eager_only
+from mnv2_fast.reading import Declined
 
 IMAGES = (2, 3, 11, 8)
 BLOCKS = [[1, 8, 1, 1], [6, 8, 2, 2]]
@@ -253,6 +254,22 @@ def synchronised_norms_decline() -> str:
     return "" if why and "SyncBatchNorm" in why else f"why_not: {why}"
 
 
+def tensors_on_two_devices_decline() -> str:
+    ours, x = model().train(), torch.randn(IMAGES)
+    chains.KERNELS["meta"] = chains.KERNELS["cuda"]  # type: ignore[index]
+    norm = ours.features[2].conv[1][1]
+    norm.running_mean = norm.running_mean.to("meta")
+    try:
+        if "several devices: cpu, meta" not in (why := str(ours.why_not(x))):
+            return f"why_not: {why}"
+        ours._train_chain(x)
+    except Declined as reason:
+        return "" if "several devices: cpu, meta" in str(reason) else str(reason)
+    finally:
+        del chains.KERNELS["meta"]  # type: ignore[attr-defined]
+    return "the features are joined"
+
+
 def one_value_a_channel_is_torchs_error() -> str:
     block = ConvBNReLU6(8, 8, 1).train()
     try:
@@ -287,6 +304,7 @@ SCENES: dict[str, Callable[[], str]] = {
         momentum_none_and_no_statistics,
         a_scale_that_overflows_skips_the_step,
         synchronised_norms_decline,
+        tensors_on_two_devices_decline,
         one_value_a_channel_is_torchs_error,
         without_gradients_statistics_move,
     )
