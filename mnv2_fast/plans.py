@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import env, training
+from . import env, training, training_eval
 from .packs import Holder, ModuleWatch, Pack, TensorWatch
-from .reading import Declined, Reading
+from .reading import Declined, Reading, word
 
 requires_grad = operator.attrgetter("requires_grad")
 
@@ -58,7 +58,7 @@ class Plan:
         if cast is None and x.dtype is not held:
             raise Declined(f"the input is {x.dtype}, the weights are {held}")
         if cast is not None and x.dtype is not cast and links[-1].spec.residual == len(links) - 1 > 0:
-            raise Declined(f"autocast adds a {_word(x.dtype)} input to a {_word(cast)} answer")
+            raise Declined(f"autocast adds a {word(x.dtype)} input to a {word(cast)} answer")
         if self.pack.in_torch and env.strict():
             raise Declined("; ".join(self.pack.in_torch.values()))
 
@@ -74,15 +74,11 @@ class Plan:
             asked = list(map(requires_grad, self.tensors))
             if x.requires_grad or any(asked):
                 of_asked = itertools.compress(self.tensors, asked)
-                y: Tensor = training.ChainFunction.apply(
+                y: Tensor = training_eval.ChainFunction.apply(
                     self.pack, self.trains, self.tensors, asked, x, *of_asked
                 )
                 return y
         return self.pack.run(x)
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """Layers in train mode on the kernels: one autograd node for convolutions in a row with their batch norms.
 
 What a node keeps for backward is the input and the raw output of every convolution; batch norm and ReLU6 are
-applied again where these are read. A whole network in eval mode keeps nothing: it is computed again.
+applied again where these are read.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from . import arch, packs, training_head
+from . import arch
 from .arch import LayerSpec
-from .autograd import TWICE, gradients
-from .backends import cpu_train, eager, triton_train
+from .autograd import TWICE
+from .backends import cpu_train, triton_train
 from .backends.cpu_train import Conv, Expansion, ExpansionGradient, Gradient, Norm, Step
-from .chain import Chain, Link
-from .reading import Declined, Reading, autocast_dtype
+from .reading import Declined, Reading, autocast_dtype, word
 
 # An expansion's raw output is made again, not kept, where it has at most so many inputs and at least so
 # many values. At batch 32 and 224 x 224, on two cores of a Xeon (AMX), a training step took 510 ms so
@@ -104,8 +102,7 @@ def decline_input(x: Tensor, chain: TrainChain) -> None:
     if x.dtype not in (torch.float32, dtype):
         raise Declined(f"the input is {x.dtype}, the training kernels take float32, or autocast's own type")
     if autocast and chain.residual and x.dtype is torch.float32:
-        name = str(dtype).removeprefix("torch.")
-        raise Declined(f"autocast adds a float32 input to a {name} answer")
+        raise Declined(f"autocast adds a float32 input to a {word(dtype)} answer")
     if x.shape[0] == 0:
         raise Declined("there are no images")
     cin = chain.layers[0].spec.cin
@@ -152,9 +149,22 @@ def joins(x: Tensor) -> bool:
 
 def run_joined(x: Tensor, chain: TrainChain) -> Tensor:
     """`run` of a whole network's features, a residual block each in a node of its own."""
-    for begin, end, residual in _segments([layer.spec for layer in chain.layers]):
+    for begin, end, residual in segments([layer.spec for layer in chain.layers]):
         x = run(x, chain.layers[begin:end], chain.tensors[3 * begin : 3 * end], residual)
     return x
+
+
+def segments(specs: Sequence[LayerSpec]) -> list[tuple[int, int, bool]]:
+    """(begin, end, whether the input is added) of convolutions in a row, each residual in one of its own."""
+    found: list[tuple[int, int, bool]] = []
+    begin = 0
+    for i, spec in enumerate(specs):
+        if spec.residual:
+            if begin < i - spec.residual:
+                found.append((begin, i - spec.residual, False))
+            found.append((i - spec.residual, i + 1, True))
+            begin = i + 1
+    return found if begin == len(specs) else [*found, (begin, len(specs), False)]
 
 
 class ChainTraining(torch.autograd.Function):
@@ -368,95 +378,6 @@ def _stem_input(step: Step) -> Tensor:
         dz, step.x, step.conv.weight, None, (2, 2), (1, 1), (1, 1), False, (0, 0), 1, (True, False, False)
     )[0]
     return dx
-
-
-class ChainFunction(torch.autograd.Function):
-    """A packed chain within autograd: saves the input and the raw tensors, nothing in between."""
-
-    @staticmethod
-    def forward(  # noqa: PLR0917 (autograd passes no names)
-        ctx: Any,
-        pack: packs.Pack,
-        trains: bool,
-        tensors: Sequence[Tensor],
-        asked: Sequence[bool],
-        x: Tensor,
-        *_: Tensor,
-    ) -> Tensor:
-        """The pack's answer.
-
-        Args:
-            ctx: autograd's.
-            pack: of the chain.
-            trains: the training kernels make the gradients; plain torch otherwise.
-            tensors: the chain's, in its order.
-            asked: for each, whether it requires a gradient.
-            x: the input.
-            *_: the tensors that do, once more, so that autograd sees them (and only them: it takes time).
-        """
-        ctx.chain, ctx.trains, ctx.asked, ctx.autocast = pack.chain, trains, asked, pack.autocast
-        ctx.save_for_backward(x, *tensors)
-        return pack.run(x).data  # no view, as in `ChainTraining`
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of what asked for one."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(TWICE)
-        _, _, _, _, for_x, *of_asked = ctx.needs_input_grad
-        rest = iter(of_asked)
-        needed = [for_x, *(asked and next(rest) for asked in ctx.asked)]
-        compute = functools.partial(_compute, ctx.chain, ctx.trains)
-        found = iter(gradients(grad, ctx.saved_tensors, needed, compute, autocast=ctx.autocast))
-        return None, None, None, None, *(next(found) if need else None for need in (for_x, *of_asked))
-
-
-def _compute(chain: Chain, trains: bool, tensors: list[Any]) -> Tensor:
-    """A chain's answer within autograd: by the training kernels where they know all of it, or by plain torch.
-
-    Args:
-        chain: in eval mode.
-        trains: there are training kernels.
-        tensors: the input, then the chain's, in its order.
-    """
-    x, *held = tensors
-    links = list(zip(chain.links, chain.split(held), strict=True))
-    if not trains or x.shape[0] == 0 or not all(map(_is_frozen, links)):
-        return eager.network(x, held, chain.encode())
-    for begin, end, residual in _segments([spec for spec in chain.specs if spec.kind != "linear"]):
-        layers: list[TrainLayer] = []
-        of_layers: list[Tensor | None] = []
-        for link, own in links[begin:end]:
-            norm = FrozenNorm(own["running_mean"], own["running_var"], link.eps)
-            layers.append(TrainLayer(link.spec, norm))
-            of_layers += [own["weight"], own.get("norm_weight"), own.get("norm_bias")]
-        x = run(x, layers, of_layers, residual)
-    last, own = links[-1]
-    if last.spec.kind == "linear":
-        return training_head.run(x, own["weight"], own.get("bias"))
-    return x.mean((2, 3)) if chain.pool else x
-
-
-def _is_frozen(link: tuple[Link, dict[str, Tensor]]) -> bool:
-    """Whether a layer is a float32 one with a norm, whose statistics want no gradient, or the linear one."""
-    of, own = link
-    stats = (own[name] for name in ("running_mean", "running_var") if name in own)
-    if any(t.dtype is not torch.float32 for t in own.values()) or any(t.requires_grad for t in stats):
-        return False
-    return of.spec.kind == "linear" or (of.norm and not of.bias)
-
-
-def _segments(specs: Sequence[LayerSpec]) -> list[tuple[int, int, bool]]:
-    """(begin, end, whether the input is added) of convolutions in a row, each residual in one of its own."""
-    found: list[tuple[int, int, bool]] = []
-    begin = 0
-    for i, spec in enumerate(specs):
-        if spec.residual:
-            if begin < i - spec.residual:
-                found.append((begin, i - spec.residual, False))
-            found.append((i - spec.residual, i + 1, True))
-            begin = i + 1
-    return found if begin == len(specs) else [*found, (begin, len(specs), False)]
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
