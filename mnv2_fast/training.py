@@ -97,7 +97,7 @@ def decline_input(x: Tensor, chain: TrainChain) -> None:
     held = next(t.device for t in chain.tensors if t is not None)
     if held != x.device:
         raise Declined(f"the input is on {x.device}, the weights are on {held}")
-    if reason := _kernels(x).limit(x.shape, [layer.spec for layer in chain.layers]):
+    if reason := limit(x, [layer.spec for layer in chain.layers]):
         raise Declined(reason)
     if x.dtype not in (torch.float32, dtype):
         raise Declined(f"the input is {x.dtype}, the training kernels take float32, or autocast's own type")
@@ -140,6 +140,12 @@ def _kernels(x: Tensor) -> Any:
 def _dtype(device: torch.device) -> torch.dtype:
     """Of a training step on a device: autocast's, or float32."""
     return autocast_dtype(device) or torch.float32
+
+
+def limit(x: Tensor, layers: Sequence[LayerSpec]) -> str | None:
+    """Why an input is too large for the training kernels of some layers, or None where it is not."""
+    reason: str | None = _kernels(x).limit(x.shape, layers)
+    return reason
 
 
 def joins(x: Tensor) -> bool:
@@ -344,6 +350,9 @@ def _is_remade(specs: Sequence[LayerSpec], pixels: int) -> bool:
 def kept_bytes(nodes: Sequence[Sequence[LayerSpec]], images: int, size: int, dtype: torch.dtype) -> int:
     """Bytes of activations that `run` keeps until the backward pass, the most that a training step holds.
 
+    On a CPU. On a GPU no expansion is made again, so that its raw output is kept, too, and blocks that are
+    one node (`run_joined`) have one result.
+
     Args:
         nodes: the layers of each call, first to last; each reads what the one before returned.
         images: in a batch.
@@ -363,10 +372,11 @@ def kept_bytes(nodes: Sequence[Sequence[LayerSpec]], images: int, size: int, dty
 def release_training_memory() -> int:
     """Give back to the system what training keeps between steps for the next one, as much as no tensor uses.
 
-    Training goes on as before, its next step asks for memory anew. What `torch.cuda.empty_cache` is on a GPU.
+    Training goes on as before, its next step asks for memory anew. A GPU's memory is torch's own, and stays:
+    `torch.cuda.empty_cache()` gives back what is kept of that.
 
     Returns:
-        How many bytes that was.
+        How many bytes of the host that was.
     """
     return cpu_train.release()
 

@@ -71,7 +71,8 @@ def _compute(chain: Chain, trains: bool, tensors: list[Any]) -> Tensor:
     """
     x, *held = tensors
     links = list(zip(chain.links, chain.split(held), strict=True))
-    if not trains or x.shape[0] == 0 or not all(map(_is_frozen, links)):
+    serves = trains and x.shape[0] > 0 and training.limit(x, chain.specs) is None
+    if not serves or not all(map(_is_frozen, links)):
         return eager.network(x, held, chain.encode())
     for begin, end, residual in training.segments([spec for spec in chain.specs if spec.kind != "linear"]):
         layers: list[TrainLayer] = []

@@ -270,6 +270,25 @@ def tensors_on_two_devices_decline() -> str:
     return "the features are joined"
 
 
+def too_large_an_input_is_torchs() -> str:
+    """In train mode, and in eval mode where gradients are asked for."""
+    limit, x = triton_train.limit, torch.randn(IMAGES)
+    wrong = []
+    try:
+        for ours in (model().train(), model().eval()):
+            triton_train.limit = lambda shape, layers: "too large" if shape[2] == IMAGES[2] else None
+            if ours.training and "too large" not in (why := str(ours.why_not(x))):
+                wrong.append(f"why_not: {why}")
+            with lenient(), counted() as nodes:
+                wrong.append(compare(ours, x, 1e-5))
+            # What the stem's answer goes into is served again, in train mode, where each module asks.
+            if nodes != ([2, 3, 3, 1] if ours.training else []):
+                wrong.append(f"nodes of {nodes} layers")
+    finally:
+        triton_train.limit = limit
+    return "; ".join(filter(None, wrong))
+
+
 def one_value_a_channel_is_torchs_error() -> str:
     block = ConvBNReLU6(8, 8, 1).train()
     try:
@@ -305,6 +324,7 @@ SCENES: dict[str, Callable[[], str]] = {
         a_scale_that_overflows_skips_the_step,
         synchronised_norms_decline,
         tensors_on_two_devices_decline,
+        too_large_an_input_is_torchs,
         one_value_a_channel_is_torchs_error,
         without_gradients_statistics_move,
     )
