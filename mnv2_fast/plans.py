@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import env, training, training_eval
-from .packs import Holder, ModuleWatch, Pack, TensorWatch
+from .packs import HOOKS, Holder, ModuleWatch, Pack, TensorWatch
 from .reading import Declined, Reading, word
 
 requires_grad = operator.attrgetter("requires_grad")
@@ -86,12 +86,12 @@ class TrainPlan:
     """What a module remembers between training steps: a `Plan` without the values of the weights.
 
     To look at the modules of a network takes 0.5 ms of a step so, to read them anew 5 ms, or 9 where a step's
-    tensors have emptied the caches.
+    tensors have emptied the caches. So why there is no chain is remembered, too: a hook may stay for long.
     """
 
     modules: ModuleWatch
     forms: list[tuple[object, ...]]
-    chain: training.TrainChain
+    found: training.TrainChain | str  # or why there is none
 
     def changed(self, root: nn.Module) -> bool:
         """Whether the chain must be read again."""
@@ -106,11 +106,40 @@ def train_chain(root: nn.Module, holder: Holder, read: Callable[[], Reading]) ->
     """
     plan: TrainPlan | None = holder.train
     if plan is None or plan.changed(root):
+        plan = holder.train = _train_plan(root, read)
+    if isinstance(plan.found, str):
+        raise Declined(plan.found)
+    return plan.found
+
+
+def _train_plan(root: nn.Module, read: Callable[[], Reading]) -> TrainPlan:
+    """What `train_chain` has read.
+
+    Raises:
+        Declined: there are no kernels, and it cannot be told when that changes.
+    """
+    found: training.TrainChain | str
+    try:
         reading = read()
-        chain = training.read_chain(root, reading)
-        modules = ModuleWatch(root, reading.modules)
-        plan = holder.train = TrainPlan(modules, forms(modules.tensors), chain)
-    return plan.chain
+        found = training.read_chain(root, reading)
+        watch = ModuleWatch(root, reading.modules)
+    except Declined as reason:
+        modules = [module for module in root.modules() if module is not root]  # any of them may be why
+        if not all(map(_is_watchable, modules)):
+            raise
+        found, watch = str(reason), ModuleWatch(root, modules, hooked=True)
+    return TrainPlan(watch, forms(watch.tensors), found)
+
+
+def _is_watchable(module: nn.Module) -> bool:
+    """Whether any module is one that `ModuleWatch` and `forms` can look at: a scripted one is not."""
+    state, slots = module.__dict__, ("_parameters", "_buffers", "_modules")
+    if "training" not in state or not all(isinstance(state.get(name), dict) for name in (*HOOKS, *slots)):
+        return False
+    tensors = [*state["_parameters"].values(), *state["_buffers"].values()]
+    return all(
+        t is None or (type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided) for t in tensors
+    )
 
 
 def forms(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:

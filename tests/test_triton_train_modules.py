@@ -162,6 +162,69 @@ def a_hook_is_called() -> str:
     return wrong or ("" if nodes == [1, 2, 3, 3, 1] else f"nodes of {nodes} layers")
 
 
+def why_features_are_not_joined_is_remembered() -> str:
+    """Until it changes: a network is not read anew at every step for the hook that it has."""
+    ours, x = model().train(), torch.randn(IMAGES)
+    read, read_features = [], ours._read_features
+
+    def counting(*args: object, **named: object) -> object:
+        read.append(1)
+        return read_features(*args, **named)  # type: ignore[arg-type]
+
+    ours._read_features = counting  # type: ignore[assignment, method-assign]
+
+    def refusal() -> str:
+        try:
+            ours._train_chain(x)
+        except Declined as reason:
+            return str(reason)
+        return ""
+
+    norm = ours.features[-1][1]
+    found = [refusal()]
+    hook = norm.register_forward_pre_hook(lambda module, args: None)
+    found += [refusal(), refusal()]
+    hook.remove()
+    found += [refusal(), refusal()]
+    norm.weight.data = norm.weight.data.double()
+    found += [refusal(), refusal()]
+    norm.weight.data = norm.weight.data.float()
+    found += [refusal(), refusal()]
+    norm.forward = norm.forward
+    found += [refusal(), refusal()]
+    del norm.forward
+    found += [refusal()]
+    expected = ["", *["has a hook"] * 2, "", "", *["float32"] * 2, "", "", *["forward of its own"] * 2, ""]
+    if not all(want in why and bool(why) == bool(want) for want, why in zip(expected, found, strict=True)):
+        return f"refusals: {found}"
+    return "" if len(read) == 7 else f"read {len(read)} times"
+
+
+def what_cannot_be_watched_is_asked_anew() -> str:
+    ours, x = model().train(), torch.randn(IMAGES)
+    ours.features.add_module("5", torch.jit.script(nn.Identity()))
+    for _ in range(2):
+        try:
+            ours._train_chain(x)
+        except Declined as reason:
+            if "features.5" not in str(reason):
+                return str(reason)
+        else:
+            return "the features are joined"
+    del ours.features[5]
+    ours._train_chain(x)
+    return ""
+
+
+def a_block_asks_for_its_own_backend() -> str:
+    ours = model().train()
+    ours.features[2].backend = "eager"
+    ours.features[3].backend = "triton"
+    with counted() as nodes:
+        wrong = compare(ours, torch.randn(IMAGES), 1e-5)
+    return wrong or ("" if nodes == [1, 2, 3, 1] else f"nodes of {nodes} layers")
+
+
 def frozen_norms() -> str:
     ours = model()
     with torch.no_grad():  # statistics that are some batch's
@@ -317,6 +380,9 @@ SCENES: dict[str, Callable[[], str]] = {
         sliced_images,
         a_block_that_declines_is_an_error,
         a_hook_is_called,
+        why_features_are_not_joined_is_remembered,
+        what_cannot_be_watched_is_asked_anew,
+        a_block_asks_for_its_own_backend,
         frozen_norms,
         eval_mode,
         some_layers_frozen,
