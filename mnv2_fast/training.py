@@ -6,8 +6,10 @@ applied again where these are read.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -191,25 +193,27 @@ class ChainTraining(torch.autograd.Function):
         moments: Tensor | None = None  # of an expansion's input
         saved: list[Tensor | None] = []
         norms = []
-        for i, layer in enumerate(layers):
-            weight, gamma, beta = (_dense(t) for t in tensors[3 * i : 3 * i + 3])
-            assert weight is not None
-            if layer.spec.kind in kernels.ROUNDED:
-                weight = weight.to(dtype)
-            batch = layer.batch_moments
-            z: Tensor | Expansion
-            if i == 0 and kernels is cpu_train and _is_remade(specs, math.prod(first.shape[:3])):
-                moments = cpu_train.input_moments(first) if batch else None
-                z = Expansion(first, weight, moments)
-                total = cpu_train.expansion_sums(z) if batch else None
-            else:
-                conv = Conv(layer.spec.kind, weight, layer.spec.stride)
-                z, total = kernels.forward(conv, read, norm, sums=batch, dtype=dtype)
-            pixels = math.prod(z.shape[:3]) if batch else 0
-            norm = _normalize(kernels, layer, z, total if batch else None, (gamma, beta))
-            saved += [weight, gamma, z if isinstance(z, Tensor) else None, norm.moments, norm.values]
-            norms.append((norm.eps, norm.relu6, pixels))
-            read = z
+        with _counting() as counters:
+            for i, layer in enumerate(layers):
+                weight, gamma, beta = (_dense(t) for t in tensors[3 * i : 3 * i + 3])
+                assert weight is not None
+                if layer.spec.kind in kernels.ROUNDED:
+                    weight = weight.to(dtype)
+                batch = layer.batch_moments
+                z: Tensor | Expansion
+                if i == 0 and kernels is cpu_train and _is_remade(specs, math.prod(first.shape[:3])):
+                    moments = cpu_train.input_moments(first) if batch else None
+                    z = Expansion(first, weight, moments)
+                    total = cpu_train.expansion_sums(z) if batch else None
+                else:
+                    conv = Conv(layer.spec.kind, weight, layer.spec.stride)
+                    z, total = kernels.forward(conv, read, norm, sums=batch, dtype=dtype)
+                pixels = math.prod(z.shape[:3]) if batch else 0
+                total = total if batch else None
+                norm = _normalize(kernels, layer, z, total, (gamma, beta), counters=counters)
+                saved += [weight, gamma, z if isinstance(z, Tensor) else None, norm.moments, norm.values]
+                norms.append((norm.eps, norm.relu6, pixels))
+                read = z
         assert norm is not None
         assert isinstance(read, Tensor)
         y = kernels.activate(read, norm, first if residual else None)
@@ -410,16 +414,22 @@ def _check_pixels(shape: torch.Size) -> None:
 
 
 def _normalize(
-    kernels: Any, layer: TrainLayer, z: Tensor | Expansion, total: Any, affine: Sequence[Tensor | None]
+    kernels: Any,
+    layer: TrainLayer,
+    z: Tensor | Expansion,
+    total: Any,
+    affine: Sequence[Tensor | None],
+    *,
+    counters: list[Tensor],
 ) -> Norm:
     """The norm of a layer's raw output z: by the batch's sums, towards which its running statistics are moved
-    as in torch, or by these where there are no sums.
+    as in torch, or by these where there are no sums. `counters` as `_share` has them.
     """
     of, relu6 = layer.norm, layer.spec.relu6
     if total is None:
         running = (_dense(t) for t in (of.running_mean, of.running_var))
         return cast("Norm", kernels.normalize_running(*running, *affine, eps=of.eps, relu6=relu6))
-    share, moved = _share(of), None
+    share, moved = _share(of, counters), None
     _check_pixels(z.shape)
     if share is not None and of.running_mean is not None and of.running_var is not None:
         moved = (of.running_mean, of.running_var, share)
@@ -427,17 +437,31 @@ def _normalize(
     return cast("Norm", kernels.normalize(total, pixels, *affine, eps=of.eps, relu6=relu6, moved=moved))
 
 
-@torch.no_grad()
-def _share(norm: nn.BatchNorm2d | FrozenNorm) -> float | None:
-    """How far a batch moves the running statistics, None for not at all; the batch is counted.
+def _share(norm: nn.BatchNorm2d | FrozenNorm, counters: list[Tensor]) -> float | None:
+    """How far a batch moves the running statistics, None for not at all; the batch is counted, or is to be.
 
     As `torch.nn.BatchNorm2d` does it: before it looks whether there are values enough.
     """
     if isinstance(norm, FrozenNorm) or not norm.training or not norm.track_running_stats:
         return None
-    share = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if share is None:
-            share = 1.0 / float(norm.num_batches_tracked)
-    return share or 0.0
+    counter = norm.num_batches_tracked
+    if norm.momentum is not None:
+        if counter is not None:
+            counters.append(counter)
+        return norm.momentum
+    return 0.0 if counter is None else 1.0 / float(counter.add_(1))
+
+
+@contextlib.contextmanager
+def _counting() -> Iterator[list[Tensor]]:
+    """Counters that are raised by one in the end, whatever that is, for each time they were listed within.
+
+    In one launch on a GPU, where the 52 norms of a step took one each.
+    """
+    counters: list[Tensor] = []
+    try:
+        yield counters
+    finally:
+        times = collections.Counter(map(id, counters))  # no launch may write to one twice
+        if distinct := {id(counter): counter for counter in counters}:
+            torch._foreach_add_(list(distinct.values()), [times[key] for key in distinct])

@@ -63,9 +63,9 @@ def lenient() -> Iterator[None]:
         os.environ["MNV2_STRICT"] = "1"
 
 
-def model() -> MobileNetV2:
+def model(setting: list[list[int]] = BLOCKS) -> MobileNetV2:
     torch.manual_seed(0)
-    made = MobileNetV2(5, inverted_residual_setting=BLOCKS, width_mult=0.5, round_nearest=4, dropout=0.0)
+    made = MobileNetV2(5, inverted_residual_setting=setting, width_mult=0.5, round_nearest=4, dropout=0.0)
     # The last layer's 1280 channels would take half of the time.
     made.features[-1] = ConvBNReLU6(made.features[-1][0].in_channels, 24, 1)
     made.classifier[1] = nn.Linear(24, 5)
@@ -132,6 +132,57 @@ def a_step_is_torchs() -> str:
         wrong = ours.why_not(x) or compare(ours, x, 1e-5)
     # Stem, block and block of stride 2 are one node, the residual block and the last layer one each.
     return wrong or ("" if nodes == [6, 3, 1] else f"nodes of {nodes} layers")
+
+
+def batches_are_counted_in_one_launch_a_node() -> str:
+    ours, add, launches = model().train(), torch._foreach_add_, []
+
+    def noted(counters: list[Tensor], times: list[int]) -> None:
+        launches.append(len({counter.data_ptr() for counter in counters}))
+        add(counters, times)
+
+    torch._foreach_add_ = noted  # type: ignore[assignment]
+    try:
+        with torch.no_grad():  # each element of features is a node
+            ours(torch.randn(IMAGES))
+    finally:
+        torch._foreach_add_ = add
+    return "" if launches == [1, 2, 3, 3, 1] else f"launches for {launches} counters"
+
+
+def a_shared_block() -> str:
+    """Twice in one node: its norms are moved, and its batches counted, twice."""
+    ours = model([[1, 8, 1, 1], [2, 8, 1, 2], [2, 8, 1, 2]]).train()
+    ours.features[3] = ours.features[2]
+    ours.features[2].conv[0][1].momentum = None
+    x = torch.randn(4, 3, 15, 14)
+    with counted() as nodes:
+        wrong = compare(ours, x, 1e-5)
+    return wrong or ("" if nodes == [10] else f"nodes of {nodes} layers")
+
+
+def batches_are_counted_as_far_as_torch_gets() -> str:
+    """One value a channel, in the second of three blocks."""
+    ours = model().train()
+    ours.features[2].conv[0][1].momentum = None
+    twin = copy.deepcopy(ours)
+    x = torch.randn(1, 3, 4, 4)
+    for of, context in ((ours, contextlib.nullcontext()), (twin, eager_only())):
+        try:
+            with context:
+                of(x)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                return str(error)
+        else:
+            return "no error"
+    wrong = [
+        f"{name} is {a}, not {b}"
+        for (name, a), b in zip(ours.named_buffers(), twin.buffers(), strict=True)
+        if distance(a, b.double(), 1e-2) > 1e-5
+    ]
+    counts = [int(b) for name, b in ours.named_buffers() if name.endswith("tracked")]
+    return "; ".join(wrong) or ("" if counts == [1] * 5 + [0] * 5 else f"counted {counts}")
 
 
 def sliced_images() -> str:
@@ -377,6 +428,9 @@ SCENES: dict[str, Callable[[], str]] = {
     scene.__name__: scene
     for scene in (
         a_step_is_torchs,
+        batches_are_counted_in_one_launch_a_node,
+        a_shared_block,
+        batches_are_counted_as_far_as_torch_gets,
         sliced_images,
         a_block_that_declines_is_an_error,
         a_hook_is_called,
