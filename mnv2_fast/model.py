@@ -284,10 +284,15 @@ class MobileNetV2(Automatic):
         """All features for the training kernels.
 
         Raises:
-            Declined: these cannot serve x, or a module between them is to be called.
+            Declined: these cannot serve x, a module between them is to be called, or one asks for a backend
+                of its own.
         """
         decline_call(x)
-        decline_training(x, self._asked())
+        asked = self._asked()
+        decline_training(x, asked)
+        for name, child in self.features.named_children():
+            if (own := child.__dict__.get("backend", "auto")) not in ("auto", asked):
+                raise Declined(f"features.{name} asks for the {own} backend, the model for {asked}")
         chain = train_chain(self, self._holder, lambda: self._read_features(any_mode=True))
         training.decline_input(x, chain)
         return chain

@@ -225,9 +225,14 @@ class ModuleWatch:
 
     The root itself is handed over at each look, so that the watch, which the root owns, does not keep it
     alive. The root's own hooks run around its forward and are none of the watch's business.
+
+    Args:
+        root: whose children they are.
+        modules: all of them that matter.
+        hooked: they may have hooks now, where without it any hook is a change.
     """
 
-    def __init__(self, root: nn.Module, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, root: nn.Module, modules: Sequence[nn.Module], *, hooked: bool = False) -> None:
         self._class = type(root)
         self._read_root = operator.itemgetter("training", *_kind(type(root)).settings)
         self._root = self._read_root(root.__dict__)
@@ -241,7 +246,7 @@ class ModuleWatch:
         for module in modules:
             values, kind = module.__dict__, _kind(type(module))
             self._sizes.append((values, len(values)))
-            self._sizes += [(values[name], 0) for name in HOOKS]
+            self._sizes += [(values[name], len(values[name]) if hooked else 0) for name in HOOKS]
             # Others' attributes too: with the sizes they tell whether another, a forward say, came for one.
             for name in {*HOOKS, "training", *kind.slots, *(values.keys() - _TORCHS_OWN)}:
                 self._entries.append((values, name, values[name]))

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import env, training
-from .packs import Holder, ModuleWatch, Pack, TensorWatch
-from .reading import Declined, Reading
+from . import env, training, training_eval
+from .packs import HOOKS, Holder, ModuleWatch, Pack, TensorWatch
+from .reading import Declined, Reading, word
 
 requires_grad = operator.attrgetter("requires_grad")
 
@@ -58,7 +58,7 @@ class Plan:
         if cast is None and x.dtype is not held:
             raise Declined(f"the input is {x.dtype}, the weights are {held}")
         if cast is not None and x.dtype is not cast and links[-1].spec.residual == len(links) - 1 > 0:
-            raise Declined(f"autocast adds a {_word(x.dtype)} input to a {_word(cast)} answer")
+            raise Declined(f"autocast adds a {word(x.dtype)} input to a {word(cast)} answer")
         if self.pack.in_torch and env.strict():
             raise Declined("; ".join(self.pack.in_torch.values()))
 
@@ -74,15 +74,11 @@ class Plan:
             asked = list(map(requires_grad, self.tensors))
             if x.requires_grad or any(asked):
                 of_asked = itertools.compress(self.tensors, asked)
-                y: Tensor = training.ChainFunction.apply(
+                y: Tensor = training_eval.ChainFunction.apply(
                     self.pack, self.trains, self.tensors, asked, x, *of_asked
                 )
                 return y
         return self.pack.run(x)
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -90,12 +86,12 @@ class TrainPlan:
     """What a module remembers between training steps: a `Plan` without the values of the weights.
 
     To look at the modules of a network takes 0.5 ms of a step so, to read them anew 5 ms, or 9 where a step's
-    tensors have emptied the caches.
+    tensors have emptied the caches. So why there is no chain is remembered, too: a hook may stay for long.
     """
 
     modules: ModuleWatch
     forms: list[tuple[object, ...]]
-    chain: training.TrainChain
+    found: training.TrainChain | str  # or why there is none
 
     def changed(self, root: nn.Module) -> bool:
         """Whether the chain must be read again."""
@@ -110,11 +106,40 @@ def train_chain(root: nn.Module, holder: Holder, read: Callable[[], Reading]) ->
     """
     plan: TrainPlan | None = holder.train
     if plan is None or plan.changed(root):
+        plan = holder.train = _train_plan(root, read)
+    if isinstance(plan.found, str):
+        raise Declined(plan.found)
+    return plan.found
+
+
+def _train_plan(root: nn.Module, read: Callable[[], Reading]) -> TrainPlan:
+    """What `train_chain` has read.
+
+    Raises:
+        Declined: there are no kernels, and it cannot be told when that changes.
+    """
+    found: training.TrainChain | str
+    try:
         reading = read()
-        chain = training.read_chain(root, reading)
-        modules = ModuleWatch(root, reading.modules)
-        plan = holder.train = TrainPlan(modules, forms(modules.tensors), chain)
-    return plan.chain
+        found = training.read_chain(root, reading)
+        watch = ModuleWatch(root, reading.modules)
+    except Declined as reason:
+        modules = [module for module in root.modules() if module is not root]  # any of them may be why
+        if not all(map(_is_watchable, modules)):
+            raise
+        found, watch = str(reason), ModuleWatch(root, modules, hooked=True)
+    return TrainPlan(watch, forms(watch.tensors), found)
+
+
+def _is_watchable(module: nn.Module) -> bool:
+    """Whether any module is one that `ModuleWatch` and `forms` can look at: a scripted one is not."""
+    state, slots = module.__dict__, ("_parameters", "_buffers", "_modules")
+    if "training" not in state or not all(isinstance(state.get(name), dict) for name in (*HOOKS, *slots)):
+        return False
+    tensors = [*state["_parameters"].values(), *state["_buffers"].values()]
+    return all(
+        t is None or (type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided) for t in tensors
+    )
 
 
 def forms(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:

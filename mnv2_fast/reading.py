@@ -84,6 +84,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def word(dtype: torch.dtype) -> str:
+    """A dtype's own name, such as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_module(module: nn.Module, name: str, kind: type[nn.Module], any_mode: bool = False) -> None:
     """Look whether a module within a chain is the one the chain stands for, in eval mode or in `any_mode`.
 

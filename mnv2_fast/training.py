@@ -1,27 +1,27 @@
 """Layers in train mode on the kernels: one autograd node for convolutions in a row with their batch norms.
 
 What a node keeps for backward is the input and the raw output of every convolution; batch norm and ReLU6 are
-applied again where these are read. A whole network in eval mode keeps nothing: it is computed again.
+applied again where these are read.
 """
 
 from __future__ import annotations
 
-import functools
+import collections
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import arch, packs, training_head
+from . import arch
 from .arch import LayerSpec
-from .autograd import TWICE, gradients
-from .backends import cpu_train, eager, triton_train
+from .autograd import TWICE
+from .backends import cpu_train, triton_train
 from .backends.cpu_train import Conv, Expansion, ExpansionGradient, Gradient, Norm, Step
-from .chain import Chain, Link
-from .reading import Declined, Reading, autocast_dtype
+from .reading import Declined, Reading, autocast_dtype, word
 
 # An expansion's raw output is made again, not kept, where it has at most so many inputs and at least so
 # many values. At batch 32 and 224 x 224, on two cores of a Xeon (AMX), a training step took 510 ms so
@@ -73,8 +73,9 @@ def read_chain(module: nn.Module, reading: Reading) -> TrainChain:
     """The layers of a module that was read in any mode, without a prefix.
 
     Raises:
-        Declined: one of them has a bias or no norm, or a tensor that is not float32.
+        Declined: one of them has a bias or no norm, or a tensor that is not float32 or on another device.
     """
+    _ = reading.device  # of all: the kernels get addresses
     layers: list[TrainLayer] = []
     of_layers: list[Tensor | None] = []
     for link, tensors in reading.parts:
@@ -98,13 +99,12 @@ def decline_input(x: Tensor, chain: TrainChain) -> None:
     held = next(t.device for t in chain.tensors if t is not None)
     if held != x.device:
         raise Declined(f"the input is on {x.device}, the weights are on {held}")
-    if reason := _kernels(x).limit(x.shape, [layer.spec for layer in chain.layers]):
+    if reason := limit(x, [layer.spec for layer in chain.layers]):
         raise Declined(reason)
     if x.dtype not in (torch.float32, dtype):
         raise Declined(f"the input is {x.dtype}, the training kernels take float32, or autocast's own type")
     if autocast and chain.residual and x.dtype is torch.float32:
-        name = str(dtype).removeprefix("torch.")
-        raise Declined(f"autocast adds a float32 input to a {name} answer")
+        raise Declined(f"autocast adds a float32 input to a {word(dtype)} answer")
     if x.shape[0] == 0:
         raise Declined("there are no images")
     cin = chain.layers[0].spec.cin
@@ -144,6 +144,12 @@ def _dtype(device: torch.device) -> torch.dtype:
     return autocast_dtype(device) or torch.float32
 
 
+def limit(x: Tensor, layers: Sequence[LayerSpec]) -> str | None:
+    """Why an input is too large for the training kernels of some layers, or None where it is not."""
+    reason: str | None = _kernels(x).limit(x.shape, layers)
+    return reason
+
+
 def joins(x: Tensor) -> bool:
     """Whether blocks in a row that add nothing train as one node where x is."""
     return _kernels(x).JOINS
@@ -151,9 +157,22 @@ def joins(x: Tensor) -> bool:
 
 def run_joined(x: Tensor, chain: TrainChain) -> Tensor:
     """`run` of a whole network's features, a residual block each in a node of its own."""
-    for begin, end, residual in _segments([layer.spec for layer in chain.layers]):
+    for begin, end, residual in segments([layer.spec for layer in chain.layers]):
         x = run(x, chain.layers[begin:end], chain.tensors[3 * begin : 3 * end], residual)
     return x
+
+
+def segments(specs: Sequence[LayerSpec]) -> list[tuple[int, int, bool]]:
+    """(begin, end, whether the input is added) of convolutions in a row, each residual in one of its own."""
+    found: list[tuple[int, int, bool]] = []
+    begin = 0
+    for i, spec in enumerate(specs):
+        if spec.residual:
+            if begin < i - spec.residual:
+                found.append((begin, i - spec.residual, False))
+            found.append((i - spec.residual, i + 1, True))
+            begin = i + 1
+    return found if begin == len(specs) else [*found, (begin, len(specs), False)]
 
 
 class ChainTraining(torch.autograd.Function):
@@ -174,25 +193,27 @@ class ChainTraining(torch.autograd.Function):
         moments: Tensor | None = None  # of an expansion's input
         saved: list[Tensor | None] = []
         norms = []
-        for i, layer in enumerate(layers):
-            weight, gamma, beta = (_dense(t) for t in tensors[3 * i : 3 * i + 3])
-            assert weight is not None
-            if layer.spec.kind in kernels.ROUNDED:
-                weight = weight.to(dtype)
-            batch = layer.batch_moments
-            z: Tensor | Expansion
-            if i == 0 and kernels is cpu_train and _is_remade(specs, math.prod(first.shape[:3])):
-                moments = cpu_train.input_moments(first) if batch else None
-                z = Expansion(first, weight, moments)
-                total = cpu_train.expansion_sums(z) if batch else None
-            else:
-                conv = Conv(layer.spec.kind, weight, layer.spec.stride)
-                z, total = kernels.forward(conv, read, norm, sums=batch, dtype=dtype)
-            pixels = math.prod(z.shape[:3]) if batch else 0
-            norm = _normalize(kernels, layer, z, total if batch else None, (gamma, beta))
-            saved += [weight, gamma, z if isinstance(z, Tensor) else None, norm.moments, norm.values]
-            norms.append((norm.eps, norm.relu6, pixels))
-            read = z
+        with _counting() as counters:
+            for i, layer in enumerate(layers):
+                weight, gamma, beta = (_dense(t) for t in tensors[3 * i : 3 * i + 3])
+                assert weight is not None
+                if layer.spec.kind in kernels.ROUNDED:
+                    weight = weight.to(dtype)
+                batch = layer.batch_moments
+                z: Tensor | Expansion
+                if i == 0 and kernels is cpu_train and _is_remade(specs, math.prod(first.shape[:3])):
+                    moments = cpu_train.input_moments(first) if batch else None
+                    z = Expansion(first, weight, moments)
+                    total = cpu_train.expansion_sums(z) if batch else None
+                else:
+                    conv = Conv(layer.spec.kind, weight, layer.spec.stride)
+                    z, total = kernels.forward(conv, read, norm, sums=batch, dtype=dtype)
+                pixels = math.prod(z.shape[:3]) if batch else 0
+                total = total if batch else None
+                norm = _normalize(kernels, layer, z, total, (gamma, beta), counters=counters)
+                saved += [weight, gamma, z if isinstance(z, Tensor) else None, norm.moments, norm.values]
+                norms.append((norm.eps, norm.relu6, pixels))
+                read = z
         assert norm is not None
         assert isinstance(read, Tensor)
         y = kernels.activate(read, norm, first if residual else None)
@@ -333,6 +354,9 @@ def _is_remade(specs: Sequence[LayerSpec], pixels: int) -> bool:
 def kept_bytes(nodes: Sequence[Sequence[LayerSpec]], images: int, size: int, dtype: torch.dtype) -> int:
     """Bytes of activations that `run` keeps until the backward pass, the most that a training step holds.
 
+    On a CPU. On a GPU no expansion is made again, so that its raw output is kept, too, and blocks that are
+    one node (`run_joined`) have one result.
+
     Args:
         nodes: the layers of each call, first to last; each reads what the one before returned.
         images: in a batch.
@@ -352,10 +376,11 @@ def kept_bytes(nodes: Sequence[Sequence[LayerSpec]], images: int, size: int, dty
 def release_training_memory() -> int:
     """Give back to the system what training keeps between steps for the next one, as much as no tensor uses.
 
-    Training goes on as before, its next step asks for memory anew. What `torch.cuda.empty_cache` is on a GPU.
+    Training goes on as before, its next step asks for memory anew. A GPU's memory is torch's own, and stays:
+    `torch.cuda.empty_cache()` gives back what is kept of that.
 
     Returns:
-        How many bytes that was.
+        How many bytes of the host that was.
     """
     return cpu_train.release()
 
@@ -367,95 +392,6 @@ def _stem_input(step: Step) -> Tensor:
         dz, step.x, step.conv.weight, None, (2, 2), (1, 1), (1, 1), False, (0, 0), 1, (True, False, False)
     )[0]
     return dx
-
-
-class ChainFunction(torch.autograd.Function):
-    """A packed chain within autograd: saves the input and the raw tensors, nothing in between."""
-
-    @staticmethod
-    def forward(  # noqa: PLR0917 (autograd passes no names)
-        ctx: Any,
-        pack: packs.Pack,
-        trains: bool,
-        tensors: Sequence[Tensor],
-        asked: Sequence[bool],
-        x: Tensor,
-        *_: Tensor,
-    ) -> Tensor:
-        """The pack's answer.
-
-        Args:
-            ctx: autograd's.
-            pack: of the chain.
-            trains: the training kernels make the gradients; plain torch otherwise.
-            tensors: the chain's, in its order.
-            asked: for each, whether it requires a gradient.
-            x: the input.
-            *_: the tensors that do, once more, so that autograd sees them (and only them: it takes time).
-        """
-        ctx.chain, ctx.trains, ctx.asked, ctx.autocast = pack.chain, trains, asked, pack.autocast
-        ctx.save_for_backward(x, *tensors)
-        return pack.run(x).data  # no view, as in `ChainTraining`
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of what asked for one."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(TWICE)
-        _, _, _, _, for_x, *of_asked = ctx.needs_input_grad
-        rest = iter(of_asked)
-        needed = [for_x, *(asked and next(rest) for asked in ctx.asked)]
-        compute = functools.partial(_compute, ctx.chain, ctx.trains)
-        found = iter(gradients(grad, ctx.saved_tensors, needed, compute, autocast=ctx.autocast))
-        return None, None, None, None, *(next(found) if need else None for need in (for_x, *of_asked))
-
-
-def _compute(chain: Chain, trains: bool, tensors: list[Any]) -> Tensor:
-    """A chain's answer within autograd: by the training kernels where they know all of it, or by plain torch.
-
-    Args:
-        chain: in eval mode.
-        trains: there are training kernels.
-        tensors: the input, then the chain's, in its order.
-    """
-    x, *held = tensors
-    links = list(zip(chain.links, chain.split(held), strict=True))
-    if not trains or x.shape[0] == 0 or not all(map(_is_frozen, links)):
-        return eager.network(x, held, chain.encode())
-    for begin, end, residual in _segments([spec for spec in chain.specs if spec.kind != "linear"]):
-        layers: list[TrainLayer] = []
-        of_layers: list[Tensor | None] = []
-        for link, own in links[begin:end]:
-            norm = FrozenNorm(own["running_mean"], own["running_var"], link.eps)
-            layers.append(TrainLayer(link.spec, norm))
-            of_layers += [own["weight"], own.get("norm_weight"), own.get("norm_bias")]
-        x = run(x, layers, of_layers, residual)
-    last, own = links[-1]
-    if last.spec.kind == "linear":
-        return training_head.run(x, own["weight"], own.get("bias"))
-    return x.mean((2, 3)) if chain.pool else x
-
-
-def _is_frozen(link: tuple[Link, dict[str, Tensor]]) -> bool:
-    """Whether a layer is a float32 one with a norm, whose statistics want no gradient, or the linear one."""
-    of, own = link
-    stats = (own[name] for name in ("running_mean", "running_var") if name in own)
-    if any(t.dtype is not torch.float32 for t in own.values()) or any(t.requires_grad for t in stats):
-        return False
-    return of.spec.kind == "linear" or (of.norm and not of.bias)
-
-
-def _segments(specs: Sequence[LayerSpec]) -> list[tuple[int, int, bool]]:
-    """(begin, end, whether the input is added) of convolutions in a row, each residual in one of its own."""
-    found: list[tuple[int, int, bool]] = []
-    begin = 0
-    for i, spec in enumerate(specs):
-        if spec.residual:
-            if begin < i - spec.residual:
-                found.append((begin, i - spec.residual, False))
-            found.append((i - spec.residual, i + 1, True))
-            begin = i + 1
-    return found if begin == len(specs) else [*found, (begin, len(specs), False)]
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -478,16 +414,22 @@ def _check_pixels(shape: torch.Size) -> None:
 
 
 def _normalize(
-    kernels: Any, layer: TrainLayer, z: Tensor | Expansion, total: Any, affine: Sequence[Tensor | None]
+    kernels: Any,
+    layer: TrainLayer,
+    z: Tensor | Expansion,
+    total: Any,
+    affine: Sequence[Tensor | None],
+    *,
+    counters: list[Tensor],
 ) -> Norm:
     """The norm of a layer's raw output z: by the batch's sums, towards which its running statistics are moved
-    as in torch, or by these where there are no sums.
+    as in torch, or by these where there are no sums. `counters` as `_share` has them.
     """
     of, relu6 = layer.norm, layer.spec.relu6
     if total is None:
         running = (_dense(t) for t in (of.running_mean, of.running_var))
         return cast("Norm", kernels.normalize_running(*running, *affine, eps=of.eps, relu6=relu6))
-    share, moved = _share(of), None
+    share, moved = _share(of, counters), None
     _check_pixels(z.shape)
     if share is not None and of.running_mean is not None and of.running_var is not None:
         moved = (of.running_mean, of.running_var, share)
@@ -495,17 +437,31 @@ def _normalize(
     return cast("Norm", kernels.normalize(total, pixels, *affine, eps=of.eps, relu6=relu6, moved=moved))
 
 
-@torch.no_grad()
-def _share(norm: nn.BatchNorm2d | FrozenNorm) -> float | None:
-    """How far a batch moves the running statistics, None for not at all; the batch is counted.
+def _share(norm: nn.BatchNorm2d | FrozenNorm, counters: list[Tensor]) -> float | None:
+    """How far a batch moves the running statistics, None for not at all; the batch is counted, or is to be.
 
     As `torch.nn.BatchNorm2d` does it: before it looks whether there are values enough.
     """
     if isinstance(norm, FrozenNorm) or not norm.training or not norm.track_running_stats:
         return None
-    share = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if share is None:
-            share = 1.0 / float(norm.num_batches_tracked)
-    return share or 0.0
+    counter = norm.num_batches_tracked
+    if norm.momentum is not None:
+        if counter is not None:
+            counters.append(counter)
+        return norm.momentum
+    return 0.0 if counter is None else 1.0 / float(counter.add_(1))
+
+
+@contextlib.contextmanager
+def _counting() -> Iterator[list[Tensor]]:
+    """Counters that are raised by one in the end, whatever that is, for each time they were listed within.
+
+    In one launch on a GPU, where the 52 norms of a step took one each.
+    """
+    counters: list[Tensor] = []
+    try:
+        yield counters
+    finally:
+        times = collections.Counter(map(id, counters))  # no launch may write to one twice
+        if distinct := {id(counter): counter for counter in counters}:
+            torch._foreach_add_(list(distinct.values()), [times[key] for key in distinct])

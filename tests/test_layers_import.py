@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("nn",),
     ("plans",),
+    ("training_eval",),
     ("training",),
     ("training_head",),
     ("autograd", "reading"),

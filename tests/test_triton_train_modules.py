@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import traceback
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,15 +19,22 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 
 from mnv2_fast import MobileNetV2, training
 from mnv2_fast.backends import chains, replay, triton, triton_train
+from mnv2_fast.errors import UserError
 from mnv2_fast.nn import ConvBNReLU6, eager_only
+from mnv2_fast.reading import Declined
 
-IMAGES = (2, 3, 17, 14)
+IMAGES = (2, 3, 11, 8)
 BLOCKS = [[1, 8, 1, 1], [6, 8, 2, 2]]
 
 
 def stand_in() -> None:
-    """Have tensors on the CPU go the way of CUDA tensors, whose kernels are interpreted."""
-    os.environ["MNV2_BACKEND"] = "triton"
+    """Have tensors on the CPU go the way of CUDA tensors, whose kernels are interpreted.
+
+    A module that declines in silence, which torch would serve as well, fails its scene: `lenient` lets it.
+    """
+    from mnv2_fast.kernels import train_depthwise
+
+    os.environ |= {"MNV2_BACKEND": "triton", "MNV2_STRICT": "1"}
     triton._device_reason = lambda device: None
     row = dataclasses.replace(chains.KERNELS["cuda"], unavailable=lambda: "")
     chains.KERNELS["cpu"] = row  # type: ignore[index]
@@ -37,11 +45,30 @@ def stand_in() -> None:
     replay.capturing = lambda device: False
     replay.place = lambda x: 0
     replay.capture = graph
+    # The interpreter takes time by the rows and columns of a tile, filled or not: so all scenes take half.
+    # tests/test_triton_training.py has the tables' own tiles.
+    tables = train_depthwise.tiles
+    train_depthwise.tiles = lambda name, kernel: {  # type: ignore[assignment]
+        row: {**tile, "rows": 3, "cols": 1} for row, tile in tables(name, kernel).items()
+    }
 
 
-def model() -> MobileNetV2:
+@contextlib.contextmanager
+def lenient() -> Iterator[None]:
+    """Within it a call that no kernel serves is torch's and no error."""
+    os.environ["MNV2_STRICT"] = "0"
+    try:
+        yield
+    finally:
+        os.environ["MNV2_STRICT"] = "1"
+
+
+def model(setting: list[list[int]] = BLOCKS) -> MobileNetV2:
     torch.manual_seed(0)
-    made = MobileNetV2(5, inverted_residual_setting=BLOCKS, width_mult=0.5, round_nearest=4, dropout=0.0)
+    made = MobileNetV2(5, inverted_residual_setting=setting, width_mult=0.5, round_nearest=4, dropout=0.0)
+    # The last layer's 1280 channels would take half of the time.
+    made.features[-1] = ConvBNReLU6(made.features[-1][0].in_channels, 24, 1)
+    made.classifier[1] = nn.Linear(24, 5)
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1, 0.2)
@@ -107,8 +134,73 @@ def a_step_is_torchs() -> str:
     return wrong or ("" if nodes == [6, 3, 1] else f"nodes of {nodes} layers")
 
 
+def batches_are_counted_in_one_launch_a_node() -> str:
+    ours, add, launches = model().train(), torch._foreach_add_, []
+
+    def noted(counters: list[Tensor], times: list[int]) -> None:
+        launches.append(len({counter.data_ptr() for counter in counters}))
+        add(counters, times)
+
+    torch._foreach_add_ = noted  # type: ignore[assignment]
+    try:
+        with torch.no_grad():  # each element of features is a node
+            ours(torch.randn(IMAGES))
+    finally:
+        torch._foreach_add_ = add
+    return "" if launches == [1, 2, 3, 3, 1] else f"launches for {launches} counters"
+
+
+def a_shared_block() -> str:
+    """Twice in one node: its norms are moved, and its batches counted, twice."""
+    ours = model([[1, 8, 1, 1], [2, 8, 1, 2], [2, 8, 1, 2]]).train()
+    ours.features[3] = ours.features[2]
+    ours.features[2].conv[0][1].momentum = None
+    x = torch.randn(4, 3, 15, 14)
+    with counted() as nodes:
+        wrong = compare(ours, x, 1e-5)
+    return wrong or ("" if nodes == [10] else f"nodes of {nodes} layers")
+
+
+def batches_are_counted_as_far_as_torch_gets() -> str:
+    """One value a channel, in the second of three blocks."""
+    ours = model().train()
+    ours.features[2].conv[0][1].momentum = None
+    twin = copy.deepcopy(ours)
+    x = torch.randn(1, 3, 4, 4)
+    for of, context in ((ours, contextlib.nullcontext()), (twin, eager_only())):
+        try:
+            with context:
+                of(x)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                return str(error)
+        else:
+            return "no error"
+    wrong = [
+        f"{name} is {a}, not {b}"
+        for (name, a), b in zip(ours.named_buffers(), twin.buffers(), strict=True)
+        if distance(a, b.double(), 1e-2) > 1e-5
+    ]
+    counts = [int(b) for name, b in ours.named_buffers() if name.endswith("tracked")]
+    return "; ".join(wrong) or ("" if counts == [1] * 5 + [0] * 5 else f"counted {counts}")
+
+
 def sliced_images() -> str:
-    return compare(model().train(), torch.randn(2, 3, 17, 28)[..., ::2], 1e-5)
+    n, c, h, w = IMAGES
+    return compare(model().train(), torch.randn(n, c, h, 2 * w)[..., ::2], 1e-5)
+
+
+def a_block_that_declines_is_an_error() -> str:
+    ours, x = model().train(), torch.randn(IMAGES)
+    ours.features[1].conv[1].bias = nn.Parameter(torch.zeros(ours.features[1].out_channels))
+    with lenient():
+        if wrong := compare(ours, x, 1e-5):
+            return wrong
+    try:
+        ours(x)
+    except UserError as error:
+        return "" if "conv.1 has a bias" in str(error) else str(error)
+    return "no error"
 
 
 def a_hook_is_called() -> str:
@@ -121,10 +213,73 @@ def a_hook_is_called() -> str:
     return wrong or ("" if nodes == [1, 2, 3, 3, 1] else f"nodes of {nodes} layers")
 
 
+def why_features_are_not_joined_is_remembered() -> str:
+    """Until it changes: a network is not read anew at every step for the hook that it has."""
+    ours, x = model().train(), torch.randn(IMAGES)
+    read, read_features = [], ours._read_features
+
+    def counting(*args: object, **named: object) -> object:
+        read.append(1)
+        return read_features(*args, **named)  # type: ignore[arg-type]
+
+    ours._read_features = counting  # type: ignore[assignment, method-assign]
+
+    def refusal() -> str:
+        try:
+            ours._train_chain(x)
+        except Declined as reason:
+            return str(reason)
+        return ""
+
+    norm = ours.features[-1][1]
+    found = [refusal()]
+    hook = norm.register_forward_pre_hook(lambda module, args: None)
+    found += [refusal(), refusal()]
+    hook.remove()
+    found += [refusal(), refusal()]
+    norm.weight.data = norm.weight.data.double()
+    found += [refusal(), refusal()]
+    norm.weight.data = norm.weight.data.float()
+    found += [refusal(), refusal()]
+    norm.forward = norm.forward
+    found += [refusal(), refusal()]
+    del norm.forward
+    found += [refusal()]
+    expected = ["", *["has a hook"] * 2, "", "", *["float32"] * 2, "", "", *["forward of its own"] * 2, ""]
+    if not all(want in why and bool(why) == bool(want) for want, why in zip(expected, found, strict=True)):
+        return f"refusals: {found}"
+    return "" if len(read) == 7 else f"read {len(read)} times"
+
+
+def what_cannot_be_watched_is_asked_anew() -> str:
+    ours, x = model().train(), torch.randn(IMAGES)
+    ours.features.add_module("5", torch.jit.script(nn.Identity()))
+    for _ in range(2):
+        try:
+            ours._train_chain(x)
+        except Declined as reason:
+            if "features.5" not in str(reason):
+                return str(reason)
+        else:
+            return "the features are joined"
+    del ours.features[5]
+    ours._train_chain(x)
+    return ""
+
+
+def a_block_asks_for_its_own_backend() -> str:
+    ours = model().train()
+    ours.features[2].backend = "eager"
+    ours.features[3].backend = "triton"
+    with counted() as nodes:
+        wrong = compare(ours, torch.randn(IMAGES), 1e-5)
+    return wrong or ("" if nodes == [1, 2, 3, 1] else f"nodes of {nodes} layers")
+
+
 def frozen_norms() -> str:
     ours = model()
-    for _ in range(2):  # statistics that are some batch's
-        step(ours.train(), torch.randn(IMAGES))
+    with torch.no_grad():  # statistics that are some batch's
+        ours.train()(torch.randn(IMAGES))
     for module in ours.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -133,7 +288,8 @@ def frozen_norms() -> str:
 
 def eval_mode() -> str:
     ours = model()
-    step(ours.train(), torch.randn(IMAGES))
+    with torch.no_grad():
+        ours.train()(torch.randn(IMAGES))
     with counted() as nodes:
         wrong = compare(ours.eval(), torch.randn(IMAGES), 1e-5)
     return wrong or ("" if nodes else "the training kernels were not asked")
@@ -165,10 +321,12 @@ def linear_chain(cast: torch.dtype) -> str:
         ConvBNReLU6(24, 12, 1, activation_layer=None),
     ).train()
     x = torch.randn(4, 8, 13, 11).to(cast).float()
-    y = step(blocks, x, cast)
+    with torch.no_grad(), torch.autocast("cpu", cast):
+        y = blocks(x)
+    wrong = compare(blocks, x, 16 * torch.finfo(cast).eps, cast)
     if y.dtype != cast or any(p.grad is None or p.grad.dtype != torch.float32 for p in blocks.parameters()):
         return "the answer is not of autocast's dtype, or a gradient not of the weight's"
-    return compare(blocks, x, 16 * torch.finfo(cast).eps, cast)
+    return wrong
 
 
 def a_network_under_autocast(cast: torch.dtype) -> str:
@@ -210,6 +368,41 @@ def synchronised_norms_decline() -> str:
     return "" if why and "SyncBatchNorm" in why else f"why_not: {why}"
 
 
+def tensors_on_two_devices_decline() -> str:
+    ours, x = model().train(), torch.randn(IMAGES)
+    chains.KERNELS["meta"] = chains.KERNELS["cuda"]  # type: ignore[index]
+    norm = ours.features[2].conv[1][1]
+    norm.running_mean = norm.running_mean.to("meta")
+    try:
+        if "several devices: cpu, meta" not in (why := str(ours.why_not(x))):
+            return f"why_not: {why}"
+        ours._train_chain(x)
+    except Declined as reason:
+        return "" if "several devices: cpu, meta" in str(reason) else str(reason)
+    finally:
+        del chains.KERNELS["meta"]  # type: ignore[attr-defined]
+    return "the features are joined"
+
+
+def too_large_an_input_is_torchs() -> str:
+    """In train mode, and in eval mode where gradients are asked for."""
+    limit, x = triton_train.limit, torch.randn(IMAGES)
+    wrong = []
+    try:
+        for ours in (model().train(), model().eval()):
+            triton_train.limit = lambda shape, layers: "too large" if shape[2] == IMAGES[2] else None
+            if ours.training and "too large" not in (why := str(ours.why_not(x))):
+                wrong.append(f"why_not: {why}")
+            with lenient(), counted() as nodes:
+                wrong.append(compare(ours, x, 1e-5))
+            # What the stem's answer goes into is served again, in train mode, where each module asks.
+            if nodes != ([2, 3, 3, 1] if ours.training else []):
+                wrong.append(f"nodes of {nodes} layers")
+    finally:
+        triton_train.limit = limit
+    return "; ".join(filter(None, wrong))
+
+
 def one_value_a_channel_is_torchs_error() -> str:
     block = ConvBNReLU6(8, 8, 1).train()
     try:
@@ -235,14 +428,23 @@ SCENES: dict[str, Callable[[], str]] = {
     scene.__name__: scene
     for scene in (
         a_step_is_torchs,
+        batches_are_counted_in_one_launch_a_node,
+        a_shared_block,
+        batches_are_counted_as_far_as_torch_gets,
         sliced_images,
+        a_block_that_declines_is_an_error,
         a_hook_is_called,
+        why_features_are_not_joined_is_remembered,
+        what_cannot_be_watched_is_asked_anew,
+        a_block_asks_for_its_own_backend,
         frozen_norms,
         eval_mode,
         some_layers_frozen,
         momentum_none_and_no_statistics,
         a_scale_that_overflows_skips_the_step,
         synchronised_norms_decline,
+        tensors_on_two_devices_decline,
+        too_large_an_input_is_torchs,
         one_value_a_channel_is_torchs_error,
         without_gradients_statistics_move,
     )
@@ -250,6 +452,14 @@ SCENES: dict[str, Callable[[], str]] = {
 for _scene in (linear_chain, a_network_under_autocast):
     for _cast in (torch.float16, torch.bfloat16):
         SCENES[f"{_scene.__name__} {_cast}"] = lambda scene=_scene, cast=_cast: scene(cast)
+
+
+def verdict(scene: str) -> str:
+    """What is wrong with a scene, an error's traceback too, so that the other scenes are still played."""
+    try:
+        return SCENES[scene]()
+    except Exception:
+        return traceback.format_exc()
 
 
 @pytest.fixture(scope="module")
@@ -264,4 +474,4 @@ def test_interpreted(scene: str, verdicts: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     stand_in()
-    triton_interpreter.print_verdicts(SCENES, lambda scene: SCENES[scene]())
+    triton_interpreter.print_verdicts(SCENES, verdict)
