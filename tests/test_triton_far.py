@@ -32,6 +32,7 @@ from mnv2_fast.kernels import (
 )
 from mnv2_fast.kernels.common import GRID_LIMIT, tiles
 from mnv2_fast.kernels.norm import Applied, RawGradient
+from mnv2_fast.kernels.parts import BLOCK, ROWS, add_parts_kernel
 
 F16 = torch.float16
 # Images before the last one that a launch may have along its grid.
@@ -151,12 +152,15 @@ def _stem_images() -> Judged:
     return _stem(x, Far("stem_kernel", (0, BEFORE, 0), before))
 
 
-def _spread(axis: int, most: int) -> Tensor:
-    """A photo of bytes whose neighbours along an axis are 2**30 elements apart: few pages are touched."""
-    strides = [0, 1, 9, 3]
+def _spread(shape: tuple[int, ...], strides: list[int], axis: int, most: int) -> Tensor:
+    """Random bytes, three along an axis, where they are 2**30 elements apart: few pages are touched."""
     strides[axis] = 2**30
     memory = torch.from_numpy(np.empty(2**31 + 2**10, np.uint8))
-    return memory.as_strided((1, 3, 3, 3), strides).copy_(torch.randint(0, most, (1, 3, 3, 3)))
+    return memory.as_strided(shape, strides).copy_(torch.randint(0, most, shape))
+
+
+def _photo(axis: int, most: int) -> Tensor:
+    return _spread((1, 3, 3, 3), [0, 1, 9, 3], axis, most)
 
 
 def _features() -> Judged:
@@ -215,6 +219,15 @@ def _moments(parts: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
 def _before(pixels: int, local: int, step: int) -> int:
     """Steps of so many pixels before the `local` ones, for `pixels` in all or the next larger number."""
     return -((local - pixels) // step)
+
+
+def _add_parts() -> Judged:
+    """The first elements of three far parts."""
+    far = _spread((3, BLOCK), [0, 1], 0, 16)
+    out = torch.empty(BLOCK)
+    with run(Far("add_parts_kernel")):
+        add_parts_kernel[1,](far, out, far.stride(0), 3, BLOCK=BLOCK, ROWS=ROWS, num_warps=1)
+    return _exact((out, far.sum(0)))
 
 
 def _sums(pixels: int) -> Judged:
@@ -291,23 +304,23 @@ def _train_pointwise_gradients(pixels: int, wanted: str, cout: int = 24) -> Judg
 
 
 # Two groups of rows in an image: past 2**30 images 32 bits do not count them.
-GROUPS = {"rows": 2, "cols": 2, "patches": 2, "channels": 16, "warps": 4}
+GROUPS = {"rows": 2, "cols": 1, "patches": 2, "channels": 16, "warps": 4}
 
 
 def _train_depthwise(images: int, stride: int) -> Judged:
     """The columns take two programs, which leave two parts."""
-    c, size = 16, 5 * stride
+    c, size = 16, 3 * stride
     x, of, weight = _whole(2, 4 * stride, size, c), _norm_of(c), _whole(c, 1, 3, 3)
-    before = {"x": images * x[0].numel(), "out": images * 20 * c, "parts": 2 * images * 3 * c}
+    before = {"x": images * x[0].numel(), "out": images * 12 * c, "parts": 2 * images * 3 * c}
     with run(Far("forward_kernel", (0, 0, images), before, {"n": images})):
         z, parts = train_depthwise.forward(x, of, weight, stride, moments=True, tile=GROUPS)
     return _exact((z, train_reference.forward(x, of, weight, stride)), _moments(parts, z))
 
 
 def _train_depthwise_gradients(images: int, stride: int) -> Judged:
-    c, size = 16, 5 * stride
+    c, size = 16, 3 * stride
     x, applied, weight = _whole(2, 4 * stride, size, c), _norm_of(c), _whole(c, 1, 3, 3)
-    of = _of(_whole(2, 4, 5, c), _whole(2, 4, 5, c), mask=True)
+    of = _of(_whole(2, 4, 3, c), _whole(2, 4, 3, c), mask=True)
     before = dict.fromkeys(("x", "out"), images * x[0].numel())
     before |= dict.fromkeys(("g", "z"), images * of.g[0].numel())
     before |= {"parts": 2 * images * 2 * c, "weight_parts": 2 * images * c * 9}
@@ -355,10 +368,11 @@ OPERATORS: dict[str, Callable[[], Judged]] = {
     "depthwise project s2": lambda: _depthwise_project(2**22, 2),
     "depthwise project past 2**31 pixels": lambda: _depthwise_project(2**29, 1),
     "stem": _stem_images,
-    "stem with far channels": lambda: _stem(_spread(1, 256), Far("stem_kernel")),
-    "stem with far rows": lambda: _stem(_spread(2, 256), Far("stem_kernel")),
-    "stem with far columns": lambda: _stem(_spread(3, 256), Far("stem_kernel")),
+    "stem with far channels": lambda: _stem(_photo(1, 256), Far("stem_kernel")),
+    "stem with far rows": lambda: _stem(_photo(2, 256), Far("stem_kernel")),
+    "stem with far columns": lambda: _stem(_photo(3, 256), Far("stem_kernel")),
     "features": _features,
+    "add parts": _add_parts,
     "norm activate": lambda: _activate(2**28),
     "norm activate past 2**31 pixels": lambda: _activate(PAST),
     "train depthwise s1": lambda: _train_depthwise(2**30, 1),
@@ -368,9 +382,9 @@ OPERATORS: dict[str, Callable[[], Judged]] = {
     # (178956968 + 2) * 12 pixels are 2**31 - 8.
     "train stem below 2**31 pixels": lambda: _train_stem(_photos(2), 178956968),
     "train stem past 2**31 pixels": lambda: _train_stem(_photos(3), 2**28),
-    "train stem with far channels": lambda: _train_stem(_spread(1, 16)),
-    "train stem with far rows": lambda: _train_stem(_spread(2, 16)),
-    "train stem with far columns": lambda: _train_stem(_spread(3, 16)),
+    "train stem with far channels": lambda: _train_stem(_photo(1, 16)),
+    "train stem with far rows": lambda: _train_stem(_photo(2, 16)),
+    "train stem with far columns": lambda: _train_stem(_photo(3, 16)),
     "train stem weight gradient below 2**31 pixels": lambda: _train_stem_weight(_photos(2), 178956968),
     "train stem weight gradient past 2**31 pixels": lambda: _train_stem_weight(_photos(3), 2**28),
     "train expansion input gradient": lambda: _train_pointwise_gradients(BELOW, "input", 40),
