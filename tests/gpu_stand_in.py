@@ -5,13 +5,16 @@ The kernels' launchers are plain torch, CUDA graphs run anew, and no value of a 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from torch import Tensor
 
+from mnv2_fast import MobileNetV2
 from mnv2_fast.backends import chains, eager, replay
 from mnv2_fast.backends import triton as backend
 
@@ -90,6 +93,23 @@ class StandIn:
                 return make(*args)
 
         return launch
+
+
+@pytest.fixture(name="gpu")
+def stand_in(one_thread: None, model: MobileNetV2, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """After `model`, which is calibrated in train mode."""
+    return StandIn(monkeypatch)
+
+
+def near(model: MobileNetV2, x: Tensor, dtype: torch.dtype) -> None:
+    """Served, in the dtype that torch answers in, and at most 1.5 times as far from float64 as torch."""
+    assert model.why_not(x) is None, model.why_not(x)
+    x = torch.cat([x * scale for scale in torch.linspace(0.5, 2, 3).to(x.dtype)])
+    with torch.autocast("cpu", enabled=False):
+        exact = copy.deepcopy(model).double()._forward_impl(x.double())
+    ours, torchs = model(x), helpers.eager(model, x)
+    assert ours.dtype == torchs.dtype == model._plan(x).pack._network.run(x).dtype == dtype
+    assert (ours - exact).norm() <= 1.5 * (torchs - exact).norm() + 1e-5 * exact.norm()
 
 
 def _features(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

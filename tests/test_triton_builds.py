@@ -23,11 +23,17 @@ from mnv2_fast.kernels import (
     depthwise_gradient,
     depthwise_project,
     head,
+    norm,
     pointwise,
     pointwise_gradient,
     stem,
+    train_depthwise,
+    train_pointwise,
+    train_pointwise_gradient,
+    train_stem,
 )
 from mnv2_fast.kernels.common import arithmetic, tiles
+from mnv2_fast.kernels.norm import Applied, RawGradient
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -179,6 +185,69 @@ def _empty(*shape: int) -> Tensor:
     return torch.empty(shape, **META)
 
 
+def _lines(n: int, h: int, w: int, c: int) -> Tensor:
+    """As training's kernels have them."""
+    return torch.empty((n, h, w, c), **META)
+
+
+def _rows(number: int, c: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty((number, c), dtype=dtype, device="meta")
+
+
+def _applied(c: int) -> Applied:
+    return Applied(_rows(3, c), relu6=True)
+
+
+def _raw(n: int, h: int, w: int, c: int, *, mask: bool = False) -> RawGradient:
+    return RawGradient(_lines(n, h, w, c), _lines(n, h, w, c), _rows(3, c), _rows(3, c), mask, batch=True)
+
+
+def _train_depthwise(n: int, h: int, w: int, stride: int) -> None:
+    x, of, weight = _lines(n, h, w, 96), _applied(96), _empty(96, 1, 3, 3)
+    z, _ = train_depthwise.forward(x, of, weight, stride, moments=True)
+    train_depthwise.gradients(_raw(*z.shape), weight, x, of, stride)
+
+
+def _train_project(n: int, h: int, w: int) -> None:
+    """Its gradients apart, too."""
+    x, of, weight = _lines(n, h, w, 96), _applied(96), _empty(24, 96, 1, 1)
+    train_pointwise.forward(x, of, weight, moments=True)
+    for wanted in ({}, {"for_weight": False}, {"for_x": False}):
+        train_pointwise_gradient.gradients(_raw(n, h, w, 24), weight, x, of, **wanted)
+
+
+def _train_expand(n: int, h: int, w: int) -> None:
+    x, weight = _lines(n, h, w, 24), _empty(144, 24, 1, 1)
+    train_pointwise.forward(x, None, weight, moments=True)
+    train_pointwise_gradient.gradients(_raw(n, h, w, 144), weight, x, None, x)
+    train_pointwise_gradient.gradients(_raw(n, h, w, 144, mask=True), weight, x, None, x, for_weight=False)
+
+
+def _train_stem(n: int, h: int, w: int) -> None:
+    photos, weight = _empty(n, 3, h, w), _empty(32, 3, 3, 3)
+    z, _ = train_stem.forward(photos, weight, torch.float16, moments=True)
+    train_stem.weight_gradient(_raw(*z.shape), photos)
+
+
+def _norm(n: int, h: int, w: int) -> None:
+    """Of as many parts as there are images."""
+    z, of, gamma = _lines(n, h, w, 96), _applied(96), _rows(1, 96)[0]
+    norm.activate(z, of.values, of.relu6, z)
+    norm.sums(z, z, of.values, of.relu6)
+    parts = _rows(3 * n, 96).view(n, 3, 96)
+    moments, _ = norm.normalize(parts, gamma, gamma, 1e-5, running=(gamma, gamma), share=0.1)
+    norm.norm_gradient(parts[:, :2].contiguous(), moments, gamma, n * h * w, 1e-5)
+
+
+# What training launches, likewise.
+TRAINING: dict[str, Callable[[int, int, int], object]] = {
+    "train depthwise s1": lambda n, h, w: _train_depthwise(n, h, w, 1),
+    "train depthwise s2": lambda n, h, w: _train_depthwise(n, h, w, 2),
+    "train project": _train_project,
+    "train expand": _train_expand,
+    "train stem": _train_stem,
+    "norm": _norm,
+}
 # Each operator's call on n maps of h x w, whose tile does not depend on n.
 CALLS: dict[str, Callable[[int, int, int], object]] = {
     "depthwise s1": lambda n, h, w: depthwise.depthwise(
@@ -225,6 +294,7 @@ CALLS: dict[str, Callable[[int, int, int], object]] = {
     "features": lambda n, h, w: head.features(
         _map(n, 96, h, w), _empty(160, 96, 1, 1), _empty(160), tile=tiles("", "head")["half"]
     ),
+    **TRAINING,
 }
 
 
@@ -240,16 +310,25 @@ def _keys(call: Callable[[], object]) -> list[tuple[str, str]]:
     return keys
 
 
+SIZES = [(1, 1), (7, 9), (16, 32)]
+
+
 @pytest.mark.parametrize("op", CALLS)
-@pytest.mark.parametrize("size", [(1, 1), (7, 9), (16, 32)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 def test_one_binary_serves_every_batch(op: str, size: tuple[int, int]) -> None:
     """A kernel is compiled at the first call alone, whatever batches follow, one of a single image, too."""
     keys = [_keys(lambda n=n: CALLS[op](n, *size)) for n in (1, 2, 3, 16, 17, 256)]
     assert all(key == keys[0] for key in keys), keys
 
 
-@pytest.mark.parametrize("op", CALLS)
-@pytest.mark.parametrize("size", [(1, 1), (7, 9), (16, 32)], ids=str)
+def _specialised() -> Iterator[Any]:
+    """Calls and sizes. A depthwise layer's gradients in training take 15 s to compile, others a second."""
+    for op, size in itertools.product(CALLS, SIZES):
+        slow = op.startswith("train depthwise") and size != (7, 9)
+        yield pytest.param(op, size, id=f"{size}-{op}", marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize(("op", "size"), list(_specialised()))
 def test_compiles_as_a_launch_specialises_it(op: str, size: tuple[int, int]) -> None:
     """Sizes of 1 are constants and multiples of 16 known as such, where the kernel does not decline it."""
     with aot.launches() as made:
@@ -260,3 +339,47 @@ def test_compiles_as_a_launch_specialises_it(op: str, size: tuple[int, int]) -> 
         assert (built.stack, built.local) == (0, 0)
         # Pointers are known to be aligned at every launch: what can move as vectors does.
         assert re.search(r"(?:ld|st)\.global\S*\.v[24]\.|cp\.async\S* \[[^]]*\], \[[^]]*\], 0x10", built.ptx)
+
+
+def _taken_by(ptx: str, launch: aot.Launch, name: str) -> set[str]:
+    """The instructions that take an integer argument of a launch, the one that loads it first."""
+    ones = {key for key, value in launch.arguments.items() if isinstance(value, int) and value == 1}
+    kept = [
+        p.name
+        for p in launch.kernel.params
+        if not p.is_constexpr and (p.do_not_specialize or p.name not in ones)
+    ]
+    load = re.search(
+        rf"(ld\.param\.\w+)\s+(%\w+), \[{launch.kernel.__name__}_param_{kept.index(name)}\];", ptx
+    )
+    assert load is not None
+    takes = rf"^\s*(?:@\S+\s+)?([a-z][\w.]*)\s+[^,;]+,[^;]*{re.escape(load[2])}\b"
+    taken = re.findall(takes, ptx, re.MULTILINE)
+    assert taken
+    return {load[1], *taken}
+
+
+# What widens an argument of 32 bits, and what takes one of 64.
+WIDENS = {"ld.param.b32", "ld.param.s32", "cvt.s64.s32", "mul.wide.s32"}
+TAKES = {"ld.param.b64", "add.s64", "mul.lo.s64", "setp.lt.s64"}
+
+
+@pytest.mark.parametrize("op", [op for op in TRAINING if op != "train depthwise s2"])
+@pytest.mark.parametrize(("n", "allowed"), [(3, WIDENS | TAKES), (2**31, TAKES)], ids=["few", "many"])
+def test_pixels_and_images_are_counted_in_64_bits(op: str, n: int, allowed: set[str]) -> None:
+    """Those of 2**31 images, and fewer, which 32 bits may not hold once rounded up to whole steps."""
+    with aot.launches() as made:
+        TRAINING[op](n, 7, 9)
+    counted = [
+        (launch, name)
+        for launch in made
+        for name in ("pixels", "n")
+        if isinstance(launch.arguments.get(name), int)
+    ]
+    assert {launch.kernel.__name__ for launch, _ in counted} == {
+        launch.kernel.__name__ for launch in made
+    } - {"add_parts_kernel", "normalize_kernel", "norm_gradient_kernel"}
+    for launch, name in counted:
+        built = launch.compile_for(90)
+        assert (built.stack, built.local) == (0, 0)
+        assert _taken_by(built.ptx, launch, name) <= allowed, launch.kernel.__name__

@@ -7,14 +7,26 @@ tensors, so that a wrong one is an error and not a crash.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+
+from mnv2_fast import kernels
+
+KERNELS = Path(kernels.__file__).parent
+INSTRUCTION = 2  # bytes of one in Python's bytecode
+# Of an expression: first and last line, first column and the one past the last.
+Place = tuple[int | None, int | None, int | None, int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,19 +139,74 @@ def _held_to(tensors: Any) -> Iterator[None]:
         yield
 
 
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """A `.to(tl.int64)` in a kernel's source: the function it is in, what is cast, and where."""
+
+    module: str
+    function: str
+    what: str
+    place: Place
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.function}: {self.what}"
+
+
+@functools.cache
+def casts() -> tuple[Cast, ...]:
+    """Those of every kernel that the interpreter runs."""
+    return tuple(
+        Cast(path.stem, function.name, ast.unparse(call.func.value), _place(call))
+        for path in sorted(KERNELS.glob("*.py"))
+        for function in ast.parse(path.read_text()).body
+        if isinstance(function, ast.FunctionDef)
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr == "to"
+        and ast.unparse(call.args[0]) == "tl.int64"
+    )
+
+
+def _place(call: ast.Call) -> Place:
+    return call.lineno, call.end_lineno, call.col_offset, call.end_col_offset
+
+
 @contextlib.contextmanager
-def without_64_bits() -> Iterator[None]:
-    """No integer is made one of 64 bits, within: as the kernels would be without their casts."""
+def without(dropped: Collection[Cast]) -> Iterator[set[Cast]]:
+    """The kernels as they would be without these casts, within. Yields the casts that widened something."""
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
-    builder = interpreter.InterpreterBuilder
-    cast = builder.create_int_cast
+    cast, int64 = TritonSemantic.cast, interpreter.tl.int64
+    known = {(each.module, each.place): each for each in casts()}
+    met: set[Cast] = set()
 
-    def create_int_cast(self: Any, source: Any, kind: Any, signed: bool) -> Any:
-        return source if kind.scalar == interpreter.tl.int64 else cast(self, source, kind, signed)
+    def cast_but(self: Any, source: Any, kind: Any, *more: Any) -> Any:
+        written = known.get(_caller()) if kind.scalar == int64 != source.type.scalar else None
+        if written is not None:
+            met.add(written)
+        return source if written in dropped else cast(self, source, kind, *more)
 
-    with mock.patch.object(builder, "create_int_cast", create_int_cast):
-        yield
+    with mock.patch.object(TritonSemantic, "cast", cast_but):
+        yield met
+
+
+def _caller() -> tuple[str, Place] | None:
+    """Module and place of the kernels' expression that is being evaluated."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        package, _, module = frame.f_globals["__name__"].rpartition(".")
+        if package == kernels.__name__:
+            return module, _places(frame.f_code)[frame.f_lasti // INSTRUCTION]
+        frame = frame.f_back
+    return None
+
+
+@functools.cache
+def _places(code: CodeType) -> tuple[Place, ...]:
+    """Of each instruction's expression."""
+    return tuple(code.co_positions())
 
 
 def _int32(value: int) -> Any:
