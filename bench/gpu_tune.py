@@ -133,7 +133,8 @@ def candidates(table: str, row: str, shape: str, rows: Mapping[str, Mapping[str,
 def tries() -> list[Try]:
     """All that is to be tried, in an order that parent and children share: fp16 and whole blocks first."""
     found, known = [], default_table()
-    usable_forms = [form for form in forms() if usable(form)]
+    tuned = [form for form in forms() if form.table not in ("", "depthwise_project")]
+    usable_forms = [form for form in tuned if usable(form)]
     for kind in KINDS:
         for form in sorted(usable_forms, key=_worth):
             if kind not in form.kinds():
