@@ -7,6 +7,7 @@ each run; results begin as NaN, and an image that holds a NaN must spoil no othe
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +18,23 @@ import torch
 import triton
 
 from bench import gpu_forms, gpu_network, gpu_training
-from bench.gpu_forms import DTYPES, Form, forms, has_blocks, usable
+from bench.gpu_forms import DTYPES, Form, Probe, StepProbe, forms, has_blocks, usable
+from bench.gpu_training_forms import training_forms
 from kernels import (
     block,
     depthwise,
     depthwise_gradient,
+    depthwise_project,
     head,
+    norm,
     parts,
     pointwise,
     pointwise_gradient,
     stem,
+    train_depthwise,
+    train_pointwise,
+    train_pointwise_gradient,
+    train_stem,
 )
 from kernels.common import DTYPES as TYPES
 from kernels.common import Tile, device_of, tiles
@@ -68,24 +76,27 @@ class Check:
 
 def checks() -> list[Check]:
     """All of them, those first that decide what is timed."""
-    of_forms = [form for form in forms() if usable(form)]
+    of_forms, of_steps = [form for form in forms() if usable(form)], training_forms()
     timed = [check for form in of_forms for check in form_checks(form, TIMED)]
-    odd = [check for form in forms(odd_layers()) for check in form_checks(form, TIMED)]
+    of_training = [check for form in of_steps for check in form_checks(form, TIMED)]
+    of_odd = [*forms(odd_layers()), *training_forms(odd_layers())]
+    odd = [check for form in of_odd for check in form_checks(form, TIMED)]
     return [
         *timed,
         *network_checks(NETWORKS),
         *training_checks(),
+        *of_training,
         *far_checks(of_forms),
         *depthwise_checks(),
-        *other_kinds(of_forms),
+        *other_kinds([*of_forms, *of_steps]),
         *network_checks(OTHER_NETWORKS),
         *odd,
     ]
 
 
 def form_checks(form: Form, kind: str) -> Iterator[Check]:
-    """One check a tile that the launcher may choose."""
-    for row, tile in form.tiles(kind).items():
+    """One check a tile that the launcher may choose, of a kind that the form has."""
+    for row, tile in form.tiles(kind).items() if kind in form.kinds() else ():
         subject = str(form) if kind == TIMED else ""
         yield Check(f"{form}, {kind}, {row}", subject, functools.partial(check_form, form, kind, tile))
 
@@ -110,6 +121,8 @@ def odd_layers() -> list[arch.Layer]:
 def check_form(form: Form, kind: str, tile: Tile | None) -> str:
     """What is wrong with a kernel on a layer's shape, with one tile; one of the images has a NaN."""
     probe = form.make(CHECK_BATCH, kind, tile)
+    if isinstance(probe, StepProbe):
+        return check_step_probe(probe)
     if form.spreads and probe.x.is_floating_point():
         _, c, h, w = probe.x.shape
         probe.x[0, c // 2, h // 2, w // 2] = torch.nan
@@ -119,7 +132,38 @@ def check_form(form: Form, kind: str, tile: Tile | None) -> str:
     first = probe.out.clone()
     probe.out.fill_(torch.nan)
     probe.run()
-    same = (probe.out == first) | (probe.out.isnan() & first.isnan())
+    return changed(first, probe.out)
+
+
+def check_step_probe(probe: StepProbe) -> str:
+    """What is wrong with what kernels of a training step make, without and with a NaN in their input."""
+    for planted in (False, True):
+        if planted:
+            probe.planted[tuple(size // 2 for size in probe.planted.shape)] = torch.nan
+        with poisoned():
+            found, again = probe.run(), probe.run()
+        for name, out, want, allowed in probe.judge(found):
+            if why := judged(out, want, allowed):
+                return f"{name}{', NaN planted' if planted else ''}: {why}"
+        for first, second in zip(found, again, strict=True):
+            if first is not None and second is not None and (why := changed(first, second)):
+                return why
+    return ""
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Within it memory that torch gives begins as NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def changed(first: torch.Tensor, second: torch.Tensor) -> str:
+    """What is wrong with the answer to a second call: it has the same bits, or is NaN likewise."""
+    same = (second == first) | (second.isnan() & first.isnan())
     return "" if same.all() else f"{int((~same).sum())} values are others at the second call"
 
 
@@ -167,7 +211,8 @@ def far_checks(of_forms: Sequence[Form]) -> Iterator[Check]:
     ]
     wide = forms(arch.layers(size=112, specs=specs))
     blocks = [form for form in of_forms if (form.name, form.size, form.layer[-2:]) == ("block", 56, "s1")]
-    for form in (*(form for form in wide if "gradient" not in form.name), *blocks[:1]):
+    near = ("gradient", "then")
+    for form in (*(form for form in wide if not any(word in form.name for word in near)), *blocks[:1]):
         yield Check(f"{form}, past 2**31 elements", "", functools.partial(check_far, form))
 
 
@@ -175,6 +220,7 @@ def check_far(form: Form) -> str:
     """What is wrong with the last image of a batch whose last images begin past 2**31 elements."""
     tile = next(iter(form.tiles(TIMED).values()))
     probe = form.make(1, TIMED, tile)
+    assert isinstance(probe, Probe)
     n = FAR // min(probe.x.numel(), probe.out.numel()) + 2
     needed = n * (probe.x.numel() + probe.out.numel()) * probe.out.element_size()
     if gpu_forms.DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 1.1 * needed:
@@ -229,7 +275,9 @@ def check_network(kind: str, fuse: bool, from_bytes: bool) -> str:
 
 
 def _functions() -> list[Any]:
-    modules = (block, depthwise, depthwise_gradient, head, parts, pointwise, pointwise_gradient, stem)
+    of_layers = (block, depthwise, depthwise_gradient, depthwise_project, head, parts, pointwise)
+    of_steps = (norm, train_depthwise, train_pointwise, train_pointwise_gradient, train_stem)
+    modules = (*of_layers, pointwise_gradient, stem, *of_steps)
     found = {id(f): f for m in modules for f in vars(m).values() if isinstance(f, triton.runtime.JITFunction)}
     return list(found.values())
 

@@ -1,14 +1,14 @@
 """Every kernel as a layer of the network launches it, one row each, for `bench.gpu` to check, time and tune.
 
 A row makes a `Probe`: inputs, a poisoned result, the float64 answer with what it may be off, torch's way to
-make the same, and the bytes that must move.
+make the same, and the bytes that must move. Those of a training step are in `gpu_training_forms`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from kernels import (
     depthwise,
     depthwise_gradient,
+    depthwise_project,
     head,
     inverted_residual,
     pointwise,
@@ -54,12 +55,35 @@ class Probe:
         return sum(t.numel() * t.element_size() for t in (self.out, self.x, *self.others))
 
 
+# What was made, its name first, the float64 answer, and how far each element may be off.
+Judged = tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]
+Found = Sequence[torch.Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProbe:
+    """One call of a training step's kernels, which make several results in memory of their own.
+
+    `judge` takes these. `planted`: what of the input a NaN is planted in. `bytes`: that must move.
+    """
+
+    call: Callable[[], Found]
+    judge: Callable[[Found], Iterator[Judged]]
+    planted: torch.Tensor
+    eager: Callable[[], object]
+    bytes: int
+
+    def run(self) -> Found:
+        """One call."""
+        return self.call()
+
+
 class Make(Protocol):
     """Makes a probe of a batch; kind: of `DTYPES`; tile: of the kernel's table, or None for its launcher's
     own choice.
     """
 
-    def __call__(self, batch: int, kind: str, tile: Tile | None = None) -> Probe: ...
+    def __call__(self, batch: int, kind: str, tile: Tile | None = None) -> Probe | StepProbe: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +91,7 @@ class Form:
     """A kernel on a layer's shape, `count` times in the network.
 
     `table` and `rows` are of the tile table, "{}" being the arithmetic; `shape` names rows of this shape's
-    own. `spreads`: NaN in an image is seen in that image alone.
+    own. `among`: the kinds that it is wanted in. `spreads`: NaN in an image is seen in that image alone.
     """
 
     name: str
@@ -82,6 +106,7 @@ class Form:
     multiplies: bool = True  # matrices, which TF32 is for
     whole_block: bool = False
     spreads: bool = True
+    among: tuple[str, ...] = tuple(DTYPES)
 
     def __str__(self) -> str:
         return f"{self.name} {self.layer} at {self.size}"
@@ -90,24 +115,31 @@ class Form:
         """The kinds of `DTYPES` that the kernel has."""
         if self.whole_block:
             return ["fp16", "bf16"]
-        return [kind for kind in DTYPES if kind != "tf32" or self.multiplies]
+        return [kind for kind in self.among if kind != "tf32" or self.multiplies]
 
-    def tiles(self, kind: str) -> dict[str, Tile]:
+    def tiles(self, kind: str) -> dict[str, Tile | None]:
         """The tiles that its launcher chooses from on this GPU, each by its row of the table."""
+        if not self.table:
+            return {"as it is": None}
         table = tiles(device_of(torch.device(DEVICE))[0], self.table)
-        found: dict[str, Tile] = {}
+        found: dict[str, Tile | None] = {}
         for row in (row.format(arithmetic(*DTYPES[kind])) for row in self.rows):
-            found[row] = table.get(f"{row}_{self.shape}", table[row])
-            if found[row].get("images", 1) > 1:
-                found[f"{row}, one image"] = {**found[row], "images": 1}
+            tile = table.get(f"{row}_{self.shape}", table[row])
+            found[row] = {**tile, "used": 1} if "used" in tile else tile
+            if tile.get("images", 1) > 1:
+                found[f"{row}, one image"] = {**tile, "images": 1}
         return found
 
 
 def forms(layers: Sequence[arch.Layer] | None = None) -> list[Form]:
     """Every kernel of every distinct layer, in the network's order."""
-    layers = arch.layers() if layers is None else layers
+    return merged(_all(arch.layers() if layers is None else layers))
+
+
+def merged(many: Iterable[Form]) -> list[Form]:
+    """Each form once, with how often it occurs."""
     found: dict[str, Form] = {}
-    for form in _all(layers):
+    for form in many:
         before = found.get(str(form))
         found[str(form)] = dataclasses.replace(form, count=before.count + 1) if before else form
     return list(found.values())
@@ -155,7 +187,21 @@ def _all(layers: Sequence[arch.Layer]) -> Iterator[Form]:
             made, rows = _with(_weight_gradient, layer), (f"s{stride}",)
             named = "depthwise weight gradient"
             yield Form(named, *facts, made, "depthwise_weight", rows, multiplies=False, spreads=False)
+        yield from _pair(layers[i : i + 2])
         yield from _whole(layers[i : i + 3])
+
+
+def _pair(pair: Sequence[arch.Layer]) -> Iterator[Form]:
+    """A depthwise layer and the linear one behind it: in one launch, and in the two that this replaces."""
+    if [(layer.spec.kind, layer.spec.relu6) for layer in pair] != [("depthwise", True), ("pointwise", False)]:
+        return
+    a, b = pair
+    words = f"{a.spec.cin} to {b.spec.cout} s{a.spec.stride}{', residual' if b.spec.residual else ''}"
+    facts, shape = (words, a.h, a.macs + b.macs, 1), f"{a.spec.cin}x{b.spec.cout}"
+    yield Form(
+        "depthwise with project", *facts, _with(_projected, pair), "depthwise_project", OF_PRODUCTS, shape
+    )
+    yield Form("depthwise, then project", *facts, _with(_projected, pair, True))
 
 
 def _whole(block: Sequence[arch.Layer]) -> Iterator[Form]:
@@ -187,7 +233,7 @@ def _with(make: Callable[..., Probe], *what: object) -> Make:
     return probe
 
 
-class _Maker:
+class Maker:
     """Random tensors of one kind on the device, others at every run; results that begin as NaN."""
 
     def __init__(self, kind: str) -> None:
@@ -212,7 +258,7 @@ class _Maker:
 
 
 def _stem(layer: arch.Layer, from_bytes: bool = False, *, n: int, kind: str, tile: Tile | None) -> Probe:
-    make, cout = _Maker(kind), layer.spec.cout
+    make, cout = Maker(kind), layer.spec.cout
     x, weight = make.photos(n, layer.h, layer.w, from_bytes), make.random(cout, 3, 3, 3, scale=0.4)
     bias, out = make.random(cout, shift=2), make.result(n, cout, layer.ho, layer.wo)
     norm = torch.tensor(NORM, device=DEVICE) if from_bytes else None
@@ -232,7 +278,7 @@ def _stem(layer: arch.Layer, from_bytes: bool = False, *, n: int, kind: str, til
 
 
 def _depthwise(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Probe:
-    make, c, stride = _Maker(kind), layer.spec.cin, layer.spec.stride
+    make, c, stride = Maker(kind), layer.spec.cin, layer.spec.stride
     x, weight = make.image(n, c, layer.h, layer.w, 2.0), depthwise.pack_weight(make.random(c, 1, 3, 3))
     bias, out = make.random(c, shift=2), make.result(n, c, layer.ho, layer.wo)
 
@@ -249,14 +295,14 @@ def _depthwise(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Pr
     return Probe(call, x, out, judge, torchs, (weight, bias))
 
 
-def _product(make: _Maker, spec: arch.LayerSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _product(make: Maker, spec: arch.LayerSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of a 1x1 convolution."""
     weight = make.random(spec.cout, spec.cin, 1, 1, scale=spec.cin**-0.5)
     return weight, make.random(spec.cout, shift=2)
 
 
 def _pointwise(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Probe:
-    make, spec = _Maker(kind), layer.spec
+    make, spec = Maker(kind), layer.spec
     weight, bias = _product(make, spec)
     x = make.image(n, spec.cin, layer.ho, layer.wo, 2.0)
     residual = make.image(n, spec.cout, layer.ho, layer.wo) if spec.residual else None
@@ -277,8 +323,39 @@ def _pointwise(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Pr
     return Probe(call, x, out, judge, torchs, [weight, bias, *([] if residual is None else [residual])])
 
 
+def _projected(
+    pair: Sequence[arch.Layer], apart: bool = False, *, n: int, kind: str, tile: Tile | None
+) -> Probe:
+    """`apart`: in two launches, which a tile that is not `used` stands for, too."""
+    make, (a, b) = Maker(kind), (layer.spec for layer in pair)
+    (h, w), (ho, wo) = ((layer.h, layer.w) for layer in pair)
+    spread = depthwise.pack_weight(make.random(a.cin, 1, 3, 3, scale=0.4)), make.random(a.cin, shift=2)
+    project = _product(make, b)
+    x, out = make.image(n, a.cin, h, w, 2.0), make.result(n, b.cout, ho, wo)
+    residual = make.image(n, b.cout, ho, wo) if b.residual else None
+    call_of = x, spread, project, a.stride, residual
+    apart = apart or (tile is not None and not tile["used"])
+
+    def call(x: torch.Tensor, out: torch.Tensor) -> object:
+        if apart:
+            y = depthwise.depthwise(x, *spread, a.stride, True)
+            return pointwise.pointwise(y, *project, residual, out=out, tf32=make.tf32)
+        return depthwise_project.depthwise_project(x, *call_of[1:], out=out, tf32=make.tf32, tile=tile)
+
+    def judge() -> tuple[torch.Tensor, torch.Tensor]:
+        want = depthwise_project.reference(*call_of)
+        return want, depthwise_project.tolerance(*call_of, want, make.tf32)
+
+    def torchs() -> object:
+        y = F.relu6(F.conv2d(x, *spread, a.stride, 1, groups=a.cin), inplace=True)
+        y = F.conv2d(y, *project)
+        return y if residual is None else y.add_(residual)
+
+    return Probe(call, x, out, judge, torchs, [*spread, *project, *([] if residual is None else [residual])])
+
+
 def _features(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Probe:
-    make, spec = _Maker(kind), layer.spec
+    make, spec = Maker(kind), layer.spec
     weight, bias = _product(make, spec)
     x, out = make.image(n, spec.cin, layer.h, layer.w, 2.0), make.poisoned(n, spec.cout)
 
@@ -296,7 +373,7 @@ def _features(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Pro
 
 
 def _gradient_inputs(
-    layer: arch.Layer, n: int, make: _Maker
+    layer: arch.Layer, n: int, make: Maker
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """x, weight, dy and groups of a layer."""
     spec = layer.spec
@@ -316,7 +393,7 @@ def _torchs_gradient(  # noqa: PLR0917
 
 
 def _input_gradient(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Probe:
-    make = _Maker(kind)
+    make = Maker(kind)
     x, weight, dy, groups = _gradient_inputs(layer, n, make)
     size, stride, out = (layer.h, layer.w), layer.spec.stride, make.result(*x.shape)
 
@@ -338,7 +415,7 @@ def _input_gradient(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) 
 
 
 def _weight_gradient(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None) -> Probe:
-    make = _Maker(kind)
+    make = Maker(kind)
     x, weight, dy, groups = _gradient_inputs(layer, n, make)
     stride = layer.spec.stride
     out = make.poisoned(*weight.shape) if groups == 1 else make.poisoned(3, 3, 1, groups).permute(3, 2, 0, 1)
@@ -362,7 +439,7 @@ def _weight_gradient(layer: arch.Layer, *, n: int, kind: str, tile: Tile | None)
 
 def _block_weights(layers: Sequence[arch.Layer], kind: str) -> dict[str, torch.Tensor]:
     """Of float32, that the kind's dtype holds, biases aside; about half of what is hidden is clamped."""
-    make, (a, b, c) = _Maker("fp32"), (layer.spec for layer in layers)
+    make, (a, b, c) = Maker("fp32"), (layer.spec for layer in layers)
     weights = {
         "expand": make.random(*a.weight_shape, scale=math.prod(a.weight_shape[1:]) ** -0.5 * 3),
         "expand_bias": make.random(a.cout, scale=2),
@@ -377,7 +454,7 @@ def _block_weights(layers: Sequence[arch.Layer], kind: str) -> dict[str, torch.T
 def _block(
     layers: Sequence[arch.Layer], from_bytes: bool = False, *, n: int, kind: str, tile: Tile | None
 ) -> Probe:
-    make, (a, b, c) = _Maker(kind), layers
+    make, (a, b, c) = Maker(kind), layers
     of_stem, stride, residual = a.spec.kind == "stem", b.spec.stride, c.spec.residual == 2
     weights = _block_weights(layers, kind)
     if tile is None:

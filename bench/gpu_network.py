@@ -104,7 +104,16 @@ def our_network(model: nn.Module, kind: str, fuse: bool) -> Network:
         pairs.append((weight.detach(), (norm.bias.double() - norm.running_mean.double() * scale).detach()))
     dtype, tf32 = DTYPES[kind]
     device, norm = torch.device(gpu_forms.DEVICE), torch.tensor(NORM)
-    return Network(model.specs, pairs, dtype, device, norm=norm, tf32=tf32, fuse=fuse)  # type: ignore[arg-type]
+    return Network(
+        model.specs,  # type: ignore[arg-type]
+        pairs,
+        dtype,
+        device,
+        norm=norm,
+        tf32=tf32,
+        fuse=fuse,
+        project=None,
+    )
 
 
 def engine(model: nn.Module, kind: str, fuse: bool) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from bench import results
 from bench.gpu_checks import CHECK_BATCH, TIMED
 from bench.gpu_children import kill_all
 from bench.gpu_forms import Form, forms, usable
+from bench.gpu_training_forms import training_forms
 from mnv2_fast.backends.triton import PROVEN
 
 SANITIZER = ("compute-sanitizer", "--tool", "racecheck", "--print-limit", "20")
@@ -30,6 +32,7 @@ OPERATORS = {
     "classifier": "pointwise",
     "stem of bytes": "stem",
     "block of bytes": "block",
+    "depthwise, then project": "depthwise",
 }
 
 
@@ -43,9 +46,10 @@ class Verdict:
 
 
 def off_by_default() -> list[Form]:
-    """What this GPU has and the package does not use unasked, whole blocks first."""
+    """What this GPU has and the package does not use unasked, whole blocks first, a training step's last."""
     off = [f for f in forms() if usable(f) and OPERATORS.get(f.name, f.name) not in PROVEN]
-    return sorted(off, key=lambda form: not form.whole_block)
+    off.sort(key=lambda form: not form.whole_block)
+    return [*off, *([] if "training" in PROVEN else training_forms())]
 
 
 def once(name: str) -> None:
@@ -54,7 +58,8 @@ def once(name: str) -> None:
     Raises:
         ValueError: there is no such form.
     """
-    form = next((form for form in forms() if str(form) == name), None)
+    known = itertools.chain(forms(), training_forms())
+    form = next((form for form in known if str(form) == name), None)
     if form is None:
         raise ValueError(f"no form {name!r}: there is {next(iter(forms()))!s}, and what the checks name")
     probe = form.make(CHECK_BATCH, TIMED)

@@ -15,6 +15,7 @@ from bench import gpu_forms, gpu_network, gpu_training
 from bench.gpu_checks import TIMED
 from bench.gpu_children import in_one_line
 from bench.gpu_forms import DTYPES, Form, forms, has_blocks, usable
+from bench.gpu_training_forms import training_forms
 from mnv2_fast import arch
 
 # The two that must not be missing first.
@@ -73,12 +74,13 @@ def network_works() -> list[Work]:
 
 def form_works() -> list[Work]:
     """Every kernel that this GPU has, and torch's way to make the same; products last, of which torch's are
-    good, too.
+    good, too, but for a training step's kernels.
     """
+    of_calls = sorted(forms(), key=lambda form: form.name.startswith("pointwise"))
     return [
         Work(str(form), OURS, str(form), FORM_BATCH, functools.partial(time_form, form), form)
-        for form in sorted(forms(), key=lambda form: form.name.startswith("pointwise"))
-        if usable(form)
+        for form in (*of_calls, *training_forms())
+        if usable(form) and TIMED in form.kinds()
     ]
 
 

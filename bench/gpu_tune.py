@@ -1,8 +1,9 @@
 """Writes a GPU's tile table: `python -m bench.gpu --tune`.
 
-Every row of the default table has a few candidates. Each is tried on the network's own shapes that use the
-row: first by children at once, which compile it, and drop it where it fails, spills or answers wrongly; then
-one after the other for its time. What there is no time for keeps the default row.
+Every row of the default table has a few candidates (`gpu_candidates`). Each is tried on the network's own
+shapes that use the row: first by children at once, which compile it, and drop it where it fails, spills or
+answers wrongly; then one after the other for its time. Rows come in stages, of which the later ones run on
+what the earlier ones have chosen. What there is no time for keeps the default row.
 """
 
 from __future__ import annotations
@@ -12,90 +13,44 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from bench.gpu_candidates import Setting, candidates
 from bench.gpu_checks import check_form, forget_kernels, spilled
 from bench.gpu_children import Answer, answers, program
 from bench.gpu_forms import DTYPES, Form, forms, usable
 from bench.gpu_times import timed
+from bench.gpu_training_forms import training_forms
 from kernels.common import CONFIGS, arithmetic, slug
 
 # The kind that a row's arithmetic is timed in, the most wanted first.
 KINDS = ("fp16", "tf32", "fp32")
 # Images, by the size in a row's name; the others are for large batches.
 BATCHES = {"large": 256, "small": 1}
+# Tables in the order in which they are tuned, and the most of what time is left that a stage may take. The
+# last ones measure one kernel beside the two that it replaces, whose tiles are chosen by then.
+STAGES: tuple[tuple[float, tuple[str, ...]], ...] = (
+    (
+        0.55,
+        (
+            *("block", "stem", "depthwise", "pointwise", "head"),
+            *("depthwise_input_s2", "depthwise_weight", "pointwise_gradient"),
+        ),
+    ),
+    (0.6, ("train_depthwise", "train_pointwise", "train_stem", "norm")),
+    (1.0, ("depthwise_project", "train_pointwise_both")),
+)
 # How the children's time and the timing's are shared.
 CHECKING = 0.55
 # A row of one shape's own must win by this much of the time.
 MARGIN = 0.02
 
-Setting = tuple[tuple[str, int], ...]  # a tile's names and numbers
 Table = dict[str, dict[str, dict[str, int]]]
-
-_PRODUCTS = [
-    {"m": m, "n": n, "warps": warps, "stages": stages}
-    for m, n, warps, stages in (
-        (128, 128, 8, 3),
-        (128, 64, 4, 4),
-        (128, 64, 8, 3),
-        (64, 64, 4, 3),
-        (64, 128, 4, 3),
-        (256, 64, 8, 3),
-        (128, 32, 4, 3),
-        (64, 32, 4, 4),
-    )
-]
-_SMALL_PRODUCTS = [
-    {"m": m, "n": n, "warps": warps, "stages": stages}
-    for m, n, warps, stages in (
-        (16, 32, 1, 4),
-        (16, 64, 2, 4),
-        (32, 64, 4, 4),
-        (64, 32, 4, 3),
-        (64, 64, 4, 3),
-    )
-]
-_PATCHES = [
-    {"rows": rows, "cols": cols, "block": block, "warps": warps}
-    for rows, cols, block, warps in (
-        (7, 2, 256, 2),
-        (7, 2, 256, 4),
-        (7, 1, 512, 4),
-        (7, 1, 256, 4),
-        (4, 2, 512, 4),
-        (2, 2, 512, 4),
-        (7, 2, 1024, 8),
-        (4, 1, 256, 2),
-    )
-]
-_SMALL_PATCHES = [
-    {"rows": rows, "cols": cols, "block": block, "warps": warps}
-    for rows, cols, block, warps in ((1, 1, 128, 1), (1, 2, 128, 2), (2, 1, 256, 2), (2, 2, 256, 4))
-]
-# By table and, where it matters, size: what is changed of the default row.
-CHANGES: Mapping[str, Sequence[Mapping[str, int]]] = {
-    "stem": [{"m": m, "warps": warps} for m, warps in ((64, 2), (64, 4), (128, 8), (256, 8), (256, 4))],
-    "depthwise large": _PATCHES,
-    "depthwise small": _SMALL_PATCHES,
-    "pointwise large": [*_PRODUCTS, {"k": 32}, {"k": 32, "stages": 4}],
-    "pointwise small": [*_SMALL_PRODUCTS, {"k": 32}],
-    "head": [*_PRODUCTS, {"images": 2}, {"images": 8}, {"images": 1}],
-    "depthwise_input_s2 large": [
-        {"rows": rows, "block": block, "warps": warps}
-        for rows, block, warps in ((2, 512, 4), (4, 256, 2), (7, 512, 4), (4, 512, 8), (1, 512, 4))
-    ],
-    "depthwise_input_s2 small": [
-        {"rows": 1, "block": 128, "warps": 1},
-        {"rows": 2, "block": 256, "warps": 2},
-    ],
-    "depthwise_weight": _PATCHES,
-    "pointwise_gradient": [*_PRODUCTS[:7], {"k": 32}, {"k": 128, "stages": 2}],
-    "block": [{"slab": 32}, {"slab": 64}, {"slab": 32, "warps": 4}, {"slab": 64, "warps": 4}],
-}
 
 
 @dataclass(frozen=True)
@@ -117,23 +72,10 @@ def default_table() -> Table:
     return table
 
 
-def candidates(table: str, row: str, shape: str, rows: Mapping[str, Mapping[str, int]]) -> list[Setting]:
-    """Of one row on one shape, each once: what the default table has for them, and the row's changes."""
-    size = row.partition("_")[0]
-    changes = CHANGES.get(f"{table} {size}", CHANGES.get(table, []))
-    # Products in full float32 are made on CUDA cores: a wide tile has no registers left.
-    if row.endswith("ieee"):
-        changes = changes[2:6]
-    base = rows[row]
-    made = [rows.get(f"{row}_{shape}", base), base]
-    made += [{**base, **change} for change in changes if change.keys() <= base.keys()]
-    return list(dict.fromkeys(tuple(tile.items()) for tile in made))
-
-
 def tries() -> list[Try]:
     """All that is to be tried, in an order that parent and children share: fp16 and whole blocks first."""
     found, known = [], default_table()
-    usable_forms = [form for form in forms() if usable(form)]
+    usable_forms = [form for form in (*forms(), *training_forms()) if form.table and usable(form)]
     for kind in KINDS:
         for form in sorted(usable_forms, key=_worth):
             if kind not in form.kinds():
@@ -150,9 +92,13 @@ def tries() -> list[Try]:
     return found
 
 
-def _worth(form: Form) -> int:
-    """What is tuned first: whole blocks, then inference, then gradients."""
-    return 0 if form.whole_block else 2 if "gradient" in form.name else 1
+def _worth(form: Form) -> tuple[int, int, tuple[str, ...]]:
+    """What is tuned first: whole blocks, then inference, then gradients; of training one row after another,
+    for a row wants all of its shapes.
+    """
+    if form.name.startswith("train"):
+        return 3, [name for _, tables in STAGES for name in tables].index(form.table), form.rows
+    return 0 if form.whole_block else 2 if "gradient" in form.name else 1, 0, ()
 
 
 def check_try(one: Try) -> str:
@@ -170,28 +116,35 @@ def time_try(one: Try) -> float:
 
 
 def tune(seconds: float, folder: Path = CONFIGS) -> Path:
-    """Try all candidates within so many seconds, and write the GPU's table. Returns its file."""
-    all_tries = tries()
-    workers = max(1, min(12, (os.cpu_count() or 1) - 1))
-    verdicts = answers(program("tiles"), range(len(all_tries)), CHECKING * seconds, workers)
-    right = []
-    for answer in verdicts:
+    """Try candidates for so many seconds, and write the GPU's table stage by stage. Returns its file."""
+    all_tries, table, until = tries(), default_table(), time.monotonic() + seconds
+    path = folder / f"{slug(torch.cuda.get_device_name())}.json"
+    for share, tables in STAGES:
+        stage = [i for i, one in enumerate(all_tries) if one.table in tables]
+        now = time.monotonic()
+        times = _times(all_tries, stage, now + max(share * (until - now), 0.0))
+        table = chosen(all_tries, times, table)
+        write(path, table)
+    return path
+
+
+def _times(all_tries: Sequence[Try], numbers: Iterable[int], until: float) -> Iterator[Answer]:
+    """Times of the tries that are right, of these numbers, as they come, until then."""
+    now, workers = time.monotonic(), max(1, min(12, (os.cpu_count() or 1) - 1))
+    numbers, right = list(numbers), []
+    for answer in answers(program("tiles"), numbers, CHECKING * (until - now), workers):
         why = answer.failed or answer.found
         one = all_tries[answer.number]
         if why:
             print(f"dropped: {one.table} {one.row} {dict(one.tile)} on {one.form}: {why}")
         else:
             right.append(answer.number)
-    print(f"{len(right)} of {len(all_tries)} candidates compile, answer rightly and do not spill")
-    times = answers(program("tile times"), sorted(right), (1 - CHECKING) * seconds)
-    table = chosen(all_tries, times)
-    path = folder / f"{slug(torch.cuda.get_device_name())}.json"
-    write(path, table)
-    return path
+    print(f"{len(right)} of {len(numbers)} candidates compile, answer rightly and do not spill")
+    return answers(program("tile times"), sorted(right), until - time.monotonic())
 
 
-def chosen(all_tries: Sequence[Try], times: Iterator[Answer]) -> Table:
-    """The default table with the winners among what was timed, told as they are found.
+def chosen(all_tries: Sequence[Try], times: Iterable[Answer], start: Table) -> Table:
+    """A table with the winners among what was timed, told as they are found.
 
     A row's winner has the least time over all shapes that use it, each as often as the network has it, of
     the candidates that have a time for each of them. A shape gets a row of its own where it is faster by
@@ -208,7 +161,7 @@ def chosen(all_tries: Sequence[Try], times: Iterator[Answer]) -> Table:
     users: dict[tuple[str, str], dict[str, Form]] = collections.defaultdict(dict)
     for one in all_tries:
         users[one.table, one.row][str(one.form)] = one.form
-    table = default_table()
+    table = {name: dict(rows) for name, rows in start.items()}
     for (name, row), by_form in measured.items():
         base = _winner(list(users[name, row].values()), by_form)
         if base is not None:

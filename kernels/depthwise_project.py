@@ -3,7 +3,8 @@
 The depthwise result, as wide as the hidden channels, is never written: a program makes M pixels of it, K
 channels at a time, and multiplies them on tensor cores with the 1x1 weight into the sums of N output
 channels. Pixels are those of all images in a row. The nine taps are a real loop: unrolled, what is loaded
-ahead for them takes up to 255 registers, and spills.
+ahead for them takes up to 255 registers, and spills. "used" in the tile table says where it is faster than
+two launches.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment"
@@ -170,11 +171,21 @@ def choose_tile(device: torch.device, pixels: int, c: int, cout: int, kind: str)
     would leave the GPU idle.
     """
     name, units = device_of(device)
-    table = tiles(name, "depthwise_project")
-    large = pointwise.fit(table[f"large_{kind}"], c, cout)
+    large = row(name, f"large_{kind}", c, cout)
     if pointwise.programs(pixels, cout, large) >= 4 * units:
         return large
-    return pointwise.fit(table[f"small_{kind}"], c, cout)
+    return row(name, f"small_{kind}", c, cout)
+
+
+def row(device_name: str, size: str, c: int, cout: int) -> Tile:
+    """A tile of the table: the one for these channels, such as "large_half_192x32", where it has one."""
+    table = tiles(device_name, "depthwise_project")
+    return pointwise.fit(table.get(f"{size}_{c}x{cout}", table[size]), c, cout)
+
+
+def used(device: torch.device, pixels: int, c: int, cout: int, kind: str) -> bool:
+    """Whether the table has one launch for so many pixels of the result; arguments as `choose_tile`."""
+    return bool(choose_tile(device, pixels, c, cout, kind)["used"])
 
 
 def traffic(

@@ -2,9 +2,9 @@
 
 On sm_90, in fp16 and bf16, whole blocks are one launch each where they have a geometry and fit on the chip
 (`fuse`); everywhere else, and for every other size, each layer is one, or depthwise and projection together
-are (`project`, which has not been seen to be faster). An operator whose kernel is off, or cannot take an
-input, is the caller's function in plain torch, among the other launches. Nothing here waits for the GPU but
-the packing of weights, which are packed for the form that a call needs when it first comes.
+are, where the GPU's tile table says that this is faster (`project`). An operator whose kernel is off, or
+cannot take an input, is the caller's function in plain torch, among the other launches. Nothing here waits
+for the GPU but the packing of weights, which are packed for the form that a call needs when it first comes.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Network:
         tf32: multiply float32 as TF32; in full precision otherwise.
         fuse: whole blocks in one launch where there is a form for them.
         pool: a chain that ends in a pointwise layer gives its mean over H and W.
-        project: a depthwise layer and the linear 1x1 layer behind it in one launch, outside of whole blocks.
+        project: a depthwise layer and the linear 1x1 layer behind it in one launch, outside of whole blocks:
+            everywhere, nowhere, or, None, where the tile table of the GPU has it.
         answer: dtype of the answer.
         plain: operators in plain torch, by name, for those that are off and for inputs past a kernel's limit.
         off: those of them whose kernels are not used, and why; a kernel that turns out not to fit on the GPU
@@ -103,7 +104,7 @@ class Network:
         tf32: bool = False,
         fuse: bool = False,
         pool: bool = False,
-        project: bool = False,
+        project: bool | None = False,
         answer: torch.dtype = torch.float32,
         plain: Mapping[str, Plain] | None = None,
         off: dict[str, str] | None = None,
@@ -172,11 +173,11 @@ class Network:
         packed = [block.tensors for block in self._blocks.values()]
         return sum(t.numel() * t.element_size() for some in (*self._layers.values(), *packed) for t in some)
 
-    def plan(self, h: int, w: int) -> list[Launch]:
-        """The launches for photos of h x w, in order. The last one is of the head, where there is one."""
+    def plan(self, h: int, w: int, n: int = 1) -> list[Launch]:
+        """The launches for n photos of h x w, in order. The last one is of the head, where there is one."""
         launches, i, last = [], 0, len(self.specs) - self._head_layers
         while i < last:
-            count = 3 if self._whole(i, h, w) else 2 if self._projects(i) else 1
+            count = 3 if self._whole(i, h, w) else 2 if self._projects(i, (n, h, w)) else 1
             form = {1: self.specs[i].kind, 2: "depthwise_project", 3: "block"}[count]
             launches.append(Launch(form, i, count))
             for spec in self.specs[i : i + count]:
@@ -196,13 +197,21 @@ class Network:
             tile = inverted_residual.choose_tile(name, h, form.stride)
         return inverted_residual.declines(form, h, w, tile) is None
 
-    def _projects(self, i: int) -> bool:
-        """Whether one launch makes layers i and i + 1, outside of a whole block."""
-        if not self.project or i + 1 >= len(self.specs) - self._head_layers:
+    def _projects(self, i: int, size: tuple[int, int, int]) -> bool:
+        """Whether one launch makes layers i and i + 1, outside of a whole block, for N maps of H x W."""
+        if self.project is False or i + 1 >= len(self.specs) - self._head_layers:
             return False
-        kinds = [(spec.kind, spec.relu6) for spec in self.specs[i : i + 2]]
+        (a, b), (n, h, w) = self.specs[i : i + 2], size
+        kinds = (a.kind, a.relu6), (b.kind, b.relu6)
         off = self.off.keys() & {"depthwise", "pointwise"}
-        return not off and kinds == [("depthwise", True), ("pointwise", False)]
+        if off or kinds != (("depthwise", True), ("pointwise", False)):
+            return False
+        if self.project is None:
+            pixels = n * ((h - 1) // a.stride + 1) * ((w - 1) // a.stride + 1)
+            kind = arithmetic(self.dtype, self.tf32)
+            if not depthwise_project.used(self.device, pixels, a.cin, b.cout, kind):
+                return False
+        return limit(torch.Size((n, a.cin, h, w))) is None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The chain's answer, such as logits of photos.
@@ -224,7 +233,7 @@ class Network:
         # A residual counts layers back; what is further back may be freed.
         kept = 1 + max(spec.residual for spec in self.specs)
         inputs = [x]
-        for launch in self.plan(*x.shape[2:]):
+        for launch in self.plan(x.shape[2], x.shape[3], len(x)):
             y = getattr(self, f"_{launch.form}")(launch, inputs, norm)
             inputs = [*inputs, *[y] * launch.count][-kept:]
         return inputs[-1].to(self.answer)
@@ -280,9 +289,17 @@ class Network:
         # Counted back from the input of the 1x1 layer, which is not among them.
         residual = inputs[-last.residual] if last.residual else None
         spread, project = self._layer(launch.first), self._layer(launch.first + 1)
-        return depthwise_project.depthwise_project(
-            inputs[-1], spread, project, first.stride, residual, tf32=self.tf32
-        )
+        try:
+            return depthwise_project.depthwise_project(
+                inputs[-1], spread, project, first.stride, residual, tf32=self.tf32
+            )
+        except TritonError:
+            if self.project:
+                raise
+        # It does not fit on this GPU, where each layer's own kernel may.
+        self.project = False
+        y = self._depthwise(Launch("depthwise", launch.first, 1), inputs, norm)
+        return self._pointwise(Launch("pointwise", launch.first + 1, 1), [*inputs, y], norm)
 
     def _pointwise(
         self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None
@@ -326,7 +343,7 @@ class Network:
         """
         total = 0
         kind = arithmetic(self.dtype, self.tf32)
-        for launch in self.plan(h, w):
+        for launch in self.plan(h, w, n):
             if launch.form == "block":
                 packed = self._whole_block(launch.first)
                 size = STEM_SIZE if packed.stem else h

@@ -31,6 +31,7 @@ from bench import (
 from bench.gpu_checks import Check
 from bench.gpu_children import Answer
 from bench.gpu_forms import Form, Probe
+from bench.gpu_training_forms import training_forms
 
 ROOT = Path(__file__).parent.parent
 
@@ -233,6 +234,7 @@ def program(
     checks.append(_check("network by layer, fp16, photos as bytes", "network by layer"))
     monkeypatch.setattr(gpu_checks, "checks", lambda: checks)
     monkeypatch.setattr(gpu_times, "forms", lambda: forms)
+    monkeypatch.setattr(gpu_times, "training_forms", list)
     monkeypatch.setattr(gpu_times, "has_blocks", lambda: False)
     monkeypatch.setattr(gpu_race, "check_races", lambda seconds: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
@@ -383,8 +385,8 @@ def test_hazards_that_only_the_summary_counts_are_of_the_group() -> None:
 
 
 def test_racecheck_is_run_where_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
-    names = [str(form) for form in gpu_forms.forms() if not form.whole_block]
     monkeypatch.setattr(gpu_forms, "DEVICE", "cpu")
+    names = [str(form) for form in (*gpu_forms.forms(), *training_forms()) if not form.whole_block]
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
     verdicts = gpu.Verdicts()
     assert gpu_race.check_races(5.0) is None
@@ -416,7 +418,7 @@ def test_racecheck_is_run_where_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp
 def test_proven_forms_are_not_raced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_race, "usable", lambda form: True)
     everything = {form.name for form in gpu_race.off_by_default()}
-    assert everything == {form.name for form in gpu_forms.forms()}
+    assert everything == {form.name for form in (*gpu_forms.forms(), *training_forms())}
     assert gpu_race.off_by_default()[0].whole_block
     monkeypatch.setattr(gpu_race, "PROVEN", frozenset({"block", "head", "stem"}))
     left = {form.name for form in gpu_race.off_by_default()}

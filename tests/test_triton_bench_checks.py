@@ -99,7 +99,17 @@ def test_every_form_is_right_when_interpreted(verdicts: dict[str, str], on_the_c
     assert {name: verdicts[name] for name in names} == dict.fromkeys(names, "")
     assert len([name for name in names if name.startswith("far")]) == 2
     gradients = [f"{op} {of} gradient" for op in ("depthwise", "pointwise") for of in ("input", "weight")]
-    for op in ("stem", "stem of bytes", "depthwise", "pointwise", "features", "classifier", *gradients):
+    pairs = "depthwise with project", "depthwise, then project"
+    for op in (
+        "stem",
+        "stem of bytes",
+        "depthwise",
+        "pointwise",
+        "features",
+        "classifier",
+        *gradients,
+        *pairs,
+    ):
         assert any(name.startswith(op) for name in names), op
     for row in ("large_s1", "small_s2", "large_half", "small_tf32", "large_ieee", "half, one image"):
         assert any(name.endswith(row) for name in names), row
@@ -209,7 +219,7 @@ def test_the_list_of_checks_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         for kind in next(form for form in gpu_forms.forms() if form.name == op).kinds():
             assert any(name.startswith(f"{op} ") and f", {kind}, " in name for name in names), (op, kind)
     far = [name.split()[0] for name in names if "past 2**31" in name]
-    assert far == ["depthwise", "pointwise", "block"]
+    assert far == ["depthwise", "depthwise", "pointwise", "block"]  # the second one with its projection
     for kind in DTYPES:
         assert f"network by layer, {kind}, photos as bytes" in names
     assert "network fused, fp16, photos as numbers" in names

@@ -14,11 +14,14 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
 import kernels.common
-from bench import gpu, gpu_checks, gpu_tune
+from bench import gpu, gpu_candidates, gpu_checks, gpu_forms, gpu_tune
 from bench.gpu_children import Answer
+from bench.gpu_training_forms import training_forms
 from bench.gpu_tune import Try
-from kernels import aot, depthwise
+from kernels import aot, depthwise, depthwise_project, train_pointwise_gradient
 from kernels.common import CONFIGS
+from kernels.network import Network
+from mnv2_fast import arch
 
 DEFAULT = json.loads((CONFIGS / "default.json").read_text())
 Verdict = Callable[[Try], str]
@@ -30,8 +33,29 @@ def with_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_tune, "usable", lambda form: True)
 
 
+class Children:
+    """What children were asked for: (program, seconds, tables of the tries). They take all of their time."""
+
+    def __init__(self) -> None:
+        self.now, self.asked = 0.0, list[tuple[str, float, set[str]]]()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def ask(self, what: str, seconds: float, tries: list[Try]) -> None:
+        self.asked.append((what, seconds, {one.table for one in tries}))
+        self.now += seconds
+
+
 @pytest.fixture
-def tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict]:
+def children(monkeypatch: pytest.MonkeyPatch) -> Children:
+    found = Children()
+    monkeypatch.setattr(gpu_tune, "time", found)
+    return found
+
+
+@pytest.fixture
+def tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, children: Children) -> Callable[..., dict]:
     """The whole tuning with stubs for its children; returns the table as `tiles` reads it.
 
     `verdict` may raise, as `timer` may; None for a time is one that nobody took.
@@ -44,6 +68,7 @@ def tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict]
         def answers(
             command: Sequence[str], numbers: Iterable[int], seconds: float, workers: int = 1
         ) -> Iterator[Answer]:
+            children.ask(command[-1], seconds, [known[number] for number in numbers])
             answer = {"tiles": verdict, "tile times": timer}[command[-1]]
             for number in numbers:
                 try:
@@ -108,19 +133,16 @@ def test_the_table_is_complete(tune: Callable[..., dict], tmp_path: Path) -> Non
 
 
 def test_all_rows_are_tried() -> None:
-    """Those of whole blocks first; small tiles with one image; at most so many as there is time for.
-
-    Not those of what bench.gpu does not time: training, and depthwise with projection.
-    """
+    """Those of whole blocks first, of training last; small tiles with one image; no more than a few."""
     tries = gpu_tune.tries()
-    timed = {name: rows for name, rows in DEFAULT.items() if not name.startswith(("train", "norm"))}
-    del timed["depthwise_project"]
-    wanted = {(name, row) for name, rows in timed.items() for row in rows if "x" not in row}
+    wanted = {(name, row) for name, rows in DEFAULT.items() for row in rows if "x" not in row}
     assert {(one.table, one.row) for one in tries} == wanted
     assert tries[0].form.whole_block
     assert {one.batch for one in tries if one.row.startswith("small")} == {1}
     assert {one.batch for one in tries if one.row.startswith("large") or one.table == "block"} == {256}
-    assert len([one for one in tries if one.kind == "fp16"]) < 1600
+    assert len([one for one in tries if one.kind == "fp16"]) < 2400
+    of_fp16 = [one.form.name.startswith("train") for one in tries if one.kind == "fp16"]
+    assert of_fp16 == sorted(of_fp16)
     keys = [(one.table, one.row, str(one.form), one.tile) for one in tries]
     assert len(keys) == len(set(keys))
 
@@ -207,6 +229,136 @@ def test_common_layers_count_as_often_as_they_occur(tune: Callable[..., dict]) -
     assert tune(timer)["depthwise"]["large_s1"] == dict(other)
 
 
+def test_stages_follow_each_other_in_time(
+    tune: Callable[..., dict], children: Children, tmp_path: Path
+) -> None:
+    """Inference, then training, then what one kernel makes of two, for which the table is written by then;
+    together within the time.
+    """
+    seen: dict[str, dict] = {}
+
+    def timer(one: Try) -> float:
+        path = tmp_path / "h200.json"
+        seen.setdefault(one.table, json.loads(path.read_text()) if path.is_file() else {})
+        return 1.0 if one.tile == last[one.table, one.row] else 2.0
+
+    last = {(one.table, one.row): one.tile for one in gpu_tune.tries()}
+    table = tune(timer)
+    kinds, seconds, tables = zip(*children.asked, strict=True)
+    assert kinds == ("tiles", "tile times") * 3
+    assert set.union(*tables) == DEFAULT.keys()
+    assert "stem" in tables[0]
+    assert tables[2] == {"train_depthwise", "train_pointwise", "train_stem", "norm"}
+    assert tables[4] == {"depthwise_project", "train_pointwise_both"}
+    assert seen["pointwise"] == {}
+    assert seen["train_stem"] == {**DEFAULT, **{name: table[name] for name in tables[0]}}
+    both = {**table, **{name: DEFAULT[name] for name in tables[4]}}
+    assert seen["train_pointwise_both"] == both
+    assert sum(seconds) == pytest.approx(100)
+    assert min(seconds) > 5
+    assert sum(seconds[:2]) == pytest.approx(55)
+
+
+def test_one_launch_for_two_layers_where_it_is_faster(
+    tune: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For one shape at large batches, by a network that looks the table up."""
+
+    def timer(one: Try) -> float | None:
+        if one.table != "depthwise_project":
+            return None
+        faster = (one.row, one.shape) == ("large_half", "144x24") and dict(one.tile)["used"]
+        return (
+            0.5 if faster and dict(one.tile)["m"] == 32 else 0.9 if faster else 1.0 + dict(one.tile)["used"]
+        )
+
+    rows = tune(timer)["depthwise_project"]
+    changed = {name: row for name, row in rows.items() if row != DEFAULT["depthwise_project"].get(name)}
+    assert changed.keys() == {"large_half_144x24"}
+    assert (changed["large_half_144x24"]["used"], changed["large_half_144x24"]["m"]) == (1, 32)
+    monkeypatch.setattr(depthwise_project, "tiles", lambda *_: rows)
+    monkeypatch.setattr(depthwise_project, "device_of", lambda device: ("NVIDIA H200", 132))
+    with torch.device("cpu"):
+        specs = arch.network()
+        tensors = [(torch.zeros(spec.weight_shape), torch.zeros(spec.cout)) for spec in specs]
+        network = Network(specs, tensors, torch.float16, torch.device("cpu"), project=None)
+    pairs = [launch.first for launch in network.plan(224, 224, 256) if launch.form == "depthwise_project"]
+    assert [(specs[i].cin, specs[i + 1].cout) for i in pairs] == [(144, 24)]
+    assert all(launch.count == 1 for launch in network.plan(224, 224, 1)[:-1])
+
+
+def test_one_kernel_for_both_gradients_where_it_is_faster(
+    tune: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shape whose gradients are faster apart has a row that has them so, and the launcher follows it."""
+
+    def timer(one: Try) -> float | None:
+        if one.table != "train_pointwise_both":
+            return None
+        apart = dict(one.tile)["most"] == 1
+        return 1.0 if apart == (one.shape == "32x192") else 2.0
+
+    rows = tune(timer)["train_pointwise_both"]
+    assert rows["half_32x192"]["most"] == 1
+    assert rows["half"]["most"] > 1
+    monkeypatch.setattr(gpu_forms, "DEVICE", "meta")
+    monkeypatch.setattr(
+        train_pointwise_gradient,
+        "tiles",
+        lambda _, name: rows if name == "train_pointwise_both" else DEFAULT[name],
+    )
+    apart = set()
+    for form in training_forms():
+        if form.name == "train pointwise gradients":
+            with aot.launches() as made:
+                form.make(256, "fp16").run()
+            if "input_gradient_kernel" in {launch.kernel.__name__ for launch in made}:
+                apart.add(form.shape)
+    assert "32x192" in apart
+    assert "24x144" not in apart
+
+
+def test_candidates_are_each_another(with_blocks: None) -> None:
+    """Of a row as the launcher takes it: no list has one twice, none changes what chooses between rows."""
+    for key, changes in gpu_candidates.CHANGES.items():
+        rows = [tuple(sorted(change.items())) for change in changes]
+        assert len(rows) == len(set(rows)), key
+    known = {key.partition(" ")[0] for key in gpu_candidates.CHANGES}
+    assert known == DEFAULT.keys()
+    for row in DEFAULT["train_pointwise"]:
+        if "wide" not in row and "x" not in row and not row.startswith("weight"):
+            kept = {
+                dict(tile)["n"]
+                for tile in gpu_tune.candidates("train_pointwise", row, "", DEFAULT["train_pointwise"])
+            }
+            assert kept == {DEFAULT["train_pointwise"][row]["n"]}
+
+
+def test_every_candidate_reaches_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training, where launchers look tiles up: each row's candidates launch what the row says."""
+    monkeypatch.setattr(gpu_forms, "DEVICE", "meta")
+    names = {"m": "M", "n": "N", "k": "K", "rows": "ROWS", "cols": "COLS"}
+    seen = set()
+    for one in gpu_tune.tries():
+        tile = dict(one.tile)
+        if not one.form.name.startswith("train") or tile.get("most") == 1:
+            continue
+        with aot.launches() as made:
+            one.form.make(256, one.kind, tile).run()
+        alike = [
+            launch
+            for launch in made
+            if launch.warps == tile["warps"]
+            and launch.stages == tile.get("stages", 3)
+            # What lies past the channels is cut off.
+            and all(launch.arguments.get(names[key], 0) <= tile[key] for key in tile.keys() & names.keys())
+        ]
+        if alike:
+            seen.add((one.table, one.row, one.tile))
+    wanted = {(one.table, one.row, one.tile) for one in gpu_tune.tries() if one.form.name.startswith("train")}
+    assert {one for one in wanted if dict(one[2]).get("most") != 1} == seen
+
+
 def test_the_file_is_as_the_default_is_written(tmp_path: Path) -> None:
     """One row a line, in the order of the default, so that the next tuning differs where tiles do."""
     path = tmp_path / "default.json"
@@ -232,10 +384,19 @@ def test_a_tile_that_spills_is_dropped(monkeypatch: pytest.MonkeyPatch, stack: i
     assert gpu_tune.check_try(gpu_tune.tries()[0]) == "wrong"
 
 
-def test_all_kernels_are_asked_for_spills() -> None:
-    named = {function.fn.__name__ for function in gpu_checks._functions()}
-    assert named >= {"depthwise_kernel", "pointwise_kernel", "stem_kernel", "pool_kernel", "block_kernel"}
-    assert named >= {"input_gradient_s2_kernel", "weight_gradient_kernel", "add_parts_kernel"}
+def test_all_kernels_are_asked_for_spills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel that a candidate launches, but that of a whole block, which is Gluon's."""
+    monkeypatch.setattr(gpu_forms, "DEVICE", "meta")
+    launched = set()
+    for one in {(one.table, one.form.name): one for one in gpu_tune.tries()}.values():
+        if not one.form.whole_block:
+            with aot.launches() as made:
+                one.form.make(4, one.kind, dict(one.tile)).run()
+            launched |= {id(launch.kernel) for launch in made}
+    assert len(launched) > 15
+    asked = gpu_checks._functions()
+    assert launched <= {id(function) for function in asked}
+    assert "block_kernel" in {function.fn.__name__ for function in asked}
 
 
 def test_tune_is_the_programs(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

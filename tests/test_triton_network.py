@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,8 +19,10 @@ from mnv2_fast.chain import Chain, Link
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
-from mnv2_fast.kernels import head, pointwise
+from mnv2_fast.kernels import depthwise_project, head, pointwise
+from mnv2_fast.kernels.common import tiles
 from mnv2_fast.kernels.network import Launch, Network
+from triton.runtime.errors import OutOfResources
 
 CPU = torch.device("cpu")
 NORM = torch.tensor([[0.0171, 0.0175, 0.0174], [-2.118, -2.036, -1.804]])
@@ -308,6 +310,84 @@ def test_depthwise_and_projection_are_one_launch_where_asked() -> None:
     assert sum(launch.form == "depthwise_project" for launch in plan) == 17
     assert sum(launch.count for launch in plan) == len(specs)
     assert on.traffic(256, 224, 224, 1) < off.traffic(256, 224, 224, 1)
+
+
+@pytest.fixture
+def by_table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Network]:
+    """A network for a GPU whose tile table has "used" in some rows as they are given."""
+
+    def make(specs: Sequence[LayerSpec], dtype: torch.dtype = torch.float16, **rows: int) -> Network:
+        table = tiles("", "depthwise_project")
+        common = {row: row.rpartition("_")[0] if "x" in row else row for row in rows}
+        changed = {row: {**table[common[row]], "used": used} for row, used in rows.items()}
+        monkeypatch.setattr(depthwise_project, "tiles", lambda *_: {**table, **changed})
+        monkeypatch.setattr(depthwise_project, "device_of", lambda device: ("", 132))
+        return Network(specs, tensors(specs), dtype, CPU, norm=NORM, project=None)
+
+    return make
+
+
+def pairs(plan: list[Launch]) -> list[int]:
+    return [launch.first for launch in plan if launch.form == "depthwise_project"]
+
+
+def test_the_table_says_which_layers_are_one_launch(by_table: Callable[..., Network]) -> None:
+    """By channels, arithmetic, and whether large tiles would leave the GPU idle; nowhere by default."""
+    specs = arch.network()
+    default = by_table(specs)
+    assert pairs(default.plan(224, 224, 256)) == []
+    layer_by_layer = default.traffic(1024, 224, 224, 1)
+    everything = pairs(by_table(specs, large_half=1, small_half=1).plan(224, 224))
+    assert len(everything) == 17
+    exact = by_table(specs, torch.float32, large_half=1, small_half=1)
+    assert pairs(exact.plan(224, 224, 256)) == []
+    network = by_table(specs, large_half=1, large_half_144x24=0, small_half_960x320=1)
+    (left_out,) = (i for i in everything if (specs[i].cin, specs[i + 1].cout) == (144, 24))
+    assert pairs(network.plan(224, 224, 1024)) == [i for i in everything if i != left_out]
+    assert pairs(network.plan(224, 224, 1)) == everything[-1:]
+    assert network.traffic(1024, 224, 224, 1) < layer_by_layer
+
+
+def test_what_is_too_large_for_one_launch_is_two(by_table: Callable[..., Network]) -> None:
+    network = by_table(arch.network(), large_half=1, small_half=1)
+    assert pairs(network.plan(8, 224))[:2] == [1, 4]
+    assert pairs(network.plan(8, 2**22))[:2] == [1, 13]  # 96 channels of 2**21 columns are past 2**27
+
+
+def test_one_launch_that_does_not_fit_is_two(
+    by_table: Callable[..., Network], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with less shared memory than its tile takes: from then on, with the same answer, residuals, too."""
+    tried = []
+
+    def fails(*_: object, **__: object) -> Tensor:
+        tried.append(True)
+        raise OutOfResources(166912, 101376, "shared memory")
+
+    def in_torch(op: str) -> Callable[..., Tensor]:
+        def call(*what: object, norm: None = None, tf32: bool = False) -> Tensor:
+            return getattr(eager, op)(*what)
+
+        return call
+
+    for op in ("stem", "depthwise"):
+        monkeypatch.setattr(f"mnv2_fast.kernels.network.{op}", in_torch(op))
+    monkeypatch.setattr(pointwise, "pointwise", in_torch("pointwise"))
+    monkeypatch.setattr(head, "head", in_torch("head"))
+    network = by_table(small_specs(), torch.float32, large_ieee=1, small_ieee=1)
+    x = torch.randn(2, 3, 21, 18)
+    assert len(pairs(network.plan(21, 18, 2))) == 3
+    monkeypatch.setattr(depthwise_project, "depthwise_project", fails)
+    always = Network(small_specs(), tensors(small_specs()), torch.float32, CPU, project=True)
+    with pytest.raises(OutOfResources):
+        always(x)
+    always.project = False
+    tried.clear()
+    torch.testing.assert_close(network(x), always(x), rtol=0, atol=0)
+    assert tried
+    tried.clear()
+    torch.testing.assert_close(network(x), always(x), rtol=0, atol=0)
+    assert not tried
 
 
 @pytest.mark.parametrize("item", [1, 2], ids=["bytes", "fp16"])

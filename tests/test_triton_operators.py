@@ -338,7 +338,10 @@ def test_tile_table_is_complete(path: Path) -> None:
     kinds, warps = ("half", "tf32", "ieee"), {"warps"}
     product = warps | {"m", "n", "k", "stages"}
     wanted = {
-        "depthwise_project": ([f"{size}_{kind}" for size in ("large", "small") for kind in kinds], product),
+        "depthwise_project": (
+            [f"{size}_{kind}" for size in ("large", "small") for kind in kinds],
+            product | {"used"},
+        ),
         "stem": (kinds, warps | {"m"}),
         "pointwise": ([f"{size}_{kind}" for size in ("large", "small") for kind in kinds], product),
         "head": (kinds, product | {"images"}),
@@ -372,7 +375,8 @@ def test_tile_table_is_complete(path: Path) -> None:
         assert set(rows) <= table[kernel].keys()
         for row in table[kernel].values():
             assert row.keys() == names
-            assert all(row[name].bit_count() == 1 for name in row.keys() - {"rows", "stages", "wide"})
+            assert all(row[name].bit_count() == 1 for name in row.keys() - {"rows", "stages", "wide", "used"})
+            assert row.get("used", 0) in (0, 1)
 
 
 F16 = {"dtype": torch.float16}

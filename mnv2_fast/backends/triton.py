@@ -133,7 +133,8 @@ class Network:
     """A frozen network of folded layers on a GPU. May be run from several threads at once.
 
     One with a head is replayed as CUDA graphs; any other chain is launched layer by layer, into new memory.
-    An operator whose kernel is off runs in plain torch, among the other ones' launches.
+    An operator whose kernel is off runs in plain torch, among the other ones' launches. A depthwise layer and
+    its projection are one launch where the GPU's tile table has it.
 
     Args:
         layers: first to last.
@@ -186,6 +187,7 @@ class Network:
             tf32=tf32,
             fuse=fuse,
             pool=pool,
+            project=None,
             answer=answer,
             plain={op: functools.partial(_in_torch, op, tf32, found) for op in OPERATORS},
             off=found,
