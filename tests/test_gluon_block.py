@@ -59,15 +59,26 @@ def _packed(
     block: tuple[int, int, int, int, int, bool], dtype: torch.dtype = torch.float16
 ) -> tuple[dict[str, Tensor], Packed]:
     size, stride, cin, hidden, cout, residual = block
-    weights = _weights(cin, hidden, cout)
     slab = inverted_residual.choose_tile("", size, stride)["slab"]
-    return weights, inverted_residual.pack(weights, stride, residual, dtype, slab)
+    return _pack(Form(cin, cout, stride, residual, slab, False), hidden, dtype)
 
 
 def _packed_stem(dtype: torch.dtype = torch.float16) -> tuple[dict[str, Tensor], Packed]:
-    weights = _weights(3, 32, 16) | {"expand": torch.randn(32, 3, 3, 3).half().float()}
-    slab = tiles("", "block")["stem"]["slab"]
-    return weights, inverted_residual.pack(weights, 1, False, dtype, slab)
+    return _pack(Form(3, 16, 1, False, tiles("", "block")["stem"]["slab"], True), 32, dtype)
+
+
+def _pack(form: Form, hidden: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], Packed]:
+    weights = _weights(form.cin, hidden, form.cout)
+    if form.stem:
+        weights["expand"] = torch.randn(hidden, 3, 3, 3).half().float()
+    return weights, inverted_residual.pack(weights, form.stride, form.residual, dtype, form.slab)
+
+
+def _arguments(maps: int, form: Form, dtype: torch.dtype) -> tuple[Tensor, Packed]:
+    """An input of zeros, of which the depthwise convolution sees maps of that size, and weights."""
+    size = 2 * maps if form.stem else maps
+    _, packed = _pack(form, 64 if form.stem else 6 * form.cin, dtype)
+    return torch.zeros(1, form.cin, size, size, dtype=dtype), packed
 
 
 def _run(x: Tensor, packed: Packed, norm: Tensor | None = None, wide: int = 1) -> tuple[Tensor, Traffic]:
@@ -285,7 +296,7 @@ def test_what_other_networks_accept_compiles_without_spills(
 ) -> None:
     for maps, form in _accepted([width], [size]):
         for dtype in inverted_residual.DTYPES:
-            _compiles_form(maps, form, dtype, record_property)
+            _compiles(*_arguments(maps, form, dtype), None, record_property)
 
 
 # Close to what is accepted: sums in registers, steps of the expansion, shared memory.
@@ -300,21 +311,7 @@ NARROW = [
 
 @pytest.mark.parametrize("form", NARROW, ids=str)
 def test_what_just_fits_compiles_without_spills(form: tuple[int, Form], record_property: Record) -> None:
-    _compiles_form(*form, torch.float16, record_property)
-
-
-def _compiles_form(maps: int, form: Form, dtype: torch.dtype, record_property: Record) -> None:
-    weights = _weights(form.cin, 6 * form.cin, form.cout)
-    x = torch.zeros(1, form.cin, maps, maps, dtype=dtype)
-    if form.stem:
-        weights = _weights(3, 64, form.cout) | {"expand": torch.zeros(64, 3, 3, 3)}
-        x = torch.zeros(1, 3, 2 * maps, 2 * maps, dtype=dtype)
-    _compiles(
-        x,
-        inverted_residual.pack(weights, form.stride, form.residual, dtype, form.slab),
-        None,
-        record_property,
-    )
+    _compiles(*_arguments(*form, torch.float16), None, record_property)
 
 
 @pytest.mark.parametrize(
@@ -334,9 +331,7 @@ def test_what_does_not_fit_on_the_chip_is_declined(maps: int, form: Form, why: s
     said = inverted_residual.declines(form, maps, maps, tile)
     assert said is not None
     assert why in said
-    weights = _weights(form.cin, 6 * form.cin, form.cout)
-    packed = inverted_residual.pack(weights, form.stride, form.residual, torch.float16, form.slab)
-    x = torch.zeros(1, form.cin, maps, maps).half()
+    x, packed = _arguments(maps, form, torch.float16)
     with pytest.raises(ValueError, match=re.escape(said)):
         inverted_residual.block(x, packed)
     with aot.launches() as made, pytest.MonkeyPatch.context() as patch:
