@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from bench import gpu_training_probes as probes
@@ -19,7 +18,6 @@ from bench.gpu_forms import DTYPES, Form, Make, StepProbe, merged
 from bench.gpu_training_probes import Run
 from kernels import norm, train_depthwise, train_pointwise, train_pointwise_gradient, train_stem
 from kernels.common import Tile, arithmetic, tiles
-from kernels.norm import RawGradient
 from mnv2_fast import arch
 
 
@@ -105,19 +103,11 @@ def _wide(what: str, channels: int) -> str:
 
 def goes_apart(run: Run, kind: str) -> bool:
     """Whether the default table has a kernel for each gradient of a 1x1 layer."""
-    dtype, tf32 = DTYPES[kind]
-    cin, cout = run.layer.spec.cin, run.layer.spec.cout
-    of = train_pointwise_gradient
-    call = of._Gradients(*(None,) * 5, tf32)._replace(  # type: ignore[arg-type]
-        of=RawGradient(*(None,) * 4, mask=run.masks, batch=True),  # type: ignore[arg-type]
-        weight=torch.empty((cout, cin, 1, 1), device="meta"),
-        x=torch.empty((1, 1, 1, cin), dtype=dtype, device="meta"),
+    spec = run.layer.spec
+    chosen = train_pointwise_gradient.choose_tiles(
+        "", arithmetic(*DTYPES[kind]), spec.cin, spec.cout, may_remake=not run.masks
     )
-    name, table = arithmetic(dtype, tf32), tiles("", "train_pointwise")
-    both = of.fit_both(of.row(tiles("", "train_pointwise_both"), name, cin, cout), cin, cout)
-    of_input = of.fit(of.row(table, f"input_{name}", cin, cout, cin), cin, cout)
-    of_weight = of.fit_weight(of.row(table, f"weight_{name}", cin, cout), cin, cout)
-    return both is None or not call.reads_less(both, of_input, of_weight)
+    return chosen.both is None
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from .common import (
     POINTERS,
     Tile,
     batches,
+    cdiv,
     channels_last,
     device_of,
     output,
@@ -229,7 +230,7 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
 
 def grid(n: int, c: int, ho: int, wo: int, tile: Tile) -> tuple[int, int, int]:
     """Programs for an [n, c, ho, wo] output: runs of lanes, groups of rows, images."""
-    return triton.cdiv(triton.cdiv(wo, tile["cols"]) * c, tile["block"]), triton.cdiv(ho, tile["rows"]), n
+    return cdiv(cdiv(wo, tile["cols"]) * c, tile["block"]), cdiv(ho, tile["rows"]), n
 
 
 def choose_tile(device: torch.device, shape: Sequence[int], stride: int) -> Tile:

@@ -24,7 +24,17 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import depthwise
 from . import parts as shares
-from .common import DTYPES, POINTERS, Tile, batches, channels_last, device_of, output, tiles
+from .common import (
+    DTYPES,
+    POINTERS,
+    Tile,
+    batches,
+    cdiv,
+    channels_last,
+    device_of,
+    output,
+    tiles,
+)
 from .depthwise import _load_row, choose_tile, convolve_turned, limit, row_elements, span
 from .parts import add_parts, number_of_parts
 
@@ -264,15 +274,15 @@ def weight_gradient(
 def _grid(shape: Sequence[int], tile: Tile) -> tuple[int, int]:
     """Programs for one image of x [N, C, H, W]: runs of lanes, groups of pairs of rows."""
     _, c, h, w = shape
-    return triton.cdiv(triton.cdiv(w, 2) * c, tile["block"]), triton.cdiv(triton.cdiv(h, 2), tile["rows"])
+    return cdiv(cdiv(w, 2) * c, tile["block"]), cdiv(cdiv(h, 2), tile["rows"])
 
 
 def _weight_grid(shape: Sequence[int], stride: int, tile: Tile, units: int) -> tuple[int, int, int]:
     """Of `weight_gradient` for x [N, C, H, W]: runs of lanes, patches of a row, and parts."""
     n, c, h, w = shape
-    patches = triton.cdiv((w - 1) // stride + 1, tile["cols"])
-    programs = triton.cdiv(patches * c, tile["block"])
-    groups = triton.cdiv((h - 1) // stride + 1, tile["rows"])
+    patches = cdiv((w - 1) // stride + 1, tile["cols"])
+    programs = cdiv(patches * c, tile["block"])
+    groups = cdiv((h - 1) // stride + 1, tile["rows"])
     return programs, patches, number_of_parts(n * groups, programs, units)
 
 
@@ -310,11 +320,11 @@ def weight_traffic(
     n, c, h, w = shape
     ho, wo = (h - 1) // stride + 1, (w - 1) // stride + 1
     runs, patches, number = _weight_grid(shape, stride, tile, units)
-    rows, cols, groups = tile["rows"], tile["cols"], triton.cdiv(ho, tile["rows"])
+    rows, cols, groups = tile["rows"], tile["cols"], cdiv(ho, tile["rows"])
     x_rows = dy_rows = 0
     for part in range(number):
         first, end = part * n * groups // number, (part + 1) * n * groups // number
-        for image in range(first // groups, triton.cdiv(end, groups)):
+        for image in range(first // groups, cdiv(end, groups)):
             # The part's groups of rows that are of this image.
             some = max(first - image * groups, 0), min(end - image * groups, groups) - 1
             x_rows += span(*some, stride * rows, -1, stride * (rows - 1) + 3, h)

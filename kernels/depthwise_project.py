@@ -19,7 +19,17 @@ import triton
 import triton.language as tl
 
 from . import depthwise, pointwise
-from .common import POINTERS, Tile, arithmetic, channels_last, device_of, output, relu6, tiles
+from .common import (
+    POINTERS,
+    Tile,
+    arithmetic,
+    cdiv,
+    channels_last,
+    device_of,
+    output,
+    relu6,
+    tiles,
+)
 from .depthwise import pixels_under
 
 
@@ -198,12 +208,12 @@ def traffic(
     """
     n, c, h, w = shape
     ho, wo = (h - 1) // stride + 1, (w - 1) // stride + 1
-    pixels, runs = n * ho * wo, triton.cdiv(cout, tile["n"])
+    pixels, runs = n * ho * wo, cdiv(cout, tile["n"])
     read = 0
     for start in range(0, pixels, tile["m"]):
         first = start % (ho * wo)
         read += pixels_under(first, first + min(tile["m"], pixels - start), ho, wo, h, w, stride)
-    weights = triton.cdiv(pixels, tile["m"]) * (10 * c * runs + (c + 1) * cout)
+    weights = cdiv(pixels, tile["m"]) * (10 * c * runs + (c + 1) * cout)
     return (read * c * runs + weights + pixels * cout * (2 if residual else 1)) * item
 
 

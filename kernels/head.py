@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 
 from . import pointwise
-from .common import POINTERS, Tile, arithmetic, batches, channels_last, device_of, relu6, tiles
+from .common import (
+    POINTERS,
+    Tile,
+    arithmetic,
+    batches,
+    cdiv,
+    channels_last,
+    device_of,
+    relu6,
+    tiles,
+)
 
 
 @triton.jit(do_not_specialize=["images"])  # one binary for every batch
@@ -101,7 +111,7 @@ def features(
     tile, image = pointwise.fit(tile, cin, cout), channels_last(x)
     with torch.cuda.device_of(x):
         for some in batches(n, tile["images"]):
-            pool_kernel[triton.cdiv(cout, tile["n"]), triton.cdiv(len(out[some]), tile["images"])](
+            pool_kernel[cdiv(cout, tile["n"]), cdiv(len(out[some]), tile["images"])](
                 image[some],
                 weight.contiguous(),
                 bias.contiguous(),
@@ -150,7 +160,7 @@ def choose_tile(device: torch.device, n: int, cout: int, kind: str) -> Tile:
     """
     name, units = device_of(device)
     tile = tiles(name, "head")[kind]
-    programs = triton.cdiv(cout, tile["n"]) * triton.cdiv(n, tile["images"])
+    programs = cdiv(cout, tile["n"]) * cdiv(n, tile["images"])
     return tile if programs >= 4 * units else {**tile, "images": 1}
 
 
@@ -161,7 +171,7 @@ def traffic(n: int, pixels: int, w1: torch.Tensor, w2: torch.Tensor, kind: str) 
     """
     (cout, cin), item = w1.shape[:2], w1.element_size()
     tile = pointwise.fit(choose_tile(w1.device, n, cout, kind), cin, cout)
-    runs, groups = triton.cdiv(cout, tile["n"]), triton.cdiv(n, tile["images"])
+    runs, groups = cdiv(cout, tile["n"]), cdiv(n, tile["images"])
     features = n * pixels * cin * runs + groups * (cout * cin + cout) + n * cout
     classes = len(w2)
     tile = pointwise.choose_tile(w1.device, n, cout, classes, kind)

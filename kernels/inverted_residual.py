@@ -7,10 +7,17 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-import triton
 
 from .block import PAD, block_kernel
-from .common import Tile, channels_last, device_of, output, tiles
+from .common import (
+    Tile,
+    cdiv,
+    channels_last,
+    device_of,
+    next_power_of_2,
+    output,
+    tiles,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Geometry:
 
     def programs(self, n: int, ho: int, wo: int) -> int:
         """Programs for n images of so many output rows and columns."""
-        return triton.cdiv(n, self.images) * triton.cdiv(ho, self.out_rows) * triton.cdiv(wo, self.out_cols)
+        return cdiv(n, self.images) * cdiv(ho, self.out_rows) * cdiv(wo, self.out_cols)
 
 
 # Height and width of a block's input, stride -> its tiles.
@@ -119,13 +126,13 @@ def split(channels: int) -> tuple[int, int]:
     most = 1 << (channels.bit_length() - 1)
     if most == channels:
         return channels, 0
-    rest = max(16, triton.next_power_of_2(channels - most))
+    rest = max(16, next_power_of_2(channels - most))
     return (most, rest) if most + rest < 2 * most or most >= 256 else (2 * most, 0)
 
 
 def depth(cin: int) -> int:
     """Inputs of the expansion with the two that bring its bias, padded as the tensor cores want them."""
-    return triton.cdiv(cin + 2, 16) * 16
+    return cdiv(cin + 2, 16) * 16
 
 
 def pack(
@@ -144,7 +151,7 @@ def pack(
     """
     expand, project = weights["expand"].flatten(1), weights["project"][:, :, 0, 0]
     (hidden, cin), cout = expand.shape, len(project)
-    columns = triton.cdiv(hidden, slab) * slab
+    columns = cdiv(hidden, slab) * slab
 
     def padded(rows: int, width: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros((rows, width), dtype=kind, device=expand.device)

@@ -277,7 +277,7 @@ def norm_gradient_kernel(
     of_z = tl.zeros((CHANNELS,), tl.float64)
     constant = tl.zeros((CHANNELS,), tl.float64)
     if BATCH:
-        share = of_g / pixels.to(tl.float64)
+        share = of_g / pixels
         of_z = -share * inverse * inverse * product
         constant = -share * total
     tl.store(coefficients + channel, of_g.to(tl.float32), mask=known)

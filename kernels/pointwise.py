@@ -17,7 +17,19 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import DTYPES, POINTERS, Tile, arithmetic, channels_last, device_of, output, relu6, tiles
+from .common import (
+    DTYPES,
+    POINTERS,
+    Tile,
+    arithmetic,
+    cdiv,
+    channels_last,
+    device_of,
+    next_power_of_2,
+    output,
+    relu6,
+    tiles,
+)
 
 # What tl.dot takes at least in each of its dimensions.
 DOT = 16
@@ -186,12 +198,12 @@ def _launch(
 
 def programs(pixels: int, cout: int, tile: Tile) -> int:
     """Programs that make `cout` channels of so many pixels."""
-    return triton.cdiv(pixels, tile["m"]) * triton.cdiv(cout, tile["n"])
+    return cdiv(pixels, tile["m"]) * cdiv(cout, tile["n"])
 
 
 def fit(tile: Tile, cin: int, cout: int) -> Tile:
     """A tile of the table without what lies past the channels."""
-    n, k = (max(DOT, triton.next_power_of_2(channels)) for channels in (cout, cin))
+    n, k = (max(DOT, next_power_of_2(channels)) for channels in (cout, cin))
     return {**tile, "n": min(tile["n"], n), "k": min(tile["k"], k)}
 
 
@@ -202,7 +214,7 @@ def traffic(
 
     The unique addresses of each program, weights included, summed over programs. L2 serves a part.
     """
-    runs, rows = triton.cdiv(cout, tile["n"]), triton.cdiv(pixels, tile["m"])
+    runs, rows = cdiv(cout, tile["n"]), cdiv(pixels, tile["m"])
     weights = rows * (cin * cout + (cout if bias else 0))
     return (pixels * cin * runs + weights + pixels * cout * (2 if residual else 1)) * item
 

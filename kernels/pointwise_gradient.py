@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 
 from . import parts as shares
-from .common import DTYPES, POINTERS, Tile, arithmetic, channels_last, device_of, tiles
+from .common import (
+    DTYPES,
+    POINTERS,
+    Tile,
+    arithmetic,
+    cdiv,
+    channels_last,
+    device_of,
+    next_power_of_2,
+    tiles,
+)
 from .parts import add_parts, number_of_parts
 from .pointwise import DOT
 
@@ -120,14 +130,14 @@ def weight_gradient(
 
 def fit(tile: Tile, cin: int, cout: int) -> Tile:
     """A tile of the table without what lies past the channels."""
-    m, n = (max(DOT, triton.next_power_of_2(channels)) for channels in (cout, cin))
+    m, n = (max(DOT, next_power_of_2(channels)) for channels in (cout, cin))
     return {**tile, "m": min(tile["m"], m), "n": min(tile["n"], n)}
 
 
 def _grid(pixels: int, cin: int, cout: int, tile: Tile, units: int) -> tuple[int, int]:
     """Programs of one part, and parts."""
-    programs = triton.cdiv(cout, tile["m"]) * triton.cdiv(cin, tile["n"])
-    return programs, number_of_parts(triton.cdiv(pixels, tile["k"]), programs, units)
+    programs = cdiv(cout, tile["m"]) * cdiv(cin, tile["n"])
+    return programs, number_of_parts(cdiv(pixels, tile["k"]), programs, units)
 
 
 def traffic(
@@ -140,7 +150,7 @@ def traffic(
     a part. `out_item`: bytes of the result's numbers where they are not as x's.
     """
     _, number = _grid(pixels, cin, cout, tile, units)
-    read = pixels * (cout * triton.cdiv(cin, tile["n"]) + cin * triton.cdiv(cout, tile["m"])) * item
+    read = pixels * (cout * cdiv(cin, tile["n"]) + cin * cdiv(cout, tile["m"])) * item
     return read + number * cout * cin * 4 + shares.traffic(number, cout * cin, out_item or item)
 
 

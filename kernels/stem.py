@@ -19,7 +19,19 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import DTYPES, POINTERS, Tile, arithmetic, batches, device_of, output, relu6, tiles
+from .common import (
+    DTYPES,
+    POINTERS,
+    Tile,
+    arithmetic,
+    batches,
+    cdiv,
+    device_of,
+    next_power_of_2,
+    output,
+    relu6,
+    tiles,
+)
 from .depthwise import limit, pixels_under
 from .pointwise import DOT
 
@@ -124,7 +136,7 @@ def stem(
     tile = tiles(device_of(x.device)[0], "stem")[arithmetic(weight.dtype, tf32)] if tile is None else tile
     with torch.cuda.device_of(x):
         for some in batches(n):
-            stem_kernel[triton.cdiv(ho * wo, tile["m"]), len(lines[some])](
+            stem_kernel[cdiv(ho * wo, tile["m"]), len(lines[some])](
                 x[some],
                 weight.contiguous(),
                 bias.contiguous(),
@@ -148,7 +160,7 @@ def stem(
 
 def columns(cout: int) -> int:
     """Channels of the kernel's tile: a power of two that holds them all."""
-    return max(DOT, triton.next_power_of_2(cout))
+    return max(DOT, next_power_of_2(cout))
 
 
 def traffic(shape: Sequence[int], cout: int, item: int, tile: Tile, *, from_bytes: bool = False) -> int:

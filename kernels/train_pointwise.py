@@ -12,7 +12,6 @@ over pixels leave one part a program: no atomics, the bits are the same every ti
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import torch
@@ -156,7 +155,6 @@ def forward(
     return z, parts
 
 
-@functools.cache
 def choose_tile(device_name: str, kind: str, cin: int, cout: int) -> Tile:
     """The table's tile for `forward`."""
     return row(tiles(device_name, "train_pointwise"), f"forward_{kind}", cin, cout, cout)

@@ -11,7 +11,6 @@ not read: counted for the network, 7.5 of 100 MB an image.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -250,7 +249,6 @@ class Tiles(NamedTuple):
     both: Tile | None
 
 
-@functools.cache
 def choose_tiles(device_name: str, kind: str, cin: int, cout: int, may_remake: bool) -> Tiles:
     """The table's tiles for `gradients`, fitted.
 
