@@ -270,7 +270,7 @@ def _train_pointwise_gradients(pixels: int, wanted: str, cout: int = 24) -> Judg
     applied, residual = (None, _whole(1, 4, 7, cin)) if expansion else (_norm_of(cin), None)
     z = train_reference.forward(x, applied, weight).to(F16) if expansion else _whole(1, 4, 7, cout)
     of = _of(_whole(1, 4, 7, cout), z, mask=not expansion)
-    both = train_pointwise_gradient.fit_both(tiles("", "train_pointwise_both")["half"], cin, cout)
+    both = train_pointwise_gradient.choose_tiles("", "half", cin, cout, expansion).both
     assert both is not None
     rows = both["k"] if wanted == "both" else FINE["m"]
     step = -(-local // rows) * rows
@@ -294,7 +294,7 @@ def _train_pointwise_gradients(pixels: int, wanted: str, cout: int = 24) -> Judg
             residual,
             for_x=wanted != "weight",
             for_weight=wanted != "input",
-            tile=FINE,
+            tile=None if wanted == "both" else FINE,
         )
     assert made[0].kernel.__name__ == kernel
     want = train_reference.gradients(of, weight, x, applied, residual)
