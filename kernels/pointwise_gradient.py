@@ -48,7 +48,7 @@ def weight_gradient_kernel(
     program, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o = program % rows * M + tl.arange(0, M)
     i = program // rows * N + tl.arange(0, N)
-    steps = (pixels + K - 1) // K
+    steps = (pixels.to(tl.int64) + K - 1) // K
     sums = tl.zeros((M, N), tl.float32)
     for step in tl.range(part * steps // tl.num_programs(1), (part + 1) * steps // tl.num_programs(1)):
         pixel = step * K + tl.arange(0, K)

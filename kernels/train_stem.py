@@ -33,7 +33,7 @@ def _windows(x, steps, pixel, pixels, size, kind):
     inside = inside & (k < 27)[None, :] & (pixel < pixels)[:, None]
     # A view of a larger tensor may have any steps.
     at = (image * steps[0])[:, None] + ((k // 9).to(tl.int64) * steps[1])[None, :]
-    at += row.to(tl.int64) * steps[2] + column.to(tl.int64) * steps[3]
+    at += row * steps[2] + column * steps[3]
     return tl.load(x + at, mask=inside, other=0).to(kind)
 
 
