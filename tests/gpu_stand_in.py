@@ -61,8 +61,6 @@ class StandIn:
     """`launches`: name of each kernel launched, with ":tf32" where float32 is multiplied so."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from mnv2_fast.kernels import network
-
         self.captured, self.launches = Captured(monkeypatch), list[str]()
         monkeypatch.setenv("MNV2_BACKEND", "triton")
         monkeypatch.setattr(backend, "_device_reason", lambda device: None)
@@ -79,20 +77,27 @@ class StandIn:
                 declines_training=lambda device, asked: NO_TRAINING,
             ),
         )
-        monkeypatch.setattr(network, "stem", self.launcher("stem", eager.stem))
-        monkeypatch.setattr(network, "depthwise", self.launcher("depthwise", eager.depthwise))
-        monkeypatch.setattr(network.pointwise, "pointwise", self.launcher("pointwise", eager.pointwise))
-        monkeypatch.setattr(network.head, "head", self.launcher("head", eager.head))
-        monkeypatch.setattr(network.head, "features", self.launcher("features", _features))
+        launch_in_torch(monkeypatch, self.launches)
 
-    def launcher(self, name: str, make: Any) -> Any:
+
+def launch_in_torch(patch: pytest.MonkeyPatch, launches: list[str]) -> None:
+    """Have the launchers of a network in eval mode compute in plain torch, and note their launches."""
+    from mnv2_fast.kernels import network
+
+    def launcher(name: str, make: Any) -> Any:
         def launch(*args: Any, tf32: bool = False, norm: Tensor | None = None) -> Tensor:
             assert norm is None
-            self.launches.append(name + ":tf32" * tf32)
+            launches.append(name + ":tf32" * tf32)
             with torch.autocast("cpu", enabled=False):  # as no kernel knows of it
                 return make(*args)
 
         return launch
+
+    patch.setattr(network, "stem", launcher("stem", eager.stem))
+    patch.setattr(network, "depthwise", launcher("depthwise", eager.depthwise))
+    patch.setattr(network.pointwise, "pointwise", launcher("pointwise", eager.pointwise))
+    patch.setattr(network.head, "head", launcher("head", eager.head))
+    patch.setattr(network.head, "features", launcher("features", _features))
 
 
 @pytest.fixture(name="gpu")

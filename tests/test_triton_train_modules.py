@@ -8,32 +8,44 @@ import dataclasses
 import os
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import pytest
 import torch
 import triton_interpreter
-from gpu_stand_in import graph
+from gpu_stand_in import graph, launch_in_torch
 from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
+from mnv2_fast.kernels import norm as norm_kernels
+from mnv2_fast.kernels import (
+    parts,
+    train_depthwise,
+    train_pointwise,
+    train_pointwise_gradient,
+    train_stem,
+)
+
 from mnv2_fast import MobileNetV2, training
+from mnv2_fast.autograd import TWICE
 from mnv2_fast.backends import chains, replay, triton, triton_train
 from mnv2_fast.errors import UserError
-from mnv2_fast.nn import ConvBNReLU6, eager_only
+from mnv2_fast.nn import ConvBNReLU6, InvertedResidual, eager_only
 from mnv2_fast.reading import Declined
 
 IMAGES = (2, 3, 11, 8)
+# Of a tile of the depthwise kernels, and of a kernel that adds up parts.
+ONE_OUTPUT, PARTS_AT_ONCE = {"rows": 1, "cols": 1}, 4
+PIXELS = (2, 8, 3, 4)
 BLOCKS = [[1, 8, 1, 1], [6, 8, 2, 2]]
 
 
 def stand_in() -> None:
-    """Have tensors on the CPU go the way of CUDA tensors, whose kernels are interpreted.
+    """Have tensors on the CPU go the way of CUDA tensors, whose training kernels are interpreted.
 
     A module that declines in silence, which torch would serve as well, fails its scene: `lenient` lets it.
     """
-    from mnv2_fast.kernels import train_depthwise
-
     os.environ |= {"MNV2_BACKEND": "triton", "MNV2_STRICT": "1"}
     triton._device_reason = lambda device: None
     row = dataclasses.replace(chains.KERNELS["cuda"], unavailable=lambda: "")
@@ -45,6 +57,7 @@ def stand_in() -> None:
     replay.capturing = lambda device: False
     replay.place = lambda x: 0
     replay.capture = graph
+    launch_in_torch(pytest.MonkeyPatch(), [])
     # The interpreter takes time by the rows and columns of a tile, filled or not: so all scenes take half.
     # tests/test_triton_training.py has the tables' own tiles.
     tables = train_depthwise.tiles
@@ -69,11 +82,29 @@ def model(setting: list[list[int]] = BLOCKS) -> MobileNetV2:
     # The last layer's 1280 channels would take half of the time.
     made.features[-1] = ConvBNReLU6(made.features[-1][0].in_channels, 24, 1)
     made.classifier[1] = nn.Linear(24, 5)
-    for module in made.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight, 1, 0.2)
-            nn.init.normal_(module.bias, 1, 0.3)
-    return made
+    return spread(made)
+
+
+def block() -> InvertedResidual:
+    torch.manual_seed(0)
+    return spread(InvertedResidual(8, 8, 1, 2)).train()
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def spread(of: Module) -> Module:
+    """A module whose norms have other weights, biases and running statistics for each channel."""
+    for norm in norms(of):
+        nn.init.normal_(norm.weight, 1, 0.2)
+        nn.init.normal_(norm.bias, 1, 0.3)
+        nn.init.normal_(norm.running_mean, 0, 0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    return of
+
+
+def norms(of: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in of.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def distance(ours: Tensor, right: Tensor, least: float = 0) -> float:
@@ -92,13 +123,17 @@ def step(of: nn.Module, x: Tensor, cast: torch.dtype | None = None) -> Tensor:
 
 def compare(ours: nn.Module, x: Tensor, bound: float, cast: torch.dtype | None = None) -> str:
     """What is wrong with a step of ours beside the same network's in float64 and plain torch."""
-    twin = copy.deepcopy(ours).double()
+    twin, wide = copy.deepcopy(ours).double(), x.detach().double().requires_grad_(x.requires_grad)
     y = step(ours, x, cast)
     with eager_only():
-        right = step(twin, x.double())
+        right = step(twin, wide)
     off = {"answer": distance(y, right)}
+    if x.grad is not None and wide.grad is not None:
+        off["the input"] = distance(x.grad, wide.grad)
+    elif x.requires_grad:
+        return "the input has no gradient"
     # Some are zero but for rounding: a bias before a convolution that batch norm follows.
-    least = 1e-2 * max(float(q.grad.norm()) for q in twin.parameters() if q.grad is not None)
+    least = 1e-2 * max((float(q.grad.norm()) for q in twin.parameters() if q.grad is not None), default=0)
     for (name, p), q in zip(ours.named_parameters(), twin.parameters(), strict=True):
         if (p.grad is None) != (q.grad is None):
             return f"{name} has a gradient, or should"
@@ -155,7 +190,7 @@ def a_shared_block() -> str:
     ours = model([[1, 8, 1, 1], [2, 8, 1, 2], [2, 8, 1, 2]]).train()
     ours.features[3] = ours.features[2]
     ours.features[2].conv[0][1].momentum = None
-    x = torch.randn(4, 3, 15, 14)
+    x = torch.randn(4, 3, 9, 8)
     with counted() as nodes:
         wrong = compare(ours, x, 1e-5)
     return wrong or ("" if nodes == [10] else f"nodes of {nodes} layers")
@@ -191,15 +226,15 @@ def sliced_images() -> str:
 
 
 def a_block_that_declines_is_an_error() -> str:
-    ours, x = model().train(), torch.randn(IMAGES)
-    ours.features[1].conv[1].bias = nn.Parameter(torch.zeros(ours.features[1].out_channels))
+    ours, x = block(), torch.randn(PIXELS)
+    ours.conv[2].bias = nn.Parameter(torch.zeros(8))
     with lenient():
         if wrong := compare(ours, x, 1e-5):
             return wrong
     try:
         ours(x)
     except UserError as error:
-        return "" if "conv.1 has a bias" in str(error) else str(error)
+        return "" if "conv.2 has a bias" in str(error) else str(error)
     return "no error"
 
 
@@ -277,21 +312,16 @@ def a_block_asks_for_its_own_backend() -> str:
 
 
 def frozen_norms() -> str:
-    ours = model()
-    with torch.no_grad():  # statistics that are some batch's
-        ours.train()(torch.randn(IMAGES))
-    for module in ours.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
+    ours = model().train()
+    for norm in norms(ours):
+        norm.eval()
     return compare(ours, torch.randn(IMAGES), 1e-5)
 
 
 def eval_mode() -> str:
-    ours = model()
-    with torch.no_grad():
-        ours.train()(torch.randn(IMAGES))
+    ours = model().eval()
     with counted() as nodes:
-        wrong = compare(ours.eval(), torch.randn(IMAGES), 1e-5)
+        wrong = compare(ours, torch.randn(IMAGES), 1e-5)
     return wrong or ("" if nodes else "the training kernels were not asked")
 
 
@@ -303,13 +333,175 @@ def some_layers_frozen() -> str:
 
 
 def momentum_none_and_no_statistics() -> str:
-    ours = model().train()
-    ours.features[0][1].momentum = None
-    ours.features[1].conv[0][1] = nn.BatchNorm2d(ours.features[1].conv[0][1].num_features, affine=False)
-    last = ours.features[-1][1]
-    ours.features[-1][1] = nn.BatchNorm2d(last.num_features, track_running_stats=False)
-    x = torch.randn(IMAGES)
+    ours, x = block(), torch.randn(PIXELS)
+    ours.conv[0][1].momentum = None
+    ours.conv[1][1] = nn.BatchNorm2d(16, affine=False)
+    ours.conv[3] = nn.BatchNorm2d(8, track_running_stats=False)
     return compare(ours, x, 1e-5) or compare(ours, x, 1e-5)
+
+
+def gradient_of_the_images() -> str:
+    return compare(model().train(), torch.randn(IMAGES, requires_grad=True), 1e-5)
+
+
+def gradient_of_the_images_alone() -> str:
+    ours = model().eval().requires_grad_(False)
+    with counted() as nodes:
+        wrong = compare(ours, torch.randn(IMAGES, requires_grad=True), 1e-5)
+    return wrong or ("" if nodes == [6, 3, 1] else f"nodes of {nodes} layers")
+
+
+def a_residual_block_without_expansion() -> str:
+    ours = model([[1, 8, 2, 1]]).train()
+    with counted() as nodes:
+        wrong = compare(ours, torch.randn(IMAGES), 1e-5)
+    return wrong or ("" if nodes == [3, 2, 1] else f"nodes of {nodes} layers")
+
+
+def statistics_with_gaps() -> str:
+    ours, x = block(), torch.randn(PIXELS)
+    for norm in norms(ours):
+        norm.running_mean = norm.running_mean.repeat_interleave(2)[::2]
+        norm.running_var = norm.running_var.repeat_interleave(2)[::2]
+    versions = [b._version for b in ours.buffers()]
+    if wrong := compare(ours, x, 1e-5):
+        return wrong
+    if any(b._version == before for b, before in zip(ours.buffers(), versions, strict=True)):
+        return "not all versions have moved"
+    norms(ours)[1].eval()
+    return compare(ours, x, 1e-5)
+
+
+def statistics_made_in_inference_mode() -> str:
+    """Moved within it; outside of it torch forbids that."""
+    ours, x = block(), torch.randn(PIXELS)
+    twin = copy.deepcopy(ours).double()
+    with torch.inference_mode():
+        for norm in norms(ours):
+            norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
+        y = ours(x)
+        with eager_only():
+            right = twin(x.double())
+    moved = [distance(a, b.double()) for a, b in zip(ours.buffers(), twin.buffers(), strict=True)]
+    if max(*moved, distance(y, right)) > 1e-5:
+        return f"off by {max(moved)}, {distance(y, right)}"
+    try:
+        ours(x)
+    except RuntimeError as error:
+        return "" if "inference" in str(error).lower() else str(error)
+    return "no error"
+
+
+def backward_twice() -> str:
+    """The first one leaves what was kept as it was."""
+    for ours in (block(), spread(InvertedResidual(8, 8, 1, 1)).train()):  # an expansion first, or none
+        x = torch.randn(PIXELS, requires_grad=True)
+        y = ours(x)
+        g = torch.randn(y.shape)
+        y.backward(g, retain_graph=True)
+        once = [t.grad.clone() for t in (x, *ours.parameters())]
+        y.backward(g)
+        if not all(torch.equal(t.grad, 2 * of) for t, of in zip((x, *ours.parameters()), once, strict=True)):
+            return "gradients are not twice as large"
+    return ""
+
+
+def a_graph_of_gradients_is_refused() -> str:
+    ours = block()
+    y = ours(torch.randn(PIXELS))
+    try:
+        torch.autograd.grad(y.sum(), list(ours.parameters()), create_graph=True)
+    except RuntimeError as error:
+        return "" if str(error) == TWICE and "\n" not in TWICE else str(error)
+    return "no error"
+
+
+def what_backward_reads_may_not_change() -> str:
+    x = torch.randn(PIXELS).contiguous(memory_format=torch.channels_last)
+    for ours in (ConvBNReLU6(8, 12, 1), ConvBNReLU6(8, 8, 3, groups=8)):
+        unseen = []
+        for name, tensor in {"the input": x, **dict(ours.train().named_parameters())}.items():
+            y = ours(x)
+            with torch.no_grad():
+                tensor.mul_(1)
+            try:
+                y.sum().backward()
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    return str(error)
+            else:
+                unseen.append(name)
+        if unseen != ["1.bias"]:  # which no backward pass reads, torch's neither
+            return f"unseen: {unseen}"
+    return ""
+
+
+def functional_call() -> str:
+    """With other weights than the module's, which are its own again afterwards."""
+    ours, x = model().train(), torch.randn(IMAGES)
+    other = {
+        name: (p.detach() * 1.5 + 0.1).requires_grad_(p.dim() > 1) for name, p in ours.named_parameters()
+    }
+    twin = copy.deepcopy(ours).double()
+    wide = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in other.items()}
+    ours._train_chain(x)  # and remember it
+    with counted() as nodes:
+        y = torch.func.functional_call(ours, other, (x,))
+    with eager_only():
+        right = torch.func.functional_call(twin, wide, (x.double(),))
+    weights = torch.randn(y.shape)
+    y.backward(weights)
+    right.backward(weights.double())
+    off = {"answer": distance(y, right)} | {
+        name: distance(other[name].grad, of.grad) for name, of in wide.items() if of.grad is not None
+    }
+    wrong = ", ".join(f"{name} is off by {value:.2g}" for name, value in off.items() if not value <= 1e-5)
+    if wrong or nodes != [6, 3, 1] or any(p.grad is not None for p in ours.parameters()):
+        return wrong or f"nodes of {nodes} layers, or the module's own weights have gradients"
+    return "" if ours._train_chain(x).tensors[0] is ours.features[0][0].weight else "other weights stay"
+
+
+@contextlib.contextmanager
+def many_units() -> Iterator[None]:
+    """Kernels as on a GPU with 132 multiprocessors; on small tiles, so that a little work is one for each."""
+    kernels = norm_kernels, train_depthwise, train_pointwise, train_pointwise_gradient, train_stem
+    with pytest.MonkeyPatch.context() as patch:
+        for module in kernels:
+
+            def small(name: str, kernel: str, tables: Any = module.tiles) -> dict[str, dict[str, int]]:
+                return {row: {**tile, "m": 16} | ONE_OUTPUT for row, tile in tables(name, kernel).items()}
+
+            patch.setattr(module, "device_of", lambda device: ("", 132))
+            patch.setattr(module, "tiles", small)
+        for module in (norm_kernels, parts):
+            patch.setattr(module, "ROWS", PARTS_AT_ONCE)
+        yield
+
+
+def many_parts() -> str:
+    """More parts of every sum than are read at once, and the same bits again."""
+    ours, x = block(), torch.randn(5, 8, 2, 15, requires_grad=True)
+    numbers: list[int] = []
+
+    def noted(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def call(found: Tensor, *rest: Any, **named: Any) -> Any:
+            numbers.append(len(found))
+            return kernel(found, *rest, **named)
+
+        return call
+
+    bits = []
+    with many_units(), pytest.MonkeyPatch.context() as patch:
+        for name in ("normalize", "norm_gradient"):
+            patch.setattr(norm_kernels, name, noted(getattr(norm_kernels, name)))
+        for _ in range(2):
+            twin, x.grad = copy.deepcopy(ours), None
+            if wrong := compare(twin, x, 1e-5):
+                return wrong
+            bits.append([x.grad, *(p.grad for p in twin.parameters()), *twin.buffers()])
+    if len(numbers) != 12 or min(numbers) <= PARTS_AT_ONCE:
+        return f"numbers of parts: {numbers}"
+    return "" if all(map(torch.equal, *bits)) else "other bits the second time"
 
 
 def linear_chain(cast: torch.dtype) -> str:
@@ -320,7 +512,7 @@ def linear_chain(cast: torch.dtype) -> str:
         ConvBNReLU6(24, 24, 3, 2, groups=24, activation_layer=None),
         ConvBNReLU6(24, 12, 1, activation_layer=None),
     ).train()
-    x = torch.randn(4, 8, 13, 11).to(cast).float()
+    x = torch.randn(3, 8, 5, 6).to(cast).float()
     with torch.no_grad(), torch.autocast("cpu", cast):
         y = blocks(x)
     wrong = compare(blocks, x, 16 * torch.finfo(cast).eps, cast)
@@ -330,30 +522,37 @@ def linear_chain(cast: torch.dtype) -> str:
 
 
 def a_network_under_autocast(cast: torch.dtype) -> str:
-    """As near to float64 as plain torch under autocast is: the median over parameters."""
-    ours, x = model().train(), torch.randn(IMAGES)
-    plain, twin = copy.deepcopy(ours), copy.deepcopy(ours).double()
-    step(ours, x, cast)
-    with eager_only():
-        step(plain, x, cast)
-        step(twin, x.double())
-    errors = [
-        torch.tensor(
+    """As near to float64 as plain torch under autocast is: the median over parameters, of two batches.
+
+    Between the bends of ReLU6, past which one value of so few takes a gradient further than all roundings.
+    """
+    ours = model().train()
+    for norm in norms(ours):
+        nn.init.uniform_(norm.weight, 0.3, 0.7)
+        nn.init.constant_(norm.bias, 3)
+    errors = []
+    for _ in range(2):  # in bfloat16 one batch is off by up to twice as much as another
+        x = torch.randn(IMAGES)
+        plain, twin = copy.deepcopy(ours), copy.deepcopy(ours).double()
+        step(ours, x, cast)
+        with eager_only():
+            step(plain, x, cast)
+            step(twin, x.double())
+        errors += [
             [distance(p.grad, q.grad) for p, q in zip(net.parameters(), twin.parameters(), strict=True)]
-        )
-        for net in (ours, plain)
-    ]
-    mine, torchs = (float(found.median()) for found in errors)
+            for net in (ours, plain)
+        ]
+    mine, torchs = (float(torch.tensor(errors[of::2]).median(1).values.mean()) for of in (0, 1))
     return "" if mine <= 1.5 * torchs else f"gradients are off by {mine:.2g}, torch's by {torchs:.2g}"
 
 
 def a_scale_that_overflows_skips_the_step() -> str:
-    ours = model().train()
+    ours = block()
     optimizer = torch.optim.SGD(ours.parameters(), 0.1)
     before = [p.detach().clone() for p in ours.parameters()]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     with torch.autocast("cpu", torch.float16):
-        loss = ours(torch.randn(IMAGES)).float().square().sum()
+        loss = ours(torch.randn(PIXELS).half()).float().square().sum()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -437,6 +636,16 @@ SCENES: dict[str, Callable[[], str]] = {
         why_features_are_not_joined_is_remembered,
         what_cannot_be_watched_is_asked_anew,
         a_block_asks_for_its_own_backend,
+        gradient_of_the_images,
+        gradient_of_the_images_alone,
+        a_residual_block_without_expansion,
+        statistics_with_gaps,
+        statistics_made_in_inference_mode,
+        backward_twice,
+        a_graph_of_gradients_is_refused,
+        what_backward_reads_may_not_change,
+        functional_call,
+        many_parts,
         frozen_norms,
         eval_mode,
         some_layers_frozen,
