@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from threading import local
 from typing import Any
@@ -39,20 +39,26 @@ log = logging.getLogger("mnv2_fast")
 
 
 class _Thread(local):
-    eager = False
+    backend = ""  # asked for by a module around those that run; "" where none does
 
 
 _thread = _Thread()
 
 
 @contextmanager
-def eager_only() -> Iterator[None]:
-    """Within it, in this thread, every module runs in plain torch."""
-    before, _thread.eager = _thread.eager, True
+def _asking(backend: str) -> Iterator[None]:
+    """Within it, in this thread, modules with no backend of their own ask for this one; all for "eager"."""
+    before = _thread.backend
+    _thread.backend = "eager" if before == "eager" else backend
     try:
         yield
     finally:
-        _thread.eager = before
+        _thread.backend = before
+
+
+def eager_only() -> AbstractContextManager[None]:
+    """Within it, in this thread, every module runs in plain torch."""
+    return _asking("eager")
 
 
 def tracing(x: object) -> bool:
@@ -132,8 +138,10 @@ class Automatic(nn.Module):
             raise Declined("an attribute of the module hides a child")
 
     def _asked(self) -> str:
-        own: str = self.__dict__.get("backend", "auto")
-        return "eager" if _thread.eager else env.backend() if own == "auto" else own
+        around, own = _thread.backend, self.__dict__.get("backend", "auto")
+        if around == "eager" or own == "auto":
+            return around or env.backend()
+        return str(own)
 
     def _plan(self, x: Any) -> Plan:
         """The plan for a call in eval mode, as it holds now.
@@ -187,11 +195,13 @@ class Automatic(nn.Module):
     def _automatic(self, x: Tensor) -> Tensor:
         if tracing(x):
             return self._run_eager(x)
-        try:
-            serve = self._server(x)
-        except Declined as reason:
-            return self._declined(x, str(reason))
-        return serve(x)
+        own = self.__dict__.get("backend", "auto")
+        with nullcontext() if own == "auto" else _asking(own):  # what it calls asks likewise
+            try:
+                serve = self._server(x)
+            except Declined as reason:
+                return self._declined(x, str(reason))
+            return serve(x)
 
     def _check(self, x: Any) -> None:
         """Refuse an input in one line where torch would in several."""
@@ -202,9 +212,7 @@ class Automatic(nn.Module):
             log.debug("%s runs in eager: %s", type(self).__name__, reason)
             if env.strict():
                 raise UserError(f"{env.STRICT.name}=1 and no kernel serves {type(self).__name__}: {reason}")
-            return self._run_eager(x)
-        with eager_only():
-            return self._run_eager(x)
+        return self._run_eager(x)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

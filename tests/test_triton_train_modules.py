@@ -286,6 +286,17 @@ def why_features_are_not_joined_is_remembered() -> str:
     return "" if len(read) == 7 else f"read {len(read)} times"
 
 
+def blocks_ask_for_their_models_backend() -> str:
+    ours = model().train()
+    ours.backend = "triton"
+    ours.features[1].register_forward_hook(lambda module, args, y: None)  # so that they run one by one
+    os.environ["MNV2_BACKEND"] = "auto"
+    try:
+        return compare(ours, torch.randn(IMAGES), 1e-5)
+    finally:
+        os.environ["MNV2_BACKEND"] = "triton"
+
+
 def what_cannot_be_watched_is_asked_anew() -> str:
     ours, x = model().train(), torch.randn(IMAGES)
     ours.features.add_module("5", torch.jit.script(nn.Identity()))
@@ -634,6 +645,7 @@ SCENES: dict[str, Callable[[], str]] = {
         a_block_that_declines_is_an_error,
         a_hook_is_called,
         why_features_are_not_joined_is_remembered,
+        blocks_ask_for_their_models_backend,
         what_cannot_be_watched_is_asked_anew,
         a_block_asks_for_its_own_backend,
         gradient_of_the_images,
