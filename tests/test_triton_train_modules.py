@@ -1,19 +1,15 @@
-"""Modules in train mode as on a GPU: in Triton's interpreter, with CPU tensors in the GPU's place."""
+"""Steps of modules in train mode as on a GPU: in Triton's interpreter, beside plain torch in float64."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import os
-import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 import triton_interpreter
-from gpu_stand_in import graph, launch_in_torch
 from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
@@ -26,138 +22,24 @@ from mnv2_fast.kernels import (
     train_pointwise_gradient,
     train_stem,
 )
+from training_scenes import (
+    IMAGES,
+    PIXELS,
+    block,
+    compare,
+    counted,
+    distance,
+    model,
+    norms,
+    play,
+    spread,
+    step,
+)
 
-from mnv2_fast import MobileNetV2, training
-from mnv2_fast.autograd import TWICE
-from mnv2_fast.backends import chains, replay, triton, triton_train
-from mnv2_fast.errors import UserError
 from mnv2_fast.nn import ConvBNReLU6, InvertedResidual, eager_only
-from mnv2_fast.reading import Declined
 
-IMAGES = (2, 3, 11, 8)
 # Of a tile of the depthwise kernels, and of a kernel that adds up parts.
 ONE_OUTPUT, PARTS_AT_ONCE = {"rows": 1, "cols": 1}, 4
-PIXELS = (2, 8, 3, 4)
-BLOCKS = [[1, 8, 1, 1], [6, 8, 2, 2]]
-
-
-def stand_in() -> None:
-    """Have tensors on the CPU go the way of CUDA tensors, whose training kernels are interpreted.
-
-    A module that declines in silence, which torch would serve as well, fails its scene: `lenient` lets it.
-    """
-    os.environ |= {"MNV2_BACKEND": "triton", "MNV2_STRICT": "1"}
-    triton._device_reason = lambda device: None
-    row = dataclasses.replace(chains.KERNELS["cuda"], unavailable=lambda: "")
-    chains.KERNELS["cpu"] = row  # type: ignore[index]
-    training._kernels = lambda x: triton_train
-    torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
-    triton_train.empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    replay.capturing = lambda device: False
-    replay.place = lambda x: 0
-    replay.capture = graph
-    launch_in_torch(pytest.MonkeyPatch(), [])
-    # The interpreter takes time by the rows and columns of a tile, filled or not: so all scenes take half.
-    # tests/test_triton_training.py has the tables' own tiles.
-    tables = train_depthwise.tiles
-    train_depthwise.tiles = lambda name, kernel: {  # type: ignore[assignment]
-        row: {**tile, "rows": 3, "cols": 1} for row, tile in tables(name, kernel).items()
-    }
-
-
-@contextlib.contextmanager
-def lenient() -> Iterator[None]:
-    """Within it a call that no kernel serves is torch's and no error."""
-    os.environ["MNV2_STRICT"] = "0"
-    try:
-        yield
-    finally:
-        os.environ["MNV2_STRICT"] = "1"
-
-
-def model(setting: list[list[int]] = BLOCKS) -> MobileNetV2:
-    torch.manual_seed(0)
-    made = MobileNetV2(5, inverted_residual_setting=setting, width_mult=0.5, round_nearest=4, dropout=0.0)
-    # The last layer's 1280 channels would take half of the time.
-    made.features[-1] = ConvBNReLU6(made.features[-1][0].in_channels, 24, 1)
-    made.classifier[1] = nn.Linear(24, 5)
-    return spread(made)
-
-
-def block() -> InvertedResidual:
-    torch.manual_seed(0)
-    return spread(InvertedResidual(8, 8, 1, 2)).train()
-
-
-Module = TypeVar("Module", bound=nn.Module)
-
-
-def spread(of: Module) -> Module:
-    """A module whose norms have other weights, biases and running statistics for each channel."""
-    for norm in norms(of):
-        nn.init.normal_(norm.weight, 1, 0.2)
-        nn.init.normal_(norm.bias, 1, 0.3)
-        nn.init.normal_(norm.running_mean, 0, 0.3)
-        nn.init.uniform_(norm.running_var, 0.5, 2)
-    return of
-
-
-def norms(of: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in of.modules() if isinstance(module, nn.BatchNorm2d)]
-
-
-def distance(ours: Tensor, right: Tensor, least: float = 0) -> float:
-    """How far ours is off, beside the right one's size or the least one that matters."""
-    return float((ours.detach().double() - right.detach()).norm() / max(float(right.norm()), least))
-
-
-def step(of: nn.Module, x: Tensor, cast: torch.dtype | None = None) -> Tensor:
-    of.zero_grad()
-    with torch.autocast("cpu", cast, enabled=cast is not None):
-        y = of(x)
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (y.double() * weights).sum().backward()
-    return y
-
-
-def compare(ours: nn.Module, x: Tensor, bound: float, cast: torch.dtype | None = None) -> str:
-    """What is wrong with a step of ours beside the same network's in float64 and plain torch."""
-    twin, wide = copy.deepcopy(ours).double(), x.detach().double().requires_grad_(x.requires_grad)
-    y = step(ours, x, cast)
-    with eager_only():
-        right = step(twin, wide)
-    off = {"answer": distance(y, right)}
-    if x.grad is not None and wide.grad is not None:
-        off["the input"] = distance(x.grad, wide.grad)
-    elif x.requires_grad:
-        return "the input has no gradient"
-    # Some are zero but for rounding: a bias before a convolution that batch norm follows.
-    least = 1e-2 * max((float(q.grad.norm()) for q in twin.parameters() if q.grad is not None), default=0)
-    for (name, p), q in zip(ours.named_parameters(), twin.parameters(), strict=True):
-        if (p.grad is None) != (q.grad is None):
-            return f"{name} has a gradient, or should"
-        if p.grad is not None and q.grad is not None:
-            off[name] = distance(p.grad, q.grad, least)
-    for (name, b), c in zip(ours.named_buffers(), twin.buffers(), strict=True):
-        off[name] = distance(b, c.double(), 1e-2)
-    return ", ".join(f"{name} is off by {value:.2g}" for name, value in off.items() if not value <= bound)
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[list[int]]:
-    """How many layers each node of the training kernels has that is made within."""
-    run, nodes = training.run, []
-
-    def noted(x: Tensor, layers: list, tensors: list, residual: bool = False) -> Tensor:
-        nodes.append(len(layers))
-        return run(x, layers, tensors, residual)
-
-    training.run = noted
-    try:
-        yield nodes
-    finally:
-        training.run = run
 
 
 def a_step_is_torchs() -> str:
@@ -223,103 +105,6 @@ def batches_are_counted_as_far_as_torch_gets() -> str:
 def sliced_images() -> str:
     n, c, h, w = IMAGES
     return compare(model().train(), torch.randn(n, c, h, 2 * w)[..., ::2], 1e-5)
-
-
-def a_block_that_declines_is_an_error() -> str:
-    ours, x = block(), torch.randn(PIXELS)
-    ours.conv[2].bias = nn.Parameter(torch.zeros(8))
-    with lenient():
-        if wrong := compare(ours, x, 1e-5):
-            return wrong
-    try:
-        ours(x)
-    except UserError as error:
-        return "" if "conv.2 has a bias" in str(error) else str(error)
-    return "no error"
-
-
-def a_hook_is_called() -> str:
-    ours, seen = model().train(), []
-    ours.features[1].register_forward_hook(lambda module, args, y: seen.append(y.shape))
-    with counted() as nodes:
-        wrong = compare(ours, torch.randn(IMAGES), 1e-5)
-    if len(seen) != 2:  # by ours and by the twin, which has it, too
-        return f"called {len(seen)} times"
-    return wrong or ("" if nodes == [1, 2, 3, 3, 1] else f"nodes of {nodes} layers")
-
-
-def why_features_are_not_joined_is_remembered() -> str:
-    """Until it changes: a network is not read anew at every step for the hook that it has."""
-    ours, x = model().train(), torch.randn(IMAGES)
-    read, read_features = [], ours._read_features
-
-    def counting(*args: object, **named: object) -> object:
-        read.append(1)
-        return read_features(*args, **named)  # type: ignore[arg-type]
-
-    ours._read_features = counting  # type: ignore[assignment, method-assign]
-
-    def refusal() -> str:
-        try:
-            ours._train_chain(x)
-        except Declined as reason:
-            return str(reason)
-        return ""
-
-    norm = ours.features[-1][1]
-    found = [refusal()]
-    hook = norm.register_forward_pre_hook(lambda module, args: None)
-    found += [refusal(), refusal()]
-    hook.remove()
-    found += [refusal(), refusal()]
-    norm.weight.data = norm.weight.data.double()
-    found += [refusal(), refusal()]
-    norm.weight.data = norm.weight.data.float()
-    found += [refusal(), refusal()]
-    norm.forward = norm.forward
-    found += [refusal(), refusal()]
-    del norm.forward
-    found += [refusal()]
-    expected = ["", *["has a hook"] * 2, "", "", *["float32"] * 2, "", "", *["forward of its own"] * 2, ""]
-    if not all(want in why and bool(why) == bool(want) for want, why in zip(expected, found, strict=True)):
-        return f"refusals: {found}"
-    return "" if len(read) == 7 else f"read {len(read)} times"
-
-
-def blocks_ask_for_their_models_backend() -> str:
-    ours = model().train()
-    ours.backend = "triton"
-    ours.features[1].register_forward_hook(lambda module, args, y: None)  # so that they run one by one
-    os.environ["MNV2_BACKEND"] = "auto"
-    try:
-        return compare(ours, torch.randn(IMAGES), 1e-5)
-    finally:
-        os.environ["MNV2_BACKEND"] = "triton"
-
-
-def what_cannot_be_watched_is_asked_anew() -> str:
-    ours, x = model().train(), torch.randn(IMAGES)
-    ours.features.add_module("5", torch.jit.script(nn.Identity()))
-    for _ in range(2):
-        try:
-            ours._train_chain(x)
-        except Declined as reason:
-            if "features.5" not in str(reason):
-                return str(reason)
-        else:
-            return "the features are joined"
-    del ours.features[5]
-    ours._train_chain(x)
-    return ""
-
-
-def a_block_asks_for_its_own_backend() -> str:
-    ours = model().train()
-    ours.features[2].backend = "eager"
-    ours.features[3].backend = "triton"
-    with counted() as nodes:
-        wrong = compare(ours, torch.randn(IMAGES), 1e-5)
-    return wrong or ("" if nodes == [1, 2, 3, 1] else f"nodes of {nodes} layers")
 
 
 def frozen_norms() -> str:
@@ -414,36 +199,6 @@ def backward_twice() -> str:
         y.backward(g)
         if not all(torch.equal(t.grad, 2 * of) for t, of in zip((x, *ours.parameters()), once, strict=True)):
             return "gradients are not twice as large"
-    return ""
-
-
-def a_graph_of_gradients_is_refused() -> str:
-    ours = block()
-    y = ours(torch.randn(PIXELS))
-    try:
-        torch.autograd.grad(y.sum(), list(ours.parameters()), create_graph=True)
-    except RuntimeError as error:
-        return "" if str(error) == TWICE and "\n" not in TWICE else str(error)
-    return "no error"
-
-
-def what_backward_reads_may_not_change() -> str:
-    x = torch.randn(PIXELS).contiguous(memory_format=torch.channels_last)
-    for ours in (ConvBNReLU6(8, 12, 1), ConvBNReLU6(8, 8, 3, groups=8)):
-        unseen = []
-        for name, tensor in {"the input": x, **dict(ours.train().named_parameters())}.items():
-            y = ours(x)
-            with torch.no_grad():
-                tensor.mul_(1)
-            try:
-                y.sum().backward()
-            except RuntimeError as error:
-                if "modified by an inplace operation" not in str(error):
-                    return str(error)
-            else:
-                unseen.append(name)
-        if unseen != ["1.bias"]:  # which no backward pass reads, torch's neither
-            return f"unseen: {unseen}"
     return ""
 
 
@@ -572,56 +327,6 @@ def a_scale_that_overflows_skips_the_step() -> str:
     return "" if scaler.get_scale() == 2.0**39 else f"the scale is {scaler.get_scale()}"
 
 
-def synchronised_norms_decline() -> str:
-    ours = nn.SyncBatchNorm.convert_sync_batchnorm(model()).train()
-    why = ours.why_not(torch.randn(IMAGES))
-    return "" if why and "SyncBatchNorm" in why else f"why_not: {why}"
-
-
-def tensors_on_two_devices_decline() -> str:
-    ours, x = model().train(), torch.randn(IMAGES)
-    chains.KERNELS["meta"] = chains.KERNELS["cuda"]  # type: ignore[index]
-    norm = ours.features[2].conv[1][1]
-    norm.running_mean = norm.running_mean.to("meta")
-    try:
-        if "several devices: cpu, meta" not in (why := str(ours.why_not(x))):
-            return f"why_not: {why}"
-        ours._train_chain(x)
-    except Declined as reason:
-        return "" if "several devices: cpu, meta" in str(reason) else str(reason)
-    finally:
-        del chains.KERNELS["meta"]  # type: ignore[attr-defined]
-    return "the features are joined"
-
-
-def too_large_an_input_is_torchs() -> str:
-    """In train mode, and in eval mode where gradients are asked for."""
-    limit, x = triton_train.limit, torch.randn(IMAGES)
-    wrong = []
-    try:
-        for ours in (model().train(), model().eval()):
-            triton_train.limit = lambda shape, layers: "too large" if shape[2] == IMAGES[2] else None
-            if ours.training and "too large" not in (why := str(ours.why_not(x))):
-                wrong.append(f"why_not: {why}")
-            with lenient(), counted() as nodes:
-                wrong.append(compare(ours, x, 1e-5))
-            # What the stem's answer goes into is served again, in train mode, where each module asks.
-            if nodes != ([2, 3, 3, 1] if ours.training else []):
-                wrong.append(f"nodes of {nodes} layers")
-    finally:
-        triton_train.limit = limit
-    return "; ".join(filter(None, wrong))
-
-
-def one_value_a_channel_is_torchs_error() -> str:
-    block = ConvBNReLU6(8, 8, 1).train()
-    try:
-        block(torch.randn(1, 8, 1, 1))
-    except ValueError as error:
-        return "" if "more than 1 value per channel" in str(error) else str(error)
-    return "no error"
-
-
 def without_gradients_statistics_move() -> str:
     ours = model().train()
     twin = copy.deepcopy(ours).double()
@@ -642,45 +347,25 @@ SCENES: dict[str, Callable[[], str]] = {
         a_shared_block,
         batches_are_counted_as_far_as_torch_gets,
         sliced_images,
-        a_block_that_declines_is_an_error,
-        a_hook_is_called,
-        why_features_are_not_joined_is_remembered,
-        blocks_ask_for_their_models_backend,
-        what_cannot_be_watched_is_asked_anew,
-        a_block_asks_for_its_own_backend,
+        frozen_norms,
+        eval_mode,
+        some_layers_frozen,
+        momentum_none_and_no_statistics,
         gradient_of_the_images,
         gradient_of_the_images_alone,
         a_residual_block_without_expansion,
         statistics_with_gaps,
         statistics_made_in_inference_mode,
         backward_twice,
-        a_graph_of_gradients_is_refused,
-        what_backward_reads_may_not_change,
         functional_call,
         many_parts,
-        frozen_norms,
-        eval_mode,
-        some_layers_frozen,
-        momentum_none_and_no_statistics,
         a_scale_that_overflows_skips_the_step,
-        synchronised_norms_decline,
-        tensors_on_two_devices_decline,
-        too_large_an_input_is_torchs,
-        one_value_a_channel_is_torchs_error,
         without_gradients_statistics_move,
     )
 }
 for _scene in (linear_chain, a_network_under_autocast):
     for _cast in (torch.float16, torch.bfloat16):
         SCENES[f"{_scene.__name__} {_cast}"] = lambda scene=_scene, cast=_cast: scene(cast)
-
-
-def verdict(scene: str) -> str:
-    """What is wrong with a scene, an error's traceback too, so that the other scenes are still played."""
-    try:
-        return SCENES[scene]()
-    except Exception:
-        return traceback.format_exc()
 
 
 @pytest.fixture(scope="module")
@@ -694,5 +379,4 @@ def test_interpreted(scene: str, verdicts: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    stand_in()
-    triton_interpreter.print_verdicts(SCENES, verdict)
+    play(SCENES)
