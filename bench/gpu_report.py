@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench.gpu_children import Answer
-from bench.gpu_times import BATCHES, COMPILED, EAGER, OURS, TRAINING, Times, Work
+from bench.gpu_times import BATCHES, COMPILED, EAGER, GRAPH, OURS, TRAINING, Times, Work
 from bench.results import Row
 
 KIND = "fp16"
@@ -76,7 +76,7 @@ class Report:
             weights="seeded",
             form="autocast",
         )
-        named = f"{TRAINING}, batch {work.batch:>4}, {work.contender:<28}"
+        named = f"{TRAINING}, batch {work.batch:>4}, {work.contender:<39}"
         if answer.failed:
             print(f"{named} {answer.failed}")
             self.rows.append(dataclasses.replace(row, note=answer.failed))
@@ -166,9 +166,10 @@ class Report:
         for batch in sorted({row.batch for row in self.rows if row.name == TRAINING}):
             rows = {row.contender: row for row in self.rows if (row.name, row.batch) == (TRAINING, batch)}
             rates = {name: row.images_per_s or math.nan for name, row in rows.items()}
-            ours = rates.get(OURS, math.nan)
-            yield f"{TRAINING}, batch {batch}: " + ", ".join(
-                f"{name} {_rate(rate)} images/s ({_ratio(ours, rate)})" for name, rate in rates.items()
+            # A graph beside a graph.
+            ours = {name: rates.get(OURS + GRAPH * name.endswith(GRAPH), math.nan) for name in rates}
+            yield f"{TRAINING}, batch {batch}: " + "; ".join(
+                f"{name} {_rate(rate)} images/s ({_ratio(ours[name], rate)})" for name, rate in rates.items()
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ BATCHES = (256, 1, 32, 1024, 8)
 FORM_BATCH = 256
 COPY_BYTES = 2**30
 OURS, EAGER, COMPILED = "mnv2_fast", "torch eager channels_last", "torch.compile max-autotune"
-# A training step's; CUDA graphs would need a warm-up of their own.
-COMPILED_STEP = "torch.compile channels_last"
-TRAINING = "training step"
+TRAINING, GRAPH = "training step", ", CUDA graph"
+# Who makes it: name, `time_step`'s word.
+STEPS = ((OURS, "ours"), (EAGER, "eager"), ("torch.compile channels_last", "compiled"))
 # Our networks: their name, whether whole blocks are one launch.
 FORMS_OF_OURS = (("fused", True), ("by layer", False))
 
@@ -51,13 +52,14 @@ def works() -> list[Work]:
 
 
 def training_works() -> list[Work]:
-    """A training step on our kernels and in torch, by batch."""
-    whose = ((OURS, "ours"), (EAGER, "eager"), (COMPILED_STEP, "compiled"))
-    return [
-        Work(TRAINING, name, "training", batch, functools.partial(gpu_training.time_step, batch, contender))
-        for batch in gpu_training.BATCHES
-        for name, contender in whose
-    ]
+    """A training step on our kernels and in torch, by batch, and as one CUDA graph what is not eager."""
+    found = []
+    for batch in gpu_training.BATCHES:
+        for graph, (name, contender) in itertools.product((False, True), STEPS):
+            if not (graph and contender == "eager"):
+                run = functools.partial(gpu_training.time_step, batch, contender, graph=graph)
+                found.append(Work(TRAINING, name + GRAPH * graph, "training", batch, run))
+    return found
 
 
 def network_works() -> list[Work]:

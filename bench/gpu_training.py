@@ -94,10 +94,24 @@ def check_step(kind: str, step: Step = our_step) -> str:
     return ""
 
 
-def time_step(batch: int, contender: str) -> dict[str, Any]:
+def graphed(call: Callable[[], None]) -> Callable[[], None]:
+    """A call as one CUDA graph: what it launches, without what the host takes for it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # a capture is on a stream of its own, which has memory of its own
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def time_step(batch: int, contender: str, *, graph: bool = False) -> dict[str, Any]:
     """Median and quantiles in ms of forward and backward in fp16, and the most memory, MB, over the model's.
 
-    contender: "ours", "eager" (channels_last) or "compiled" (channels_last).
+    contender: "ours", "eager" (channels_last) or "compiled" (channels_last). graph: as one CUDA graph.
     """
     from bench.gpu_times import timed
 
@@ -121,9 +135,10 @@ def time_step(batch: int, contender: str) -> dict[str, Any]:
     for _ in range(3):
         call()
     torch.cuda.reset_peak_memory_stats()
-    call()
+    run = graphed(call) if graph else call
+    run()
     peak = (torch.cuda.max_memory_allocated() - held) / 1e6
-    return {"times": timed(call), "peak_mb": peak}
+    return {"times": timed(run), "peak_mb": peak}
 
 
 def checks() -> Sequence[tuple[str, Callable[[], str]]]:

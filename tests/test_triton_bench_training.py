@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -72,10 +73,17 @@ def test_a_wrong_step_is_found(step: gpu_training.Step, said: str) -> None:
 def test_steps_are_timed_and_reported(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     calls = []
 
+    captured = []
+
     def timed(call) -> tuple[float, float, float]:
         calls.append(call())
-        return 4.0, 3.0, 5.0
+        return (2.0, 1.0, 3.0) if call in captured else (4.0, 3.0, 5.0)
 
+    def graphed(call):
+        captured.append(functools.partial(call))
+        return captured[-1]
+
+    monkeypatch.setattr(gpu_training, "graphed", graphed)
     monkeypatch.setattr(gpu_times, "timed", timed)
     monkeypatch.setattr(gpu_training, "BATCHES", (2,))
     monkeypatch.setattr(torch, "compile", lambda step: step)
@@ -90,12 +98,18 @@ def test_steps_are_timed_and_reported(monkeypatch: pytest.MonkeyPatch, capsys) -
         assert work.subject == "training"
         report.take(work, Answer(i, work.run(), ""))
     report.take(works[0], Answer(0, None, "out of memory"))
-    assert len(calls) == 3
-    named = [(row.name, row.contender, row.batch, row.peak_mb, row.images_per_s) for row in report.rows[:3]]
-    whose = ("mnv2_fast", "torch eager channels_last", "torch.compile channels_last")
-    assert named == [("training step", name, 2, 2.0, 500.0) for name in whose]
-    assert math.isnan(report.rows[3].ms)
-    assert report.rows[3].note == "out of memory"
+    assert len(calls) == 5
+    assert len(captured) == 2
+    named = [(row.name, row.contender, row.batch, row.peak_mb, row.images_per_s) for row in report.rows[:5]]
+    compiled = "torch.compile channels_last"
+    whose = ("mnv2_fast", "torch eager channels_last", compiled)
+    whose += ("mnv2_fast, CUDA graph", f"{compiled}, CUDA graph")
+    rates = dict(zip(whose, (500.0, 500.0, 500.0, 1000.0, 1000.0), strict=True))
+    assert named == [("training step", name, 2, 2.0, rate) for name, rate in rates.items()]
+    assert math.isnan(report.rows[5].ms)
+    assert report.rows[5].note == "out of memory"
     report.rows.pop()
-    assert "torch.compile channels_last 500 images/s (1.00x)" in list(report.tables())[-1]
+    said = list(report.tables())[-1]
+    assert f"{compiled} 500 images/s (1.00x)" in said
+    assert f"{compiled}, CUDA graph 1000 images/s (1.00x)" in said  # beside our graph
     assert "training step, batch    2, mnv2_fast" in capsys.readouterr().out
