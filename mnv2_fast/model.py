@@ -195,6 +195,7 @@ class MobileNetV2(Automatic):
                     raise Declined(
                         f"features.{name} is a {type(child).__name__}, which trains in plain torch"
                     )
+                child.decline_backend(device_type(x))
                 chain = child.train_chain()
                 if name == "0":
                     training.decline_input(x, chain)
@@ -284,15 +285,10 @@ class MobileNetV2(Automatic):
         """All features for the training kernels.
 
         Raises:
-            Declined: these cannot serve x, a module between them is to be called, or one asks for a backend
-                of its own.
+            Declined: these cannot serve x, or a module between them is to be called.
         """
         decline_call(x)
-        asked = self._asked()
-        decline_training(x, asked)
-        for name, child in self.features.named_children():
-            if (own := child.__dict__.get("backend", "auto")) not in ("auto", asked):
-                raise Declined(f"features.{name} asks for the {own} backend, the model for {asked}")
+        decline_training(x, self._asked())
         chain = train_chain(self, self._holder, lambda: self._read_features(any_mode=True))
         training.decline_input(x, chain)
         return chain

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from threading import local
 from typing import Any
@@ -39,26 +39,20 @@ log = logging.getLogger("mnv2_fast")
 
 
 class _Thread(local):
-    backend = ""  # asked for by a module around those that run; "" where none does
+    eager = False
 
 
 _thread = _Thread()
 
 
 @contextmanager
-def _asking(backend: str) -> Iterator[None]:
-    """Within it, in this thread, modules with no backend of their own ask for this one; all for "eager"."""
-    before = _thread.backend
-    _thread.backend = "eager" if before == "eager" else backend
+def eager_only() -> Iterator[None]:
+    """Within it, in this thread, every module runs in plain torch."""
+    before, _thread.eager = _thread.eager, True
     try:
         yield
     finally:
-        _thread.backend = before
-
-
-def eager_only() -> AbstractContextManager[None]:
-    """Within it, in this thread, every module runs in plain torch."""
-    return _asking("eager")
+        _thread.eager = before
 
 
 def tracing(x: object) -> bool:
@@ -75,6 +69,8 @@ class Automatic(nn.Module):
     """A module that is fast by itself. Subclasses say what chain they are."""
 
     backend = "auto"
+    _around = "auto"  # the backend of a module that this one is within
+    _handed = "auto"  # that which those within have in `_around`
     watched: tuple[str, ...] = ()  # attributes, besides children, that its answer depends on
 
     def __init__(self, *children: nn.Module) -> None:
@@ -138,10 +134,21 @@ class Automatic(nn.Module):
             raise Declined("an attribute of the module hides a child")
 
     def _asked(self) -> str:
-        around, own = _thread.backend, self.__dict__.get("backend", "auto")
-        if around == "eager" or own == "auto":
-            return around or env.backend()
-        return str(own)
+        around, own = self._around, self.__dict__.get("backend", "auto")
+        if _thread.eager or "eager" in (around, own):
+            return "eager"
+        asked = around if own == "auto" else own
+        return env.backend() if asked == "auto" else str(asked)
+
+    def _hand_down(self, backend: str) -> None:
+        """Have all modules within ask for a backend that this one's owner has set, from now on.
+
+        They are called by themselves where a hook is, or when a checkpoint computes them again in backward.
+        """
+        self._handed = backend
+        for module in self.modules():
+            if module is not self and isinstance(module, Automatic):
+                module._around = backend
 
     def _plan(self, x: Any) -> Plan:
         """The plan for a call in eval mode, as it holds now.
@@ -196,12 +203,13 @@ class Automatic(nn.Module):
         if tracing(x):
             return self._run_eager(x)
         own = self.__dict__.get("backend", "auto")
-        with nullcontext() if own == "auto" else _asking(own):  # what it calls asks likewise
-            try:
-                serve = self._server(x)
-            except Declined as reason:
-                return self._declined(x, str(reason))
-            return serve(x)
+        if own != self._handed:
+            self._hand_down(own)
+        try:
+            serve = self._server(x)
+        except Declined as reason:
+            return self._declined(x, str(reason))
+        return serve(x)
 
     def _check(self, x: Any) -> None:
         """Refuse an input in one line where torch would in several."""
@@ -212,7 +220,9 @@ class Automatic(nn.Module):
             log.debug("%s runs in eager: %s", type(self).__name__, reason)
             if env.strict():
                 raise UserError(f"{env.STRICT.name}=1 and no kernel serves {type(self).__name__}: {reason}")
-        return self._run_eager(x)
+            return self._run_eager(x)
+        with eager_only():
+            return self._run_eager(x)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

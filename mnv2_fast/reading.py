@@ -93,7 +93,8 @@ def check_module(module: nn.Module, name: str, kind: type[nn.Module], any_mode: 
     """Look whether a module within a chain is the one the chain stands for, in eval mode or in `any_mode`.
 
     Raises:
-        Declined: it is of another class, has hooks, is in train mode or has a forward of its own.
+        Declined: it is of another class, has hooks, is in train mode, has a forward of its own or is to run
+            in plain torch.
     """
     if type(module) is not kind:
         raise Declined(f"{name} is a {type(module).__name__}, not a {kind.__name__}")
@@ -102,6 +103,8 @@ def check_module(module: nn.Module, name: str, kind: type[nn.Module], any_mode: 
         raise Declined(f"{name} is in train mode")
     if any(state[hooks] for hooks in HOOKS):
         raise Declined(f"{name} has a hook")
+    if state.get("backend") == "eager":
+        raise Declined(f"{name} asks for the eager backend")
     own = own_attribute(module)
     if own is not None:
         raise Declined(f"{name} has a {own} of its own")

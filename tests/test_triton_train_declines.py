@@ -7,11 +7,12 @@ import os
 import pytest
 import torch
 import triton_interpreter
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
-from training_scenes import IMAGES, PIXELS, block, compare, counted, lenient, model, play
+from training_scenes import IMAGES, PIXELS, block, compare, counted, lenient, model, play, step
 
 from mnv2_fast.autograd import TWICE
 from mnv2_fast.backends import chains, triton_train
@@ -112,9 +113,38 @@ def a_block_asks_for_its_own_backend() -> str:
     ours = model().train()
     ours.features[2].backend = "eager"
     ours.features[3].backend = "triton"
+    x = torch.randn(IMAGES)
     with counted() as nodes:
-        wrong = compare(ours, torch.randn(IMAGES), 1e-5)
+        wrong = compare(ours, x, 1e-5)
+    whys = ours.why_not(x), ours.eval().why_not(x)
+    if not all(why and "eager backend" in why for why in whys):
+        return f"why_not: {whys}"
     return wrong or ("" if nodes == [1, 2, 3, 1] else f"nodes of {nodes} layers")
+
+
+def a_checkpoint_asks_for_its_models_backend() -> str:
+    """When it computes a block again, in backward, nothing of the model runs around it."""
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+            return y
+
+    ours, x = model().train(), torch.randn(IMAGES)
+    ours.backend = "triton"
+    ours.features[2] = Checkpointed(ours.features[2])
+    os.environ["MNV2_BACKEND"] = "auto"
+    try:
+        with counted() as nodes:
+            step(ours, x)
+        if nodes != [1, 2, 3, 3, 1, 3]:
+            return f"nodes of {nodes} layers"
+        ours.backend = "auto"
+        with lenient(), counted() as nodes:
+            step(ours, x)
+    finally:
+        os.environ["MNV2_BACKEND"] = "triton"
+    return f"nodes of {nodes} layers for no backend" if nodes else ""
 
 
 def a_graph_of_gradients_is_refused() -> str:
@@ -206,6 +236,7 @@ SCENES = {
         blocks_ask_for_their_models_backend,
         what_cannot_be_watched_is_asked_anew,
         a_block_asks_for_its_own_backend,
+        a_checkpoint_asks_for_its_models_backend,
         a_graph_of_gradients_is_refused,
         what_backward_reads_may_not_change,
         synchronised_norms_decline,
