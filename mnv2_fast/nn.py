@@ -69,8 +69,6 @@ class Automatic(nn.Module):
     """A module that is fast by itself. Subclasses say what chain they are."""
 
     backend = "auto"
-    _around = "auto"  # the backend of a module that this one is within
-    _handed = "auto"  # that which those within have in `_around`
     watched: tuple[str, ...] = ()  # attributes, besides children, that its answer depends on
 
     def __init__(self, *children: nn.Module) -> None:
@@ -134,21 +132,8 @@ class Automatic(nn.Module):
             raise Declined("an attribute of the module hides a child")
 
     def _asked(self) -> str:
-        around, own = self._around, self.__dict__.get("backend", "auto")
-        if _thread.eager or "eager" in (around, own):
-            return "eager"
-        asked = around if own == "auto" else own
-        return env.backend() if asked == "auto" else str(asked)
-
-    def _hand_down(self, backend: str) -> None:
-        """Have all modules within ask for a backend that this one's owner has set, from now on.
-
-        They are called by themselves where a hook is, or when a checkpoint computes them again in backward.
-        """
-        self._handed = backend
-        for module in self.modules():
-            if module is not self and isinstance(module, Automatic):
-                module._around = backend
+        own: str = self.__dict__.get("backend", "auto")
+        return "eager" if _thread.eager else env.backend() if own == "auto" else own
 
     def _plan(self, x: Any) -> Plan:
         """The plan for a call in eval mode, as it holds now.
@@ -202,9 +187,6 @@ class Automatic(nn.Module):
     def _automatic(self, x: Tensor) -> Tensor:
         if tracing(x):
             return self._run_eager(x)
-        own = self.__dict__.get("backend", "auto")
-        if own != self._handed:
-            self._hand_down(own)
         try:
             serve = self._server(x)
         except Declined as reason:

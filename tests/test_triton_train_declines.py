@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import triton_interpreter
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
-from training_scenes import IMAGES, PIXELS, block, compare, counted, lenient, model, play, step
+from training_scenes import IMAGES, PIXELS, block, compare, counted, lenient, model, play
 
 from mnv2_fast.autograd import TWICE
 from mnv2_fast.backends import chains, triton_train
@@ -82,17 +79,6 @@ def why_features_are_not_joined_is_remembered() -> str:
     return "" if len(read) == 7 else f"read {len(read)} times"
 
 
-def blocks_ask_for_their_models_backend() -> str:
-    ours = model().train()
-    ours.backend = "triton"
-    ours.features[1].register_forward_hook(lambda module, args, y: None)  # so that they run one by one
-    os.environ["MNV2_BACKEND"] = "auto"
-    try:
-        return compare(ours, torch.randn(IMAGES), 1e-5)
-    finally:
-        os.environ["MNV2_BACKEND"] = "triton"
-
-
 def what_cannot_be_watched_is_asked_anew() -> str:
     ours, x = model().train(), torch.randn(IMAGES)
     ours.features.add_module("5", torch.jit.script(nn.Identity()))
@@ -120,31 +106,6 @@ def a_block_asks_for_its_own_backend() -> str:
     if not all(why and "eager backend" in why for why in whys):
         return f"why_not: {whys}"
     return wrong or ("" if nodes == [1, 2, 3, 1] else f"nodes of {nodes} layers")
-
-
-def a_checkpoint_asks_for_its_models_backend() -> str:
-    """When it computes a block again, in backward, nothing of the model runs around it."""
-
-    class Checkpointed(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = checkpoint(super().forward, x, use_reentrant=False)
-            return y
-
-    ours, x = model().train(), torch.randn(IMAGES)
-    ours.backend = "triton"
-    ours.features[2] = Checkpointed(ours.features[2])
-    os.environ["MNV2_BACKEND"] = "auto"
-    try:
-        with counted() as nodes:
-            step(ours, x)
-        if nodes != [1, 2, 3, 3, 1, 3]:
-            return f"nodes of {nodes} layers"
-        ours.backend = "auto"
-        with lenient(), counted() as nodes:
-            step(ours, x)
-    finally:
-        os.environ["MNV2_BACKEND"] = "triton"
-    return f"nodes of {nodes} layers for no backend" if nodes else ""
 
 
 def a_graph_of_gradients_is_refused() -> str:
@@ -233,10 +194,8 @@ SCENES = {
         a_block_that_declines_is_an_error,
         a_hook_is_called,
         why_features_are_not_joined_is_remembered,
-        blocks_ask_for_their_models_backend,
         what_cannot_be_watched_is_asked_anew,
         a_block_asks_for_its_own_backend,
-        a_checkpoint_asks_for_its_models_backend,
         a_graph_of_gradients_is_refused,
         what_backward_reads_may_not_change,
         synchronised_norms_decline,
