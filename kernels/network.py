@@ -9,6 +9,7 @@ for the GPU but the packing of weights, which are packed for the form that a cal
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +24,8 @@ from .common import arithmetic, device_of, tiles
 from .depthwise import depthwise, limit, pack_weight
 from .inverted_residual import STEM_SIZE, Form, Packed
 from .stem import stem
+
+log = logging.getLogger(__name__)
 
 
 class Spec(Protocol):
@@ -115,6 +118,7 @@ class Network:
             raise ValueError(f"whole blocks are of float16 and bfloat16, not {dtype}: leave fuse out")
         self.specs, self.dtype, self.tf32, self.fuse = tuple(specs), dtype, tf32, fuse
         self.project = project
+        self._apart: set[int] = set()  # first layers of pairs that one launch cannot make on this GPU
         self.device, self.norm = device, None if norm is None else norm.to(device)
         self.answer, self._plain, self.off = answer, dict(plain or {}), {} if off is None else off
         # Layers of the head, which is two kernels' work: the mean of the last 1x1 layer, and a classifier.
@@ -199,7 +203,7 @@ class Network:
 
     def _projects(self, i: int, size: tuple[int, int, int]) -> bool:
         """Whether one launch makes layers i and i + 1, outside of a whole block, for N maps of H x W."""
-        if self.project is False or i + 1 >= len(self.specs) - self._head_layers:
+        if self.project is False or i in self._apart or i + 1 >= len(self.specs) - self._head_layers:
             return False
         (a, b), (n, h, w) = self.specs[i : i + 2], size
         kinds = (a.kind, a.relu6), (b.kind, b.relu6)
@@ -253,8 +257,7 @@ class Network:
             except TritonError as error:
                 if operator not in self._plain:
                     raise
-                said = str(error).strip().partition("\n")[0]
-                self.off[operator] = f"the {operator} kernel does not run on this GPU: {said}"
+                self.off[operator] = f"the {operator} kernel does not run on this GPU: {_line(error)}"
         return torchs(self._plain[operator])
 
     def _block(self, launch: Launch, inputs: list[torch.Tensor], norm: torch.Tensor | None) -> torch.Tensor:
@@ -293,11 +296,12 @@ class Network:
             return depthwise_project.depthwise_project(
                 inputs[-1], spread, project, first.stride, residual, tf32=self.tf32
             )
-        except TritonError:
+        except TritonError as error:
             if self.project:
                 raise
-        # It does not fit on this GPU, where each layer's own kernel may.
-        self.project = False
+            # It does not fit on this GPU, where each layer's own kernel may.
+            self._apart.add(launch.first)
+            log.debug("layers %d and %d are two launches: %s", launch.first, launch.first + 1, _line(error))
         y = self._depthwise(Launch("depthwise", launch.first, 1), inputs, norm)
         return self._pointwise(Launch("pointwise", launch.first + 1, 1), [*inputs, y], norm)
 
@@ -380,3 +384,8 @@ class Network:
         cout, cin = spec.cout, spec.cin
         tile = pointwise.choose_tile(self.device, n * h * w, cin, cout, kind)
         return pointwise.traffic(n * h * w, cin, cout, own, tile, residual=spec.residual > 0)
+
+
+def _line(error: Exception) -> str:
+    """An error's first line."""
+    return str(error).strip().partition("\n")[0]

@@ -365,7 +365,7 @@ def test_what_is_too_large_for_one_launch_is_two(by_table: Callable[..., Network
 
 
 def test_one_launch_that_does_not_fit_is_two(
-    by_table: Callable[..., Network], monkeypatch: pytest.MonkeyPatch
+    by_table: Callable[..., Network], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As with less shared memory than its tile takes: from then on, with the same answer, residuals, too."""
     tried = []
@@ -395,8 +395,10 @@ def test_one_launch_that_does_not_fit_is_two(
         always(x)
     always.project = False
     tried.clear()
-    torch.testing.assert_close(network(x), always(x), rtol=0, atol=0)
+    with caplog.at_level("DEBUG"):
+        torch.testing.assert_close(network(x), always(x), rtol=0, atol=0)
     assert len(tried) > first
+    assert caplog.text.count("are two launches: out of resource") == len(tried)
     tried.clear()
     torch.testing.assert_close(network(x), always(x), rtol=0, atol=0)
     assert not tried
