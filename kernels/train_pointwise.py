@@ -39,10 +39,10 @@ def read_applied(
 
 
 @triton.jit
-def _read_weight(weight, o, i, CIN: tl.constexpr, COUT: tl.constexpr, kind):
-    """[input channels, output channels] of a weight, of type `kind`; zero outside."""
-    known = (i < CIN)[:, None] & (o < COUT)[None, :]
-    return tl.load(weight + o[None, :] * CIN + i[:, None], mask=known, other=0.0).to(kind)
+def read_weight(weight, o, i, CIN: tl.constexpr, COUT: tl.constexpr, kind):
+    """[output channels, input channels] of a weight, of type `kind`; zero outside."""
+    known = (o < COUT)[:, None] & (i < CIN)[None, :]
+    return tl.load(weight + o[:, None] * CIN + i[None, :], mask=known, other=0.0).to(kind)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -73,15 +73,15 @@ def forward_kernel(
     mean = tl.zeros((N,), tl.float32)
     spread = tl.zeros((N,), tl.float32)
     # A weight that is one step deep is read once, not for every M pixels.
-    held = _read_weight(weight, channel, tl.arange(0, K), CIN, COUT, kind)
+    held = read_weight(weight, channel, tl.arange(0, K), CIN, COUT, kind)
     for step in tl.range(part * steps // number, (part + 1) * steps // number):
         pixel = step * M + tl.arange(0, M)
         sums = tl.zeros((M, N), tl.float32)
         for first in tl.range(0, CIN, K):
             k = first + tl.arange(0, K)
             a = read_applied(x, pixel, k, pixels, x_values, CIN, NORM, RELU6, kind)
-            b = held if CIN <= K else _read_weight(weight, channel, k, CIN, COUT, kind)
-            sums = tl.dot(a, b, sums, input_precision=precision)
+            b = held if CIN <= K else read_weight(weight, channel, k, CIN, COUT, kind)
+            sums = tl.dot(a, tl.trans(b), sums, input_precision=precision)
         stored = sums.to(kind)
         inside = (pixel < pixels)[:, None] & (channel < COUT)[None, :]
         tl.store(out + pixel[:, None] * COUT + channel[None, :], stored, mask=inside)

@@ -21,17 +21,10 @@ from .common import Tile, arithmetic, cdiv, device_of, tiles
 from .norm import Applied, RawGradient, masked, read_gradient, store_sums, three
 from .parts import add_parts
 from .pointwise import DOT
-from .train_pointwise import fit, number_of_shares, power, read_applied, row
+from .train_pointwise import fit, number_of_shares, power, read_applied, read_weight, row
 
 # Bytes of a sum.
 FLOAT = 4
-
-
-@triton.jit
-def _read_weight(weight, o, i, CIN: tl.constexpr, COUT: tl.constexpr, kind):
-    """[output channels, input channels] of a weight, of type `kind`; zero outside."""
-    known = (o < COUT)[:, None] & (i < CIN)[None, :]
-    return tl.load(weight + o[:, None] * CIN + i[None, :], mask=known, other=0.0).to(kind)
 
 
 @triton.jit
@@ -113,7 +106,7 @@ def input_gradient_kernel(
             a = read_applied(x, pixel, i, pixels, x_values, CIN, NORM, RELU6, kind)
         for first in tl.range(0, COUT, K):
             o = first + tl.arange(0, K)
-            b = _read_weight(weight, o, i, CIN, COUT, kind)
+            b = read_weight(weight, o, i, CIN, COUT, kind)
             raw = 0.0
             if REMADE:
                 raw = tl.dot(a, tl.trans(b), input_precision=precision)
@@ -172,7 +165,7 @@ def weight_gradient_kernel(
     sums = tl.zeros((M, N), tl.float32)
     held = sums.to(kind)
     if FOR_X or REMADE:
-        held = _read_weight(weight, o, i, CIN, COUT, kind)
+        held = read_weight(weight, o, i, CIN, COUT, kind)
     total = tl.zeros((N,), tl.float32)
     product = tl.zeros((N,), tl.float32)
     for step in tl.range(part * steps // number, (part + 1) * steps // number):
