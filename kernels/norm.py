@@ -53,11 +53,13 @@ class RawGradient(NamedTuple):
 
 
 @triton.jit
-def merged(count, mean, spread, more, mean_of_more, spread_of_more):
-    """Count, mean and sum of squared distances from it of two sets of values together."""
+def merged(count, mean, spread, more, distance, spread_of_more):
+    """Count, mean and sum of squared distances from it of two sets of values together.
+
+    `distance`: the second one's mean less the first one's.
+    """
     total = count + more
     share = more / tl.where(total > 0, total, 1.0)
-    distance = mean_of_more - mean
     return total, mean + distance * share, spread + spread_of_more + distance * distance * count * share
 
 
@@ -67,7 +69,7 @@ def with_tile(count, mean, spread, z, valid):
     some = tl.sum(valid.to(tl.float32), 0)
     middle = tl.sum(z, 0) / some
     distance = tl.where(valid[:, None], z - middle[None, :], 0.0)
-    return merged(count, mean, spread, some, middle, tl.sum(distance * distance, 0))
+    return merged(count, mean, spread, some, middle - mean, tl.sum(distance * distance, 0))
 
 
 @triton.jit
@@ -221,7 +223,7 @@ def normalize_kernel(
             more = tl.load(at, mask=inside, other=0.0).to(tl.float64)
             mean_of_more = tl.load(at + C, mask=inside, other=0.0).to(tl.float64)
             spread_of_more = tl.load(at + 2 * C, mask=inside, other=0.0).to(tl.float64)
-            count, means, spreads = merged(count, means, spreads, more, mean_of_more, spread_of_more)
+            count, means, spreads = merged(count, means, spreads, more, mean_of_more - means, spread_of_more)
         pixels, middle, spread = lanes_together(count, means, spreads)
         biased = spread / tl.where(known, pixels, 1.0)
         if MOVE:

@@ -239,7 +239,7 @@ def forward_kernel(
             middle = total / tl.where(some > 0, some, 1.0)
             within = square - total * middle
             within = tl.where(within < 0, 0.0, within)  # by rounding; a maximum would drop NaN
-            count, mean, spread = merged(count, mean, spread, some, origin + middle, within)
+            count, mean, spread = merged(count, origin, spread, some, middle, within)
     if MOMENTS:
         place = part * tl.num_programs(1) + run
         total, middle, within = lanes_together(count, mean, spread)

@@ -307,6 +307,11 @@ def _judged(
         yield "dw", dw, twin.weight, _allowed(case, twin.weight, largest.weight, terms, torch.float32)
 
 
+def _short_tiles(device_name: str, kernel: str) -> dict[str, dict[str, int]]:
+    """The tile table with two rows a step and one column a lane, for which the interpreter takes a third."""
+    return {name: {**row, "rows": 2, "cols": 1} for name, row in tiles(device_name, kernel).items()}
+
+
 @functools.cache
 def _verdict(case: Case) -> tuple[str, str]:
     """What is wrong with the kernels' answers to one case, and with the count of the bytes that its launches
@@ -324,6 +329,8 @@ def _verdict(case: Case) -> tuple[str, str]:
             miscounted.append(f"{self.__name__}: {count} counted, {found.total} moved")
 
     with pytest.MonkeyPatch.context() as patch:
+        if case.dtype != "float16":
+            patch.setattr(train_depthwise, "tiles", _short_tiles)
         patch.setattr(InterpretedFunction, "run", counted)
         with aot.launches() as made:
             for name, out, want, allowed in _run(case):
