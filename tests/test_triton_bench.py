@@ -254,6 +254,7 @@ def program(
                     if work.name == fail_at:
                         raise KeyboardInterrupt
                     values: Any = {"bytes": 10**6, gpu_times.OURS: TIMES, gpu_times.EAGER: [4.0, 4.0, 4.0]}
+                    values[gpu_times.NO_GRAPH] = {gpu_times.OURS: "", gpu_times.EAGER: ""}
                     yield Answer(number, COPY if number == 0 else values if work.form else TIMES)
 
         monkeypatch.setattr(gpu, "answers", answers)
@@ -317,28 +318,6 @@ def test_rows_are_saved_as_they_come(program: Callable, monkeypatch: pytest.Monk
     assert saved == [0, *range(1, 11), 12, *range(13, 18), 17]
 
 
-def test_times_are_taken_in_a_child_and_torchs_failure_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def once(call: Callable[[], object], rep: int = 100) -> tuple[float, float, float]:
-        call()
-        return 2.0, 1.0, 3.0
-
-    def fails() -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(gpu_forms, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_times, "timed", once)
-    monkeypatch.setattr(gpu_times, "COPY_BYTES", 2**20)
-    form = _form("f")
-    assert gpu_times.time_form(form) == {"bytes": 160, "mnv2_fast": (2, 1, 3), gpu_times.EAGER: (2, 1, 3)}
-    probe = form.make(1, "fp16")
-    monkeypatch.setattr(gpu_times, "FORM_BATCH", 2)
-    broken = Form("f", "", 1, 1, 1, lambda *_: Probe(probe.call, probe.x, probe.out, probe.judge, fails, ()))
-    assert gpu_times.time_form(broken)[gpu_times.EAGER] == "OutOfMemoryError: CUDA out of memory"
-    copy = gpu_times.measure_copy()
-    assert copy["gbs"] == pytest.approx(2 * 2**20 / 2e-3 / 1e9)
-    assert copy["floors"] == {"layer by layer": pytest.approx(27.2e6, rel=0.02)}
-
-
 def test_kernels_are_summed_up_by_name(capsys) -> None:
     report = gpu_report.Report("a GPU")
     form, other = _form("depthwise"), _form("depthwise")
@@ -348,16 +327,21 @@ def test_kernels_are_summed_up_by_name(capsys) -> None:
     for one, ours, eager in ((form, 0.5, 1.0), (other, 2.0, "OutOfMemoryError")):
         theirs = eager if isinstance(eager, str) else [eager] * 3
         found = {"bytes": 10**9, gpu_times.OURS: [ours] * 3, gpu_times.EAGER: theirs}
+        found[gpu_times.NO_GRAPH] = {gpu_times.OURS: "it waits" if ours == 2 else "", gpu_times.EAGER: ""}
         report.take(gpu_times.Work(str(one), "mnv2_fast", str(one), 256, lambda: None, one), Answer(1, found))
     report.take(
         gpu_times.Work("off", "mnv2_fast", "off", 256, lambda: None, _form("off")),
         Answer(2, None, "it hangs"),
     )
-    assert "off: it hangs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "off: it hangs" in said
+    assert said.count("called, not replayed: it waits\n") == 1
     kernels = next(line for line in report.tables() if line.startswith("depthwise")).split()
     # 3 x 0.5 + 2 ms for 4 GB: 1143 GB/s of 4000; the slower one has 500.
     assert kernels == ["depthwise", "3.500", "nan", "29%", "12%", "nowhere"]
     assert [row.note for row in report.rows if math.isnan(row.ms)] == ["OutOfMemoryError"]
+    notes = [row.note for row in report.rows if row.contender == gpu_times.OURS]
+    assert notes == ["occurs 3 times", "occurs 1 times; called, not replayed: it waits"]
 
 
 RACE = """========= Warning: Race reported between Write access at block_kernel+0x10
