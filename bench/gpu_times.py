@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,9 @@ BATCHES = (256, 1, 32, 1024, 8)
 FORM_BATCH = 256
 # Calls of a kernel are for so many ms: all the kernels share about a minute.
 FORM_MS = 40
+DEPTHWISE = ("depthwise", "depthwise input gradient", "depthwise weight gradient")
+# Kernels of a step that are timed on three shapes of their 60: they make sums of parts, and one pass each.
+SMALL = ("train normalize", "train norm gradient", "train activate", "train sums")
 COPY_BYTES = 2**30
 OURS, EAGER, COMPILED = "mnv2_fast", "torch eager channels_last", "torch.compile max-autotune"
 TRAINING, GRAPH = "training step", ", CUDA graph"
@@ -78,15 +81,32 @@ def network_works() -> list[Work]:
 
 
 def form_works() -> list[Work]:
-    """Every kernel that this GPU has, and torch's way to make the same; products last, of which torch's are
-    good, too, but for a training step's kernels.
-    """
-    of_calls = sorted(forms(), key=lambda form: form.name.startswith("pointwise"))
+    """Every kernel that this GPU has, and torch's way to make the same, what matters most first."""
+    found = [form for form in (*forms(), *training_forms()) if usable(form) and TIMED in form.kinds()]
     return [
         Work(str(form), OURS, str(form), FORM_BATCH, functools.partial(time_form, form), form)
-        for form in (*of_calls, *training_forms())
-        if usable(form) and TIMED in form.kinds()
+        for form in sorted(_few_of_small(found), key=_matters)
     ]
+
+
+def _matters(form: Form) -> int:
+    """The place of a kernel among those that are timed: depthwise first, where torch is weak, that of a step
+    behind; products last, of which torch's are good, too, but for a step's, which fuse what is around them.
+    """
+    if form.name in DEPTHWISE:
+        return 0
+    if form.name.startswith("train"):
+        return 1 if form.name.startswith("train depthwise") else 3
+    return 4 if form.name.startswith("pointwise") else 2
+
+
+def _few_of_small(found: Sequence[Form]) -> list[Form]:
+    """All of these, but of each kernel of `SMALL` the first shape, the one in the middle and the last."""
+    kept: list[Form] = []
+    for name in dict.fromkeys(form.name for form in found):
+        some = [form for form in found if form.name == name]
+        kept += [some[0], some[len(some) // 2], some[-1]] if name in SMALL and len(some) > 3 else some
+    return kept
 
 
 def timed(call: Callable[[], object], rep: int = 100) -> Times:

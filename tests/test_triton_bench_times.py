@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 
 from bench import gpu_forms, gpu_times, gpu_training, gpu_tune
 from bench.gpu_forms import Form, Probe
+from bench.gpu_training_forms import training_forms
 
 TIMES = (2.0, 1.0, 3.0)
 
@@ -131,6 +132,30 @@ def test_torchs_failure_is_its_own(graphs: Graphs, timed: list) -> None:
     found = gpu_times.time_form(_form(lambda x, out: out, fails))
     assert found[gpu_times.OURS] == TIMES
     assert found[gpu_times.EAGER] == "OutOfMemoryError: CUDA out of memory"
+
+
+def test_what_matters_is_timed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the time ends before the kernels do. None is left out but shapes of the smallest kernels."""
+    monkeypatch.setattr(gpu_times, "usable", lambda form: True)
+    everything = [form for form in (*gpu_forms.forms(), *training_forms()) if "fp16" in form.kinds()]
+    timed = [work.form for work in gpu_times.form_works() if work.form]
+    parts = [
+        {"depthwise", "depthwise input gradient", "depthwise weight gradient"},
+        {"train depthwise", "train depthwise gradients"},
+    ]
+    first = [form.name for form in timed]
+    for names in parts:
+        part = [form for form in everything if form.name in names]
+        assert len(part) > 15
+        assert set(first[: len(part)]) == names
+        first = first[len(part) :]
+    products = [name.startswith("pointwise") for name in first]
+    assert products == sorted(products)
+    small = {"train normalize", "train norm gradient", "train activate", "train sums"}
+    for name in {form.name for form in everything}:
+        alike = [str(form) for form in everything if form.name == name]
+        kept = [str(form) for form in timed if form.name == name]
+        assert kept == ([alike[0], alike[len(alike) // 2], alike[-1]] if name in small else alike), name
 
 
 def test_a_copy_is_measured(timed: list, monkeypatch: pytest.MonkeyPatch) -> None:

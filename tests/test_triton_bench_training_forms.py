@@ -292,7 +292,8 @@ def test_they_are_checked_timed_and_raced(monkeypatch: pytest.MonkeyPatch) -> No
     for form in training_forms():
         if "fp16" in form.kinds():
             assert any(name.startswith(f"{form}, fp16, ") for name in names), str(form)
-            assert works[str(form)].subject == str(form)
+            if form.name not in gpu_times.SMALL:
+                assert works[str(form)].subject == str(form)
         assert str(form) in raced
     assert any(name.startswith("train pointwise ") and ", tf32, " in name for name in names)
     monkeypatch.setattr(gpu_race, "PROVEN", frozenset({"training"}))
