@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bench import gpu_forms, gpu_network, gpu_training
-from bench.gpu_checks import TIMED
 from bench.gpu_children import in_one_line
-from bench.gpu_forms import DTYPES, Form, forms, has_blocks, usable
+from bench.gpu_forms import DTYPES, TIMED, Form, forms, has_blocks, usable
 from bench.gpu_training_forms import training_forms
 from mnv2_fast import arch
 

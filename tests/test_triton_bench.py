@@ -370,7 +370,7 @@ def test_hazards_that_only_the_summary_counts_are_of_the_group() -> None:
 
 def test_racecheck_is_run_where_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr(gpu_forms, "DEVICE", "cpu")
-    names = [str(form) for form in (*gpu_forms.forms(), *training_forms()) if not form.whole_block]
+    names = [str(form) for form in gpu_race.off_by_default()]
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
     verdicts = gpu.Verdicts()
     assert gpu_race.check_races(5.0) is None
@@ -401,12 +401,54 @@ def test_racecheck_is_run_where_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_proven_forms_are_not_raced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_race, "usable", lambda form: True)
-    everything = {form.name for form in gpu_race.off_by_default()}
-    assert everything == {form.name for form in (*gpu_forms.forms(), *training_forms())}
-    assert gpu_race.off_by_default()[0].whole_block
+    raced = gpu_race.off_by_default()
+    everything = {form.name for form in raced}
+    theirs = {form.name for form in (*gpu_forms.forms(), *training_forms())}
+    assert theirs - everything == {"depthwise, then project"}  # launches of two others
+    of_steps = [form.name.startswith("train") for form in raced]
+    assert of_steps == sorted(of_steps, reverse=True)
+    assert next(form for form in raced if not form.name.startswith("train")).whole_block
     monkeypatch.setattr(gpu_race, "PROVEN", frozenset({"block", "head", "stem"}))
     left = {form.name for form in gpu_race.off_by_default()}
     assert everything - left == {"block", "block of bytes", "stem", "stem of bytes", "features"}
+
+
+def test_each_kernel_is_raced_once_in_each_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few enough for the time; whatever a kernel reads, masks or adds to is among them."""
+    monkeypatch.setattr(gpu_race, "usable", lambda form: True)
+    raced = gpu_race.off_by_default()
+    assert len(raced) < 65
+    keys = [(form.name, form.rows, form.variant) for form in raced]
+    assert len(keys) == len(set(keys))
+    for form in (*gpu_forms.forms(), *training_forms()):
+        assert form.variant is None or (form.name, form.rows, form.variant) in keys, str(form)
+    kept = dict(zip(keys, raced, strict=True))
+    of_projections = kept["train pointwise gradients", ("{}",), "reads relu6"]
+    assert str(of_projections) == "train pointwise gradients 960 to 160 s1 at 7"
+    of_depthwise = kept["train depthwise", ("forward_s1",), "reads relu6"]
+    assert str(of_depthwise) == "train depthwise 32 to 32 s1 at 112"
+    of_input = kept["train pointwise input gradient", ("input_{}",), "reads as it is, added to"]
+    assert "fp16" in of_input.kinds()
+
+
+def test_once_takes_a_kind_that_the_form_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that float32 alone makes apart."""
+    asked: list[str] = []
+    probe = Probe(lambda x, out: None, *[None] * 4, ())
+    few = [
+        Form("f", "", 7, 1, 1, lambda batch, kind: asked.append(kind) or probe, among=among)
+        for among in (("fp32", "tf32"), ("fp32", "fp16"))
+    ]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for form in few:
+        monkeypatch.setattr(gpu_race, "forms", lambda form=form: [form])
+        gpu_race.once(str(form))
+    assert asked == ["fp32", "fp16"]
+    monkeypatch.setattr(gpu_race, "forms", list)
+    for found in (few, few[::-1]):  # the kind that is timed is raced where a shape has it
+        monkeypatch.setattr(gpu_race, "training_forms", lambda found=found: found)
+        assert few[1] in gpu_race.off_by_default()
+        assert few[0] not in gpu_race.off_by_default()
 
 
 def test_once_launches_forms_by_name(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
