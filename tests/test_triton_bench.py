@@ -236,17 +236,21 @@ def program(
     monkeypatch.setattr(gpu_times, "forms", lambda: forms)
     monkeypatch.setattr(gpu_times, "training_forms", list)
     monkeypatch.setattr(gpu_times, "has_blocks", lambda: False)
-    monkeypatch.setattr(gpu_race, "check_races", lambda seconds: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
 
-    def run(fail_at: str = "", budget: float = 100.0) -> tuple[int, list[dict[str, str]]]:
+    def run(
+        fail_at: str = "", budget: float = 100.0, races: gpu_race.Verdict | None = None, failing: bool = True
+    ) -> tuple[int, list[dict[str, str]]]:
+        monkeypatch.setattr(gpu_race, "check_races", lambda seconds: races)
+
         def answers(
             command: Sequence[str], numbers: Iterable[int], seconds: float, workers: int = 1, **_: float
         ) -> Iterator[Answer]:
             name = command[-1]
             for number in numbers:
-                if name == "checks" and number != 2:
-                    yield Answer(number, "19 of 20 values beyond tolerance" if number == 1 else "")
+                if name == "checks" and not (failing and number == 2):
+                    wrong = failing and number == 1
+                    yield Answer(number, "19 of 20 values beyond tolerance" if wrong else "")
                 if name == "compiled" and number != 8:
                     yield Answer(number, [8.0, 7.0, 9.0])
                 if name == "times":
@@ -297,6 +301,20 @@ def test_every_measurement_of_what_is_right_makes_a_row(program: Callable, capsy
     batch_8, batch_256 = (table[1 + i].split() for i in (1, 3))
     assert batch_256 == ["256", "128000", "128000", "32000", "1.00x", "4.00x"]
     assert batch_8 == ["8", "4000", "4000", "-", "1.00x", "-"]
+
+
+def test_what_racecheck_did_not_come_to_was_not_checked(program: Callable, capsys) -> None:
+    """So the program returns 1, as it does not where there is no racecheck; the form is timed."""
+    assert program(failing=False)[0] == 0
+    assert program(failing=False, races=gpu_race.Verdict(clean=["a", "b"]))[0] == 0
+    capsys.readouterr()
+    form = str(_form("right"))
+    code, rows = program(failing=False, races=gpu_race.Verdict(unchecked=[form]))
+    assert code == 1
+    said = capsys.readouterr().out.splitlines()
+    assert f"not checked: {form}: racecheck did not come to it" in said
+    assert "0 checks are WRONG, 1 were not made" in said
+    assert "right 8 to 8 s1" in {row["name"] for row in rows}
 
 
 def test_rows_are_saved_whatever_happens(program: Callable, capsys) -> None:
@@ -376,6 +394,7 @@ def test_racecheck_is_run_where_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp
     assert gpu_race.check_races(5.0) is None
     gpu.take_races(verdicts, None)
     assert "races are not checked" in capsys.readouterr().out
+    assert not verdicts.unchecked
     fake = tmp_path / "compute-sanitizer"
     fake.write_text(
         f"#!{sys.executable}\nimport sys, time\n"
@@ -396,7 +415,7 @@ def test_racecheck_is_run_where_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp
     gpu.take_races(verdicts, races)
     assert not verdicts.right(names[0])
     assert verdicts.wrong[0].startswith(f"{names[0]}: racecheck: Race reported")
-    assert "racecheck did not come to" in capsys.readouterr().out
+    assert verdicts.unchecked == [f"{name}: racecheck did not come to it" for name in races.unchecked]
 
 
 def test_proven_forms_are_not_raced(monkeypatch: pytest.MonkeyPatch) -> None:
