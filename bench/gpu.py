@@ -233,7 +233,7 @@ def check(verdicts: Verdicts, left: Callable[[], float]) -> None:
 
 
 def take_races(verdicts: Verdicts, races: Races | None) -> None:
-    """Keep and print what racecheck has said; None where there is no such program."""
+    """Keep and print what racecheck has said; None where there is no such program, which is no fault."""
     if races is None:
         print("compute-sanitizer is not on PATH: races are not checked")
         return
@@ -241,8 +241,7 @@ def take_races(verdicts: Verdicts, races: Races | None) -> None:
         verdicts.wrong.append(f"{name}: racecheck: {hazard}")
         verdicts.mark(name, False)
     print(f"racecheck: {len(races.clean)} forms without hazards, {len(races.wrong)} with")
-    if races.unchecked:
-        print(f"racecheck did not come to {', '.join(races.unchecked)}")
+    verdicts.unchecked += [f"{name}: racecheck did not come to it" for name in races.unchecked]
 
 
 def measure(report: Report, verdicts: Verdicts, left: Callable[[], float], save: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ import torch
 import triton
 
 from bench import gpu_forms, gpu_network, gpu_training
-from bench.gpu_forms import DTYPES, Form, Probe, StepProbe, forms, has_blocks, usable
+from bench.gpu_forms import DTYPES, TIMED, Form, Probe, StepProbe, forms, has_blocks, usable
 from bench.gpu_training_forms import training_forms
 from kernels import (
     block,
@@ -44,8 +44,6 @@ CHECK_BATCH = 3
 ODD_SHAPES = ((1, 1, 1, 1), (3, 17, 15, 2), (2, 33, 7, 8), (1, 24, 1, 15))
 # Elements of an activation that 32-bit offsets cannot reach.
 FAR = 2**31
-# The kind that is timed, which every form is checked in.
-TIMED = "fp16"
 # Name, kind, whole blocks in one launch, photos as bytes.
 Row = tuple[str, str, bool, bool]
 NETWORKS: tuple[Row, ...] = (

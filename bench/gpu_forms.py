@@ -29,6 +29,8 @@ from mnv2_fast import arch
 from mnv2_fast.backends.triton import DTYPES
 
 DEVICE = "cuda"
+# The kind that is timed, which every form is checked in.
+TIMED = "fp16"
 NORM = ((0.0171, 0.0175, 0.0174), (-2.118, -2.036, -1.804))  # bytes to numbers, for ImageNet
 
 
@@ -92,6 +94,7 @@ class Form:
 
     `table` and `rows` are of the tile table, "{}" being the arithmetic; `shape` names rows of this shape's
     own. `among`: the kinds that it is wanted in. `spreads`: NaN in an image is seen in that image alone.
+    `variant`: what its kernel has branches for; None where other forms launch its kernels.
     """
 
     name: str
@@ -107,6 +110,7 @@ class Form:
     whole_block: bool = False
     spreads: bool = True
     among: tuple[str, ...] = tuple(DTYPES)
+    variant: str | None = ""
 
     def __str__(self) -> str:
         return f"{self.name} {self.layer} at {self.size}"
@@ -170,8 +174,9 @@ def _all(layers: Sequence[arch.Layer]) -> Iterator[Form]:
             yield Form("stem", *facts, _with(_stem, layer), "stem")
             yield Form("stem of bytes", *facts, _with(_stem, layer, True), "stem")
         elif spec.kind in ("pointwise", "linear"):
-            name = "classifier" if spec.kind == "linear" else spec.kind
-            yield Form(name, *facts, _with(_pointwise, layer), "pointwise", OF_PRODUCTS, f"{cin}x{cout}")
+            name, made = "classifier" if spec.kind == "linear" else spec.kind, _with(_pointwise, layer)
+            of = "relu6" if spec.relu6 else "residual" if spec.residual else ""
+            yield Form(name, *facts, made, "pointwise", OF_PRODUCTS, f"{cin}x{cout}", variant=of)
         elif spec.kind == "depthwise":
             made = _with(_depthwise, layer)
             yield Form("depthwise", *facts, made, "depthwise", by_stride, multiplies=False)
@@ -198,10 +203,10 @@ def _pair(pair: Sequence[arch.Layer]) -> Iterator[Form]:
     a, b = pair
     words = f"{a.spec.cin} to {b.spec.cout} s{a.spec.stride}{', residual' if b.spec.residual else ''}"
     facts, shape = (words, a.h, a.macs + b.macs, 1), f"{a.spec.cin}x{b.spec.cout}"
-    yield Form(
-        "depthwise with project", *facts, _with(_projected, pair), "depthwise_project", OF_PRODUCTS, shape
-    )
-    yield Form("depthwise, then project", *facts, _with(_projected, pair, True))
+    made, of = _with(_projected, pair), "residual" if b.spec.residual else ""
+    table = "depthwise_project"
+    yield Form("depthwise with project", *facts, made, table, OF_PRODUCTS, shape, variant=of)
+    yield Form("depthwise, then project", *facts, _with(_projected, pair, True), variant=None)
 
 
 def _whole(block: Sequence[arch.Layer]) -> Iterator[Form]:
@@ -215,7 +220,8 @@ def _whole(block: Sequence[arch.Layer]) -> Iterator[Form]:
         return
     macs = sum(layer.macs for layer in block)
     facts = f"{a.spec.cin} to {c.spec.cin} to {c.spec.cout} s{stride}", a.h, macs, 1
-    yield Form("block", *facts, _with(_block, block), "block", (row,), whole_block=True)
+    of = "residual" if c.spec.residual else ""
+    yield Form("block", *facts, _with(_block, block), "block", (row,), whole_block=True, variant=of)
     if row == "stem":
         yield Form("block of bytes", *facts, _with(_block, block, True), "block", (row,), whole_block=True)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench.gpu_children import Answer
-from bench.gpu_times import BATCHES, COMPILED, EAGER, GRAPH, OURS, TRAINING, Times, Work
+from bench.gpu_times import BATCHES, COMPILED, EAGER, GRAPH, NO_GRAPH, OURS, TRAINING, Times, Work
 from bench.results import Row
 
 KIND = "fp16"
@@ -111,11 +111,11 @@ class Report:
                 print(f"{named} {times}")
                 self.rows.append(dataclasses.replace(row, note=times))
                 continue
-            gbs = found["bytes"] / 1e6 / times[0]
-            print(f"{named} {_in_words(times)}  {gbs:6.0f} GB/s  {gbs / self.copy:4.0%}")
-            row = dataclasses.replace(
-                _with_times(row, times), gbs=gbs, gbs_copy=self.copy, gbs_share=gbs / self.copy
-            )
+            gbs, why = found["bytes"] / 1e6 / times[0], found[NO_GRAPH][contender]
+            called = f"; called, not replayed: {why}" if why else ""
+            print(f"{named} {_in_words(times)}  {gbs:6.0f} GB/s  {gbs / self.copy:4.0%}{called}")
+            row = dataclasses.replace(_with_times(row, times), note=row.note + called)
+            row = dataclasses.replace(row, gbs=gbs, gbs_copy=self.copy, gbs_share=gbs / self.copy)
             gmacs = work.batch * form.macs / times[0] / 1e6
             self.rows.append(dataclasses.replace(row, gmacs=gmacs))
         eager = found[EAGER][0] if not isinstance(found[EAGER], str) else math.nan

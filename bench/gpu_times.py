@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -13,18 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from bench import gpu_forms, gpu_network, gpu_training
-from bench.gpu_checks import TIMED
 from bench.gpu_children import in_one_line
-from bench.gpu_forms import DTYPES, Form, forms, has_blocks, usable
+from bench.gpu_forms import DTYPES, TIMED, Form, forms, has_blocks, usable
 from bench.gpu_training_forms import training_forms
 from mnv2_fast import arch
 
 # The two that must not be missing first.
 BATCHES = (256, 1, 32, 1024, 8)
 FORM_BATCH = 256
+# Calls of a kernel are for so many ms: all the kernels share about a minute.
+FORM_MS = 40
+DEPTHWISE = ("depthwise", "depthwise input gradient", "depthwise weight gradient")
+# Kernels of a step that are timed on three shapes of their 60: they make sums of parts, and one pass each.
+SMALL = ("train normalize", "train norm gradient", "train activate", "train sums")
 COPY_BYTES = 2**30
 OURS, EAGER, COMPILED = "mnv2_fast", "torch eager channels_last", "torch.compile max-autotune"
 TRAINING, GRAPH = "training step", ", CUDA graph"
+NO_GRAPH = "no graph"
 # Who makes it: name, `time_step`'s word.
 STEPS = ((OURS, "ours"), (EAGER, "eager"), ("torch.compile channels_last", "compiled"))
 # Our networks: their name, whether whole blocks are one launch.
@@ -75,15 +80,32 @@ def network_works() -> list[Work]:
 
 
 def form_works() -> list[Work]:
-    """Every kernel that this GPU has, and torch's way to make the same; products last, of which torch's are
-    good, too, but for a training step's kernels.
-    """
-    of_calls = sorted(forms(), key=lambda form: form.name.startswith("pointwise"))
+    """Every kernel that this GPU has, and torch's way to make the same, what matters most first."""
+    found = [form for form in (*forms(), *training_forms()) if usable(form) and TIMED in form.kinds()]
     return [
         Work(str(form), OURS, str(form), FORM_BATCH, functools.partial(time_form, form), form)
-        for form in (*of_calls, *training_forms())
-        if usable(form) and TIMED in form.kinds()
+        for form in sorted(_few_of_small(found), key=_matters)
     ]
+
+
+def _matters(form: Form) -> int:
+    """The place of a kernel among those that are timed: depthwise first, where torch is weak, that of a step
+    behind; products last, of which torch's are good, too, but for a step's, which fuse what is around them.
+    """
+    if form.name in DEPTHWISE:
+        return 0
+    if form.name.startswith("train"):
+        return 1 if form.name.startswith("train depthwise") else 3
+    return 4 if form.name.startswith("pointwise") else 2
+
+
+def _few_of_small(found: Sequence[Form]) -> list[Form]:
+    """All of these, but of each kernel of `SMALL` the first shape, the one in the middle and the last."""
+    kept: list[Form] = []
+    for name in dict.fromkeys(form.name for form in found):
+        some = [form for form in found if form.name == name]
+        kept += [some[0], some[len(some) // 2], some[-1]] if name in SMALL and len(some) > 3 else some
+    return kept
 
 
 def timed(call: Callable[[], object], rep: int = 100) -> Times:
@@ -92,6 +114,21 @@ def timed(call: Callable[[], object], rep: int = 100) -> Times:
 
     median, low, high = do_bench(call, warmup=25, rep=rep, quantiles=[0.5, 0.2, 0.8])
     return median, low, high
+
+
+def timed_launches(call: Callable[[], object], rep: int = FORM_MS) -> tuple[Times, str]:
+    """Times of what a call launches, replayed as one CUDA graph; or of the call itself, and why no graph can
+    be made of it.
+
+    A training step's call makes several tensors and launches up to three kernels: on small maps the host
+    takes longer for that than the GPU, and is what would be timed.
+    """
+    run, why = call, ""
+    try:
+        run = gpu_training.graphed(call)
+    except RuntimeError as error:
+        why = in_one_line(error)
+    return timed(run, rep), why
 
 
 def measure_copy() -> dict[str, Any]:
@@ -155,12 +192,15 @@ def time_torch(batch: int, compiled: bool = False) -> Times:
 
 
 def time_form(form: Form) -> dict[str, Any]:
-    """Times of our kernel and of torch's, which may be why there are none, and the bytes that must move."""
+    """Times of our kernel and of torch's, which may be why there are none, the bytes that must move, and by
+    contender why what is timed is no graph.
+    """
     torch.backends.cudnn.benchmark = True
     probe = form.make(FORM_BATCH, TIMED)
-    found: dict[str, Any] = {"bytes": probe.bytes, OURS: timed(probe.run)}
+    found: dict[str, Any] = {"bytes": probe.bytes, NO_GRAPH: {}}
+    found[OURS], found[NO_GRAPH][OURS] = timed_launches(probe.run)
     try:
-        found[EAGER] = timed(probe.eager)
+        found[EAGER], found[NO_GRAPH][EAGER] = timed_launches(probe.eager)
     except RuntimeError as error:
         found[EAGER] = in_one_line(error)
     return found

@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,8 +95,24 @@ def check_step(kind: str, step: Step = our_step) -> str:
     return ""
 
 
-def graphed(call: Callable[[], None]) -> Callable[[], None]:
-    """A call as one CUDA graph: what it launches, without what the host takes for it."""
+@dataclass(frozen=True)
+class Graphed:
+    """The replay of a CUDA graph, which is kept with the call that it was made of: with what it reads."""
+
+    graph: torch.cuda.CUDAGraph
+    call: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """A call as one CUDA graph: what it launches, without what the host takes for it. Its results are written
+    to memory of the graph's own.
+
+    Raises:
+        RuntimeError: no graph can be made of it, or it fails by itself.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # a capture is on a stream of its own, which has memory of its own
@@ -104,8 +121,7 @@ def graphed(call: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    replay: Callable[[], None] = graph.replay
-    return replay
+    return Graphed(graph, call)
 
 
 def time_step(batch: int, contender: str, *, graph: bool = False) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from types import ModuleType
 from torch import Tensor
 
 from bench import gpu_training_probes as probes
-from bench.gpu_forms import DTYPES, Form, Make, StepProbe, merged
+from bench.gpu_forms import DTYPES, TIMED, Form, Make, StepProbe, merged
 from bench.gpu_training_probes import Run
 from kernels import norm, train_depthwise, train_pointwise, train_pointwise_gradient, train_stem
 from kernels.common import Tile, arithmetic, tiles
@@ -61,7 +61,8 @@ def _of_depthwise(run: Run) -> Iterator[Form]:
     ):
         row = f"{what}_s{run.layer.spec.stride}"
         made = _Making(make, run, train_depthwise, table, row)
-        yield Form(name, words, size, count * macs, 1, made, table, (row,), multiplies=False)
+        facts = name, words, size, count * macs, 1, made, table, (row,)
+        yield Form(*facts, multiplies=False, variant=run.variant(what))
 
 
 def _of_pointwise(run: Run) -> Iterator[Form]:
@@ -69,30 +70,35 @@ def _of_pointwise(run: Run) -> Iterator[Form]:
     shape = f"{spec.cin}x{spec.cout}"
     row = _wide("forward", spec.cout)
     made = _Making(probes.forward, run, train_pointwise, table, row, shape)
-    yield Form("train pointwise", words, size, macs, 1, made, table, (row,), shape)
+    facts = "train pointwise", words, size, macs, 1, made, table, (row,), shape
+    yield Form(*facts, variant=run.variant("forward"))
     words += ", residual" if run.adds else ""
     module, both = train_pointwise_gradient, "train_pointwise_both"
     made = _Making(probes.gradients, run, module, both, "{}", shape)
-    yield Form("train pointwise gradients", words, size, 2 * macs, 1, made, both, ("{}",), shape)
     apart = tuple(kind for kind in DTYPES if goes_apart(run, kind))
+    facts = "train pointwise gradients", words, size, 2 * macs, 1, made, both, ("{}",), shape
+    yield Form(*facts, variant=None if TIMED in apart else run.variant("input"))
     for of, row in (("input", _wide("input", spec.cin)), ("weight", "weight_{}")):
         made = _Making(probes.gradients, run, module, table, row, shape, of)
         name = f"train pointwise {of} gradient"
         if apart:
-            yield Form(name, words, size, macs, 1, made, table, (row,), shape, among=apart)
+            facts = name, words, size, macs, 1, made, table, (row,), shape
+            yield Form(*facts, among=apart, variant=run.variant(of))
 
 
 def _of_norms(run: Run) -> Iterator[Form]:
     spec, ho = run.layer.spec, run.layer.ho
     words = f"{spec.cout}{' relu6' if spec.relu6 else ''}{', residual' if run.residual else ''}"
     if run.last:
-        for name, make in (("activate", probes.activate), ("sums", probes.sums)):
+        residual = "residual" if run.residual else ""
+        for name, make, added in (("activate", probes.activate, residual), ("sums", probes.sums, "")):
             made = _Making(make, run, norm, "norm", name)
-            yield Form(f"train {name}", words, ho, 0, 1, made, "norm", (name,), multiplies=False)
+            facts = f"train {name}", words, ho, 0, 1, made, "norm", (name,)
+            yield Form(*facts, multiplies=False, variant="relu6" if spec.relu6 else added)
     # Of float32 whatever a step's dtype is.
     for name, make in (("train normalize", probes.normalize), ("train norm gradient", probes.norm_gradient)):
         made = _Making(make, run, norm, "", "")
-        yield Form(name, f"{spec.cout}", ho, 0, 1, made, among=("fp16",))
+        yield Form(name, f"{spec.cout}", ho, 0, 1, made, multiplies=False, among=("fp16",))
 
 
 def _wide(what: str, channels: int) -> str:

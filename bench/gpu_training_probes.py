@@ -65,6 +65,14 @@ class Run:
         """Whether the gradient of what the node's residual adds is added to that of its input."""
         return self.residual and not self.reads
 
+    def variant(self, of: str) -> str:
+        """What a kernel has branches for: `of` "forward", or the gradient that it makes, "input" or "weight",
+        or "gradients" of a depthwise layer.
+        """
+        facts = {"masked": self.masks and of != "forward", "added to": self.adds and of == "input"}
+        words = (word for word, is_so in facts.items() if is_so)
+        return ", ".join((f"reads {self.reads or 'as it is'}", *words))
+
 
 class Material:
     """Random tensors of a layer in a step, on the device, others at every run; all [N, H, W, C]."""

@@ -24,7 +24,7 @@ from bench.gpu_candidates import Setting, candidates
 from bench.gpu_checks import check_form, forget_kernels, spilled
 from bench.gpu_children import Answer, answers, program
 from bench.gpu_forms import DTYPES, Form, forms, usable
-from bench.gpu_times import timed
+from bench.gpu_times import timed_launches
 from bench.gpu_training_forms import training_forms
 from kernels.common import CONFIGS, arithmetic, slug
 
@@ -110,9 +110,10 @@ def check_try(one: Try) -> str:
     return f"{spills} registers spilled" if spills else ""
 
 
-def time_try(one: Try) -> float:
-    """Its median time, ms."""
-    return timed(one.form.make(one.batch, one.kind, dict(one.tile)).run, rep=40)[0]
+def time_try(one: Try) -> tuple[float, str]:
+    """Its median time, ms, and why what was timed is no graph."""
+    times, why = timed_launches(one.form.make(one.batch, one.kind, dict(one.tile)).run)
+    return times[0], why
 
 
 def tune(seconds: float, folder: Path = CONFIGS) -> Path:
@@ -157,7 +158,10 @@ def chosen(all_tries: Sequence[Try], times: Iterable[Answer], start: Table) -> T
         if answer.failed:
             print(f"not timed: {one.table} {one.row} {dict(one.tile)} on {one.form}: {answer.failed}")
             continue
-        measured[one.table, one.row][str(one.form)][one.tile] = answer.found
+        ms, why = answer.found
+        if why:
+            print(f"called, not replayed: {one.table} {one.row} {dict(one.tile)} on {one.form}: {why}")
+        measured[one.table, one.row][str(one.form)][one.tile] = ms
     users: dict[tuple[str, str], dict[str, Form]] = collections.defaultdict(dict)
     for one in all_tries:
         users[one.table, one.row][str(one.form)] = one.form

@@ -236,17 +236,21 @@ def program(
     monkeypatch.setattr(gpu_times, "forms", lambda: forms)
     monkeypatch.setattr(gpu_times, "training_forms", list)
     monkeypatch.setattr(gpu_times, "has_blocks", lambda: False)
-    monkeypatch.setattr(gpu_race, "check_races", lambda seconds: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
 
-    def run(fail_at: str = "", budget: float = 100.0) -> tuple[int, list[dict[str, str]]]:
+    def run(
+        fail_at: str = "", budget: float = 100.0, races: gpu_race.Verdict | None = None, failing: bool = True
+    ) -> tuple[int, list[dict[str, str]]]:
+        monkeypatch.setattr(gpu_race, "check_races", lambda seconds: races)
+
         def answers(
             command: Sequence[str], numbers: Iterable[int], seconds: float, workers: int = 1, **_: float
         ) -> Iterator[Answer]:
             name = command[-1]
             for number in numbers:
-                if name == "checks" and number != 2:
-                    yield Answer(number, "19 of 20 values beyond tolerance" if number == 1 else "")
+                if name == "checks" and not (failing and number == 2):
+                    wrong = failing and number == 1
+                    yield Answer(number, "19 of 20 values beyond tolerance" if wrong else "")
                 if name == "compiled" and number != 8:
                     yield Answer(number, [8.0, 7.0, 9.0])
                 if name == "times":
@@ -254,6 +258,7 @@ def program(
                     if work.name == fail_at:
                         raise KeyboardInterrupt
                     values: Any = {"bytes": 10**6, gpu_times.OURS: TIMES, gpu_times.EAGER: [4.0, 4.0, 4.0]}
+                    values[gpu_times.NO_GRAPH] = {gpu_times.OURS: "", gpu_times.EAGER: ""}
                     yield Answer(number, COPY if number == 0 else values if work.form else TIMES)
 
         monkeypatch.setattr(gpu, "answers", answers)
@@ -298,6 +303,20 @@ def test_every_measurement_of_what_is_right_makes_a_row(program: Callable, capsy
     assert batch_8 == ["8", "4000", "4000", "-", "1.00x", "-"]
 
 
+def test_what_racecheck_did_not_come_to_was_not_checked(program: Callable, capsys) -> None:
+    """So the program returns 1, as it does not where there is no racecheck; the form is timed."""
+    assert program(failing=False)[0] == 0
+    assert program(failing=False, races=gpu_race.Verdict(clean=["a", "b"]))[0] == 0
+    capsys.readouterr()
+    form = str(_form("right"))
+    code, rows = program(failing=False, races=gpu_race.Verdict(unchecked=[form]))
+    assert code == 1
+    said = capsys.readouterr().out.splitlines()
+    assert f"not checked: {form}: racecheck did not come to it" in said
+    assert "0 checks are WRONG, 1 were not made" in said
+    assert "right 8 to 8 s1" in {row["name"] for row in rows}
+
+
 def test_rows_are_saved_whatever_happens(program: Callable, capsys) -> None:
     code, rows = program(fail_at=str(_form("right")))
     assert code == -1
@@ -317,28 +336,6 @@ def test_rows_are_saved_as_they_come(program: Callable, monkeypatch: pytest.Monk
     assert saved == [0, *range(1, 11), 12, *range(13, 18), 17]
 
 
-def test_times_are_taken_in_a_child_and_torchs_failure_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def once(call: Callable[[], object], rep: int = 100) -> tuple[float, float, float]:
-        call()
-        return 2.0, 1.0, 3.0
-
-    def fails() -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(gpu_forms, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_times, "timed", once)
-    monkeypatch.setattr(gpu_times, "COPY_BYTES", 2**20)
-    form = _form("f")
-    assert gpu_times.time_form(form) == {"bytes": 160, "mnv2_fast": (2, 1, 3), gpu_times.EAGER: (2, 1, 3)}
-    probe = form.make(1, "fp16")
-    monkeypatch.setattr(gpu_times, "FORM_BATCH", 2)
-    broken = Form("f", "", 1, 1, 1, lambda *_: Probe(probe.call, probe.x, probe.out, probe.judge, fails, ()))
-    assert gpu_times.time_form(broken)[gpu_times.EAGER] == "OutOfMemoryError: CUDA out of memory"
-    copy = gpu_times.measure_copy()
-    assert copy["gbs"] == pytest.approx(2 * 2**20 / 2e-3 / 1e9)
-    assert copy["floors"] == {"layer by layer": pytest.approx(27.2e6, rel=0.02)}
-
-
 def test_kernels_are_summed_up_by_name(capsys) -> None:
     report = gpu_report.Report("a GPU")
     form, other = _form("depthwise"), _form("depthwise")
@@ -348,16 +345,21 @@ def test_kernels_are_summed_up_by_name(capsys) -> None:
     for one, ours, eager in ((form, 0.5, 1.0), (other, 2.0, "OutOfMemoryError")):
         theirs = eager if isinstance(eager, str) else [eager] * 3
         found = {"bytes": 10**9, gpu_times.OURS: [ours] * 3, gpu_times.EAGER: theirs}
+        found[gpu_times.NO_GRAPH] = {gpu_times.OURS: "it waits" if ours == 2 else "", gpu_times.EAGER: ""}
         report.take(gpu_times.Work(str(one), "mnv2_fast", str(one), 256, lambda: None, one), Answer(1, found))
     report.take(
         gpu_times.Work("off", "mnv2_fast", "off", 256, lambda: None, _form("off")),
         Answer(2, None, "it hangs"),
     )
-    assert "off: it hangs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "off: it hangs" in said
+    assert said.count("called, not replayed: it waits\n") == 1
     kernels = next(line for line in report.tables() if line.startswith("depthwise")).split()
     # 3 x 0.5 + 2 ms for 4 GB: 1143 GB/s of 4000; the slower one has 500.
     assert kernels == ["depthwise", "3.500", "nan", "29%", "12%", "nowhere"]
     assert [row.note for row in report.rows if math.isnan(row.ms)] == ["OutOfMemoryError"]
+    notes = [row.note for row in report.rows if row.contender == gpu_times.OURS]
+    assert notes == ["occurs 3 times", "occurs 1 times; called, not replayed: it waits"]
 
 
 RACE = """========= Warning: Race reported between Write access at block_kernel+0x10
@@ -386,12 +388,13 @@ def test_hazards_that_only_the_summary_counts_are_of_the_group() -> None:
 
 def test_racecheck_is_run_where_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr(gpu_forms, "DEVICE", "cpu")
-    names = [str(form) for form in (*gpu_forms.forms(), *training_forms()) if not form.whole_block]
+    names = [str(form) for form in gpu_race.off_by_default()]
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
     verdicts = gpu.Verdicts()
     assert gpu_race.check_races(5.0) is None
     gpu.take_races(verdicts, None)
     assert "races are not checked" in capsys.readouterr().out
+    assert not verdicts.unchecked
     fake = tmp_path / "compute-sanitizer"
     fake.write_text(
         f"#!{sys.executable}\nimport sys, time\n"
@@ -412,17 +415,59 @@ def test_racecheck_is_run_where_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp
     gpu.take_races(verdicts, races)
     assert not verdicts.right(names[0])
     assert verdicts.wrong[0].startswith(f"{names[0]}: racecheck: Race reported")
-    assert "racecheck did not come to" in capsys.readouterr().out
+    assert verdicts.unchecked == [f"{name}: racecheck did not come to it" for name in races.unchecked]
 
 
 def test_proven_forms_are_not_raced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_race, "usable", lambda form: True)
-    everything = {form.name for form in gpu_race.off_by_default()}
-    assert everything == {form.name for form in (*gpu_forms.forms(), *training_forms())}
-    assert gpu_race.off_by_default()[0].whole_block
+    raced = gpu_race.off_by_default()
+    everything = {form.name for form in raced}
+    theirs = {form.name for form in (*gpu_forms.forms(), *training_forms())}
+    assert theirs - everything == {"depthwise, then project"}  # launches of two others
+    of_steps = [form.name.startswith("train") for form in raced]
+    assert of_steps == sorted(of_steps, reverse=True)
+    assert next(form for form in raced if not form.name.startswith("train")).whole_block
     monkeypatch.setattr(gpu_race, "PROVEN", frozenset({"block", "head", "stem"}))
     left = {form.name for form in gpu_race.off_by_default()}
     assert everything - left == {"block", "block of bytes", "stem", "stem of bytes", "features"}
+
+
+def test_each_kernel_is_raced_once_in_each_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few enough for the time; whatever a kernel reads, masks or adds to is among them."""
+    monkeypatch.setattr(gpu_race, "usable", lambda form: True)
+    raced = gpu_race.off_by_default()
+    assert len(raced) < 65
+    keys = [(form.name, form.rows, form.variant) for form in raced]
+    assert len(keys) == len(set(keys))
+    for form in (*gpu_forms.forms(), *training_forms()):
+        assert form.variant is None or (form.name, form.rows, form.variant) in keys, str(form)
+    kept = dict(zip(keys, raced, strict=True))
+    of_projections = kept["train pointwise gradients", ("{}",), "reads relu6"]
+    assert str(of_projections) == "train pointwise gradients 960 to 160 s1 at 7"
+    of_depthwise = kept["train depthwise", ("forward_s1",), "reads relu6"]
+    assert str(of_depthwise) == "train depthwise 32 to 32 s1 at 112"
+    of_input = kept["train pointwise input gradient", ("input_{}",), "reads as it is, added to"]
+    assert "fp16" in of_input.kinds()
+
+
+def test_once_takes_a_kind_that_the_form_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that float32 alone makes apart."""
+    asked: list[str] = []
+    probe = Probe(lambda x, out: None, *[None] * 4, ())
+    few = [
+        Form("f", "", 7, 1, 1, lambda batch, kind: asked.append(kind) or probe, among=among)
+        for among in (("fp32", "tf32"), ("fp32", "fp16"))
+    ]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for form in few:
+        monkeypatch.setattr(gpu_race, "forms", lambda form=form: [form])
+        gpu_race.once(str(form))
+    assert asked == ["fp32", "fp16"]
+    monkeypatch.setattr(gpu_race, "forms", list)
+    for found in (few, few[::-1]):  # the kind that is timed is raced where a shape has it
+        monkeypatch.setattr(gpu_race, "training_forms", lambda found=found: found)
+        assert few[1] in gpu_race.off_by_default()
+        assert few[0] not in gpu_race.off_by_default()
 
 
 def test_once_launches_forms_by_name(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
