@@ -47,7 +47,7 @@ test-triton-next: $(VENV)/.dev
 	  tests/test_triton_builds.py tests/test_triton_traffic.py tests/test_triton_far.py tests/test_triton_network.py \
 	  tests/test_gluon_block.py \
 	  tests/test_triton_training.py tests/test_triton_train_builds.py tests/test_triton_train_modules.py \
-	  tests/test_triton_train_declines.py $(PYTEST_ARGS)
+	  tests/test_triton_train_declines.py tests/test_triton_train_ddp.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench
 	$(PY) -m bench.kernels
