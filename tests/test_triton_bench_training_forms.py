@@ -47,9 +47,9 @@ def tiny_forms() -> list[Form]:
 
 
 def short_tiles(device_name: str, kernel: str) -> dict[str, dict[str, int]]:
-    """The tile table with two rows a step of depthwise kernels, whose loops the interpreter unrolls."""
+    """The tile table with few rows and columns of depthwise kernels, whose loops the interpreter unrolls."""
     return {
-        name: {**row, "rows": 2} if "lanes" in row else row
+        name: {**row, "rows": 2, "cols": 1} if "lanes" in row else row
         for name, row in tiles(device_name, kernel).items()
     }
 
