@@ -25,6 +25,7 @@ from mnv2_fast.kernels import (
 from training_scenes import (
     IMAGES,
     PIXELS,
+    between_bends,
     block,
     compare,
     counted,
@@ -32,6 +33,7 @@ from training_scenes import (
     model,
     norms,
     play,
+    scaled_step,
     spread,
     step,
 )
@@ -288,14 +290,8 @@ def linear_chain(cast: torch.dtype) -> str:
 
 
 def a_network_under_autocast(cast: torch.dtype) -> str:
-    """As near to float64 as plain torch under autocast is: the median over parameters, of two batches.
-
-    Between the bends of ReLU6, past which one value of so few takes a gradient further than all roundings.
-    """
-    ours = model().train()
-    for norm in norms(ours):
-        nn.init.uniform_(norm.weight, 0.3, 0.7)
-        nn.init.constant_(norm.bias, 3)
+    """As near to float64 as plain torch under autocast is: the median over parameters, of two batches."""
+    ours = between_bends(model()).train()
     errors = []
     for _ in range(2):  # in bfloat16 one batch is off by up to twice as much as another
         x = torch.randn(IMAGES)
@@ -313,18 +309,8 @@ def a_network_under_autocast(cast: torch.dtype) -> str:
 
 
 def a_scale_that_overflows_skips_the_step() -> str:
-    ours = block()
-    optimizer = torch.optim.SGD(ours.parameters(), 0.1)
-    before = [p.detach().clone() for p in ours.parameters()]
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    with torch.autocast("cpu", torch.float16):
-        loss = ours(torch.randn(PIXELS).half()).float().square().sum()
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    if not all(map(torch.equal, before, ours.parameters())):
-        return "the step was made"
-    return "" if scaler.get_scale() == 2.0**39 else f"the scale is {scaler.get_scale()}"
+    made, scale = scaled_step(block(), torch.randn(PIXELS).half(), 2.0**40)
+    return "the step was made" if made else "" if scale == 2.0**39 else f"the scale is {scale}"
 
 
 def without_gradients_statistics_move() -> str:

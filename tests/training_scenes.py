@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import os
+import statistics
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
@@ -89,45 +91,104 @@ def spread(of: Module) -> Module:
     return of
 
 
+def between_bends(of: Module) -> Module:
+    """A module whose norms keep nearly all values between the bends of ReLU6.
+
+    Past a bend one value of few takes a gradient further than all roundings.
+    """
+    for norm in norms(of):
+        nn.init.uniform_(norm.weight, 0.3, 0.7)
+        nn.init.constant_(norm.bias, 3)
+    return of
+
+
 def norms(of: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in of.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def distance(ours: Tensor, right: Tensor, least: float = 0) -> float:
     """How far ours is off, beside the right one's size or the least one that matters."""
-    return float((ours.detach().double() - right.detach()).norm() / max(float(right.norm()), least))
+    return float((ours.detach().double() - right.detach()).norm() / max(float(right.detach().norm()), least))
 
 
-def step(of: nn.Module, x: Tensor, cast: torch.dtype | None = None) -> Tensor:
+def weights_of(y: Tensor) -> Tensor:
+    """Of a loss, one for each value of an answer, the same ones for every device and dtype."""
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.device)
+
+
+def step(of: nn.Module, x: Tensor, cast: torch.dtype | None = None, weights: Tensor | None = None) -> Tensor:
+    """The answer, of which some weights, or those of `weights_of`, make the loss for the gradients."""
     of.zero_grad()
-    with torch.autocast("cpu", cast, enabled=cast is not None):
-        y = of(x)
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (y.double() * weights).sum().backward()
+    with torch.autocast(x.device.type, cast, enabled=cast is not None):
+        y: Tensor = of(x)
+    (y.double() * (weights_of(y) if weights is None else weights)).sum().backward()
     return y
 
 
-def compare(ours: nn.Module, x: Tensor, bound: float, cast: torch.dtype | None = None) -> str:
-    """What is wrong with a step of ours beside the same network's in float64 and plain torch."""
+def scaled_step(ours: nn.Module, x: Tensor, scale: float) -> tuple[bool, float]:
+    """Whether a step in float16 with a loss of such a scale is made, and the scale after it."""
+    ours.zero_grad()
+    optimizer = torch.optim.SGD(ours.parameters(), 1e-3)
+    before = [p.detach().clone() for p in ours.parameters()]
+    scaler = torch.amp.GradScaler(x.device.type, init_scale=scale)
+    with torch.autocast(x.device.type, torch.float16):
+        loss = ours(x).float().square().sum()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return not all(map(torch.equal, before, ours.parameters())), scaler.get_scale()
+
+
+def errors(ours: nn.Module, x: Tensor, cast: torch.dtype | None = None) -> dict[str, float]:
+    """How far each result of a step of ours is off the same network's in float64 and plain torch."""
     twin, wide = copy.deepcopy(ours).double(), x.detach().double().requires_grad_(x.requires_grad)
     y = step(ours, x, cast)
     with eager_only():
         right = step(twin, wide)
     off = {"answer": distance(y, right)}
-    if x.grad is not None and wide.grad is not None:
-        off["the input"] = distance(x.grad, wide.grad)
-    elif x.requires_grad:
-        return "the input has no gradient"
     # Some are zero but for rounding: a bias before a convolution that batch norm follows.
     least = 1e-2 * max((float(q.grad.norm()) for q in twin.parameters() if q.grad is not None), default=0)
-    for (name, p), q in zip(ours.named_parameters(), twin.parameters(), strict=True):
-        if (p.grad is None) != (q.grad is None):
-            return f"{name} has a gradient, or should"
+    pairs = [("the input", x, wide, 0), *((n, p, q, least) for (n, p), q in named(ours, twin, "parameters"))]
+    for name, p, q, smallest in pairs:
         if p.grad is not None and q.grad is not None:
-            off[name] = distance(p.grad, q.grad, least)
-    for (name, b), c in zip(ours.named_buffers(), twin.buffers(), strict=True):
+            off[name] = distance(p.grad, q.grad, smallest)
+        elif (p.grad is None) != (q.grad is None):
+            off[f"{name}, which has a gradient, or should,"] = math.inf
+    for (name, b), c in named(ours, twin, "buffers"):
         off[name] = distance(b, c.double(), 1e-2)
-    return ", ".join(f"{name} is off by {value:.2g}" for name, value in off.items() if not value <= bound)
+    return off
+
+
+def named(ours: nn.Module, twin: nn.Module, what: str) -> Iterator[tuple[tuple[str, Tensor], Tensor]]:
+    """The "parameters" or "buffers" of ours with their names, each with its twin's."""
+    return zip(getattr(ours, f"named_{what}")(), getattr(twin, what)(), strict=True)
+
+
+def compare(ours: nn.Module, x: Tensor, bound: float, cast: torch.dtype | None = None) -> str:
+    """What is wrong with a step of ours beside the same network's in float64 and plain torch."""
+    off = errors(ours, x, cast).items()
+    return ", ".join(f"{name} is off by {value:.2g}" for name, value in off if not value <= bound)
+
+
+def compare_with_torch(ours: nn.Module, x: Tensor, eps: float, cast: torch.dtype | None = None) -> str:
+    """What is wrong with a step of ours beside plain torch's in the same arithmetic, of such an epsilon.
+
+    Twice as far from float64 in the median is allowed, four times in any one: a gradient that is small by
+    cancellation is as far off for torch.
+    """
+    plain = copy.deepcopy(ours)
+    mine = errors(ours, x, cast)
+    with eager_only():
+        torchs = errors(plain, x, cast)
+    wrong = [
+        f"{name} is off by {value:.2g}, torch's by {torchs.get(name, 0):.2g}"
+        for name, value in mine.items()
+        if not value <= 4 * torchs.get(name, 0) + 4 * eps
+    ]
+    medians = [statistics.median(off.values()) for off in (mine, torchs)]
+    if not medians[0] <= 2 * medians[1]:
+        wrong.append(f"the median is off by {medians[0]:.2g}, torch's by {medians[1]:.2g}")
+    return ", ".join(wrong)
 
 
 @contextlib.contextmanager
