@@ -26,8 +26,7 @@ _STEMS = _changes("m warps", (64, 2), (64, 4), (128, 8), (256, 8), (256, 4))
 # Channels of a program are lanes by patches: fewer patches, longer runs of memory.
 _COLUMNS = _changes(
     "rows cols patches lanes warps",
-    *((7, 2, 16, 256, 4), (7, 2, 8, 256, 4), (7, 1, 32, 256, 4)),
-    *((7, 1, 16, 512, 4), (4, 2, 16, 256, 4), (7, 2, 32, 512, 8)),
+    *((7, 2, 16, 256, 4), (7, 1, 32, 256, 4), (4, 2, 16, 256, 4)),
 )
 _NORMS = _changes(
     "m n warps", (32, 64, 4), (128, 64, 8), (64, 32, 4), (128, 32, 4), (32, 128, 4), (64, 64, 8)
@@ -35,18 +34,17 @@ _NORMS = _changes(
 # Of a row whose "n" says which layers have the "wide" row, that is kept.
 _NARROW = _changes(
     "m k warps stages",
-    *((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 8, 3), (128, 32, 8, 3)),
-    *((64, 32, 4, 3), (256, 32, 8, 3), (128, 64, 4, 2), (128, 32, 4, 4)),
+    *((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 8, 3), (128, 32, 8, 3), (128, 64, 4, 2)),
 )
 _WIDE = _changes(
     "m n k warps stages",
     *((64, 256, 32, 16, 2), (64, 128, 64, 8, 3), (64, 128, 32, 8, 3), (64, 64, 64, 4, 3)),
-    *((64, 256, 64, 16, 2), (64, 256, 32, 8, 3), (128, 128, 32, 8, 3), (64, 256, 16, 16, 2)),
+    *((64, 256, 32, 8, 3), (128, 128, 32, 8, 3)),
 )
 _PROJECTED = _changes(
     "m n k warps stages used",
     *((64, 256, 32, 8, 2, 1), (64, 128, 32, 8, 2, 1), (64, 64, 32, 4, 2, 1), (32, 64, 32, 4, 2, 1)),
-    *((128, 64, 32, 8, 2, 1), (64, 256, 16, 8, 2, 1), (64, 256, 64, 8, 2, 1), (32, 256, 32, 4, 2, 1)),
+    (128, 64, 32, 8, 2, 1),
 )
 # By table and the beginning of a row, of which the longest that fits counts.
 CHANGES: Mapping[str, Sequence[Change]] = {
@@ -55,7 +53,7 @@ CHANGES: Mapping[str, Sequence[Change]] = {
     "depthwise small": _changes(
         "rows cols block warps", (1, 1, 128, 1), (1, 2, 128, 2), (2, 1, 256, 2), (2, 2, 256, 4)
     ),
-    "pointwise large": [*_PRODUCTS, {"k": 32}, {"k": 32, "stages": 4}],
+    "pointwise large": [*_PRODUCTS, {"k": 32}],
     "pointwise small": [
         *_changes(
             "m n warps stages", (16, 32, 1, 4), (16, 64, 2, 4), (32, 64, 4, 4), (64, 32, 4, 3), (64, 64, 4, 3)
@@ -68,7 +66,7 @@ CHANGES: Mapping[str, Sequence[Change]] = {
     ),
     "depthwise_input_s2 small": _changes("rows block warps", (1, 128, 1), (2, 256, 2)),
     "depthwise_weight": _PATCHES,
-    "pointwise_gradient": [*_PRODUCTS[:7], {"k": 32}, {"k": 128, "stages": 2}],
+    "pointwise_gradient": [*_PRODUCTS[:5], {"k": 32}, {"k": 128, "stages": 2}],
     "block": _changes("slab warps", (32, 8), (64, 8), (32, 4), (64, 4)),
     # What is not `used` is two launches.
     "depthwise_project large": [{"used": 0}, {"used": 1}, *_PROJECTED],
@@ -76,7 +74,7 @@ CHANGES: Mapping[str, Sequence[Change]] = {
         *({"used": used} for used in (0, 1)),
         *_changes(
             "m n k warps stages used",
-            *((16, 64, 32, 4, 2, 1), (32, 32, 32, 2, 2, 1), (16, 32, 64, 2, 2, 1), (32, 64, 64, 4, 3, 1)),
+            *((16, 64, 32, 4, 2, 1), (16, 32, 64, 2, 2, 1)),
         ),
     ],
     "train_stem": _STEMS,
@@ -89,8 +87,8 @@ CHANGES: Mapping[str, Sequence[Change]] = {
     # Where so few sums are allowed no layer has both gradients from one kernel.
     "train_pointwise_both": [
         {"most": 1},
-        *({"most": most} for most in (16384, 8192, 4096)),
-        *_changes("k warps stages", (16, 8, 2), (64, 8, 2), (32, 8, 3), (32, 4, 2), (16, 4, 3)),
+        {"most": 8192},
+        *_changes("k warps stages", (16, 8, 2)),
     ],
     "train_pointwise_both ieee": [{"most": 1}, {"most": 512}, {"most": 2048}, {"k": 16}],
     "norm": _NORMS,

@@ -100,19 +100,24 @@ def _matters(form: Form) -> int:
 
 
 def _few_of_small(found: Sequence[Form]) -> list[Form]:
-    """All of these, but of each kernel of `SMALL` the first shape, the one in the middle and the last."""
+    """All of these, but of each kernel of `SMALL` three shapes."""
     kept: list[Form] = []
     for name in dict.fromkeys(form.name for form in found):
         some = [form for form in found if form.name == name]
-        kept += [some[0], some[len(some) // 2], some[-1]] if name in SMALL and len(some) > 3 else some
+        kept += three(some) if name in SMALL else some
     return kept
+
+
+def three(some: Sequence[Form]) -> list[Form]:
+    """The first, the one in the middle and the last."""
+    return [some[0], some[len(some) // 2], some[-1]] if len(some) > 3 else list(some)
 
 
 def timed(call: Callable[[], object], rep: int = 100) -> Times:
     """Milliseconds on the GPU, its L2 flushed before each call; calls for `rep` ms."""
     from triton.testing import do_bench
 
-    median, low, high = do_bench(call, warmup=25, rep=rep, quantiles=[0.5, 0.2, 0.8])
+    median, low, high = do_bench(call, warmup=min(25, rep), rep=rep, quantiles=[0.5, 0.2, 0.8])
     return median, low, high
 
 

@@ -36,14 +36,23 @@ def runs(layers: Sequence[arch.Layer]) -> list[Run]:
     return found
 
 
-def training_forms(layers: Sequence[arch.Layer] | None = None) -> list[Form]:
-    """Every kernel of every distinct layer, in the network's order."""
-    return merged(form for run in runs(arch.layers() if layers is None else layers) for form in _all(run))
+def training_forms(layers: Sequence[arch.Layer] | None = None, *, all_apart: bool = False) -> list[Form]:
+    """Every kernel of every distinct layer, in the network's order.
+
+    `all_apart`: a kernel for each gradient of every 1x1 layer, not only where the default table has them.
+    """
+    found = runs(arch.layers() if layers is None else layers)
+    return merged(form for run in found for form in _all(run, all_apart))
 
 
-def _all(run: Run) -> Iterator[Form]:
-    kind = run.layer.spec.kind
-    yield from {"stem": _of_stem, "depthwise": _of_depthwise}.get(kind, _of_pointwise)(run)
+def _all(run: Run, all_apart: bool) -> Iterator[Form]:
+    if run.layer.spec.kind == "stem":
+        yield from _of_stem(run)
+    elif run.layer.spec.kind == "depthwise":
+        yield from _of_depthwise(run)
+    else:
+        yield from _of_pointwise(run)
+        yield from _apart(run, all_apart)
     yield from _of_norms(run)
 
 
@@ -72,18 +81,23 @@ def _of_pointwise(run: Run) -> Iterator[Form]:
     made = _Making(probes.forward, run, train_pointwise, table, row, shape)
     facts = "train pointwise", words, size, macs, 1, made, table, (row,), shape
     yield Form(*facts, variant=run.variant("forward"))
-    words += ", residual" if run.adds else ""
-    module, both = train_pointwise_gradient, "train_pointwise_both"
-    made = _Making(probes.gradients, run, module, both, "{}", shape)
-    apart = tuple(kind for kind in DTYPES if goes_apart(run, kind))
+    words, both = words + ", residual" * run.adds, "train_pointwise_both"
+    made = _Making(probes.gradients, run, train_pointwise_gradient, both, "{}", shape)
     facts = "train pointwise gradients", words, size, 2 * macs, 1, made, both, ("{}",), shape
-    yield Form(*facts, variant=None if TIMED in apart else run.variant("input"))
+    yield Form(*facts, variant=None if goes_apart(run, TIMED) else run.variant("input"))
+
+
+def _apart(run: Run, all_apart: bool) -> Iterator[Form]:
+    """The kernels of one gradient of a 1x1 layer; that of its weight knows no residual."""
+    spec, module, table = run.layer.spec, train_pointwise_gradient, "train_pointwise"
+    (words, size), macs, shape = run.facts, run.layer.macs, f"{spec.cin}x{spec.cout}"
+    among = tuple(kind for kind in DTYPES if all_apart or goes_apart(run, kind))
     for of, row in (("input", _wide("input", spec.cin)), ("weight", "weight_{}")):
+        added = ", residual" * (run.adds and of == "input")
         made = _Making(probes.gradients, run, module, table, row, shape, of)
-        name = f"train pointwise {of} gradient"
-        if apart:
-            facts = name, words, size, macs, 1, made, table, (row,), shape
-            yield Form(*facts, among=apart, variant=run.variant(of))
+        if among:
+            facts = f"train pointwise {of} gradient", words + added, size, macs, 1, made, table, (row,), shape
+            yield Form(*facts, among=among, variant=run.variant(of))
 
 
 def _of_norms(run: Run) -> Iterator[Form]:

@@ -108,6 +108,10 @@ class Material:
         applied = Applied(self.values(spec.cin), self.run.reads == "relu6")
         return away(x, applied.values) if applied.relu6 else x, applied, weight
 
+    def torchs_image(self, x: Tensor) -> Tensor:
+        """A stem's NCHW image in channels_last, as torch's step has it beside a channels_last dz; else x."""
+        return x.contiguous(memory_format=torch.channels_last) if self.spec.kind == "stem" else x
+
     def gradient(self, x: Tensor, applied: Applied | None, weight: Tensor) -> RawGradient:
         """Of the raw output; that of an expansion, which may be made again, must be its own."""
         values, mask = self.values(self.spec.cout), self.run.masks
@@ -152,7 +156,7 @@ def away(z: Tensor, values: Tensor) -> Tensor:
 
 def forward(of: Material) -> StepProbe:
     x, applied, weight = of.input()
-    spec = of.spec
+    spec, image = of.spec, of.torchs_image(x)
 
     def call() -> Sequence[Tensor | None]:
         if spec.kind == "stem":
@@ -173,7 +177,7 @@ def forward(of: Material) -> StepProbe:
         yield "moments", got, want, torch.stack((off, off**2 + 64 * F32 * want[1]))
 
     def eager() -> object:
-        a = x.to(of.dtype) if spec.kind == "stem" else _torchs_applied(x, applied).permute(0, 3, 1, 2)
+        a = image.to(of.dtype) if spec.kind == "stem" else _torchs_applied(x, applied).permute(0, 3, 1, 2)
         z = F.conv2d(a, weight.to(of.dtype), None, spec.stride, weight.shape[2] // 2, 1, _groups(spec))
         return z, *torch.var_mean(z, (0, 2, 3), correction=0)
 
@@ -184,7 +188,7 @@ def forward(of: Material) -> StepProbe:
 def gradients(of: Material, only: str = "") -> StepProbe:
     """Both gradients of a layer; `only` "input" or "weight"; a stem has that of its weight."""
     x, applied, weight = of.input()
-    given, spec = of.gradient(x, applied, weight), of.spec
+    given, spec, image = of.gradient(x, applied, weight), of.spec, of.torchs_image(x)
     for_x, for_weight = spec.kind != "stem" and only != "weight", only != "input"
     residual = torch.randn_like(x) if of.run.adds and for_x else None
 
@@ -202,7 +206,7 @@ def gradients(of: Material, only: str = "") -> StepProbe:
 
     def eager() -> object:
         dz = _torchs_raw_gradient(given).permute(0, 3, 1, 2)
-        a = x.to(of.dtype) if spec.kind == "stem" else _torchs_applied(x, applied).permute(0, 3, 1, 2)
+        a = image.to(of.dtype) if spec.kind == "stem" else _torchs_applied(x, applied).permute(0, 3, 1, 2)
         padding, strides = [weight.shape[2] // 2] * 2, [spec.stride] * 2
         fixed: tuple[Any, ...] = (None, strides, padding, [1, 1], False, [0, 0], _groups(spec))
         own = weight.to(of.dtype)

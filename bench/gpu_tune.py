@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from bench.gpu_candidates import Setting, candidates
 from bench.gpu_checks import check_form, forget_kernels, spilled
 from bench.gpu_children import Answer, answers, program
 from bench.gpu_forms import DTYPES, Form, forms, usable
-from bench.gpu_times import timed_launches
+from bench.gpu_times import three, timed_launches
 from bench.gpu_training_forms import training_forms
 from kernels.common import CONFIGS, arithmetic, slug
 
@@ -36,17 +37,25 @@ BATCHES = {"large": 256, "small": 1}
 # last ones measure one kernel beside the two that it replaces, whose tiles are chosen by then.
 STAGES: tuple[tuple[float, tuple[str, ...]], ...] = (
     (
-        0.55,
+        0.44,
         (
             *("block", "stem", "depthwise", "pointwise", "head"),
             *("depthwise_input_s2", "depthwise_weight", "pointwise_gradient"),
         ),
     ),
-    (0.6, ("train_depthwise", "train_pointwise", "train_stem", "norm")),
+    (0.67, ("train_pointwise", "train_depthwise", "train_stem", "norm")),
     (1.0, ("depthwise_project", "train_pointwise_both")),
 )
+# Tables whose rows are for every shape: three are tried, for the kernels of each take seconds to compile.
+ON_THREE = ("train_depthwise", "norm")
+# Tables of a forward kernel that makes a gradient, too.
+SHARED = ("depthwise", "pointwise")
 # How the children's time and the timing's are shared.
-CHECKING = 0.55
+CHECKING = 0.5
+# Processes that check, at most; one of an H200's 16 cores is the program's.
+WORKERS = 15
+# Ms of calls that a try is timed for: a stage has time for some hundreds of them.
+TRY_MS = 20
 # A row of one shape's own must win by this much of the time.
 MARGIN = 0.02
 
@@ -74,28 +83,44 @@ def default_table() -> Table:
 
 def tries() -> list[Try]:
     """All that is to be tried, in an order that parent and children share: fp16 and whole blocks first."""
-    found, known = [], default_table()
-    usable_forms = [form for form in (*forms(), *training_forms()) if form.table and usable(form)]
+    found, tried = list[Try](), _tried()
     for kind in KINDS:
-        for form in sorted(usable_forms, key=_worth):
-            if kind not in form.kinds():
-                continue
-            for row in form.rows:
+        rows: dict[tuple[str, str], list[Form]] = collections.defaultdict(list)
+        for form in tried:
+            for row in form.rows if kind in form.kinds() else ():
                 name = row.format(arithmetic(*DTYPES[kind]))
-                if kind != KINDS[0] and name == row:
-                    continue  # a row of every kind, which the first one settles
-                batch = BATCHES.get(row.partition("_")[0], BATCHES["large"])
-                found += [
-                    Try(form.table, name, form.shape, form, kind, batch, tile)
-                    for tile in candidates(form.table, name, form.shape, known[form.table])
-                ]
+                if kind == KINDS[0] or name != row:  # a row of every kind is settled by the first one
+                    rows[form.table, name].append(form)
+        for (table, row), some in rows.items():
+            found += _of_row(table, row, three(some) if table in ON_THREE else some, kind)
     return found
 
 
-def _worth(form: Form) -> tuple[int, int, tuple[str, ...]]:
-    """What is tuned first: whole blocks, then inference, then gradients; of training one row after another,
-    for a row wants all of its shapes.
+def _tried() -> list[Form]:
+    """The forms that tiles are tried on; of 1x1 layers each gradient by itself, too, so that stage 3 has both
+    in one kernel beside the best of two. The gradients of single operators do with the tiles of the forward.
     """
+    all_forms = (*forms(), *training_forms(all_apart=True))
+    shared = [form for form in all_forms if form.name.endswith("input gradient") and form.table in SHARED]
+    found = [form for form in all_forms if form.table and usable(form) and form not in shared]
+    return sorted(found, key=_worth)
+
+
+def _of_row(table: str, row: str, some: Sequence[Form], kind: str) -> Iterator[Try]:
+    """Tile by tile on all forms of a row, what the default table has for them first: whenever the time ends,
+    what was tried has a time on each of them, and can win.
+    """
+    batch, rows = BATCHES.get(row.partition("_")[0], BATCHES["large"]), default_table()[table]
+    of_forms = [candidates(table, row, form.shape, rows) for form in some]
+    own = [tiles_of_form[0] for tiles_of_form in of_forms]
+    for tile in dict.fromkeys((*own, *itertools.chain(*of_forms))):
+        for form, tiles_of_form in zip(some, of_forms, strict=True):
+            if tile in tiles_of_form:
+                yield Try(table, row, form.shape, form, kind, batch, tile)
+
+
+def _worth(form: Form) -> tuple[int, int, tuple[str, ...]]:
+    """What is tuned first: whole blocks, then inference, then gradients, then training by its tables."""
     if form.name.startswith("train"):
         return 3, [name for _, tables in STAGES for name in tables].index(form.table), form.rows
     return 0 if form.whole_block else 2 if "gradient" in form.name else 1, 0, ()
@@ -112,7 +137,7 @@ def check_try(one: Try) -> str:
 
 def time_try(one: Try) -> tuple[float, str]:
     """Its median time, ms, and why what was timed is no graph."""
-    times, why = timed_launches(one.form.make(one.batch, one.kind, dict(one.tile)).run)
+    times, why = timed_launches(one.form.make(one.batch, one.kind, dict(one.tile)).run, TRY_MS)
     return times[0], why
 
 
@@ -131,7 +156,7 @@ def tune(seconds: float, folder: Path = CONFIGS) -> Path:
 
 def _times(all_tries: Sequence[Try], numbers: Iterable[int], until: float) -> Iterator[Answer]:
     """Times of the tries that are right, of these numbers, as they come, until then."""
-    now, workers = time.monotonic(), max(1, min(12, (os.cpu_count() or 1) - 1))
+    now, workers = time.monotonic(), max(1, min(WORKERS, (os.cpu_count() or 1) - 1))
     numbers, right = list(numbers), []
     for answer in answers(program("tiles"), numbers, CHECKING * (until - now), workers):
         why = answer.failed or answer.found

@@ -16,6 +16,7 @@ import pytest
 import torch
 import triton_interpreter
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
@@ -265,6 +266,32 @@ def test_what_must_move_is_counted(on_meta: None) -> None:
     assert moved["train pointwise 24 to 144 s1, activated"] == 2 * (pixels * (24 + 144) + weights)
     assert moved["train depthwise gradients 144 to 144 s1"] == 2 * pixels * 144 * 4 + 4 * (9 * 144) * 2
     assert moved["train activate 24, residual"] == 2 * pixels * 24 * 3
+
+
+def test_torchs_stem_has_its_images_in_channels_last(on_meta: None) -> None:
+    """Made before it is timed: torch's convolutions read no other layout, and copy none."""
+
+    class Seen(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layouts: list[tuple[bool, ...]] = []
+            self.copies = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = function.overloadpacket.__name__
+            if name.startswith("convolution"):
+                maps = [t for t in args if isinstance(t, Tensor) and t.dim() == 4 and t.shape[0] == 256]
+                self.layouts.append(tuple(t.is_contiguous(memory_format=torch.channels_last) for t in maps))
+            self.copies += name == "clone"
+            return function(*args, **(kwargs or {}))
+
+    for form in training_forms():
+        if form.name.startswith("train stem"):
+            probe = form.make(256, "fp16")
+            with Seen() as seen:
+                probe.eager()
+            assert seen.layouts == [(True, True) if "gradient" in form.name else (True,)]
+            assert seen.copies == 0
 
 
 def _first_wrong(probe: StepProbe, change: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,18 @@ from kernels.network import Network
 from mnv2_fast import arch
 
 DEFAULT = json.loads((CONFIGS / "default.json").read_text())
+# Seconds of a try on one core, by its table: some of them compiled for sm_90, their mean rounded up; whole
+# blocks are a guess. So are launches with their float64 twin, and calls for a time with what comes before.
+COMPILING_S = {"stem": 1.0, "head": 1.0, "pointwise": 0.5, "pointwise_gradient": 0.5, "block": 4.0}
+COMPILING_S |= {
+    "depthwise": 1.3,
+    "depthwise_input_s2": 1.0,
+    "depthwise_weight": 2.7,
+    "depthwise_project": 1.3,
+}
+COMPILING_S |= {"train_pointwise": 1.5, "train_depthwise": 10.0, "train_stem": 3.0, "norm": 0.7}
+COMPILING_S |= {"train_pointwise_both": 4.5}
+CALLS_S, TIMING_S = 0.3, 0.12
 Verdict = Callable[[Try], str]
 Timer = Callable[[Try], float]
 
@@ -140,11 +154,77 @@ def test_all_rows_are_tried() -> None:
     assert tries[0].form.whole_block
     assert {one.batch for one in tries if one.row.startswith("small")} == {1}
     assert {one.batch for one in tries if one.row.startswith("large") or one.table == "block"} == {256}
-    assert len([one for one in tries if one.kind == "fp16"]) < 2400
     of_fp16 = [one.form.name.startswith("train") for one in tries if one.kind == "fp16"]
     assert of_fp16 == sorted(of_fp16)
+    assert (
+        tries[of_fp16.index(True)].table == "train_pointwise"
+    )  # the quickest to compile, and the most launches
     keys = [(one.table, one.row, str(one.form), one.tile) for one in tries]
     assert len(keys) == len(set(keys))
+
+
+def _compiling(one: Try) -> float:
+    """Seconds; two kernels in place of one are from the cache, for the stage before has compiled them."""
+    return 0.0 if dict(one.tile).get("most") == 1 else COMPILING_S[one.table]
+
+
+def test_each_stage_has_time_for_fp16() -> None:
+    """On the 16 cores beside an H200, as long as compiling takes on one core, and calls on the GPU."""
+    tries, left = [one for one in gpu_tune.tries() if one.kind == "fp16"], gpu.TUNE_S
+    for share, tables in gpu_tune.STAGES:
+        seconds, some = share * left, [one for one in tries if one.table in tables]
+        left -= seconds
+        checking = sum(_compiling(one) + CALLS_S for one in some) / gpu_tune.WORKERS
+        assert checking < gpu_tune.CHECKING * seconds, tables
+        assert TIMING_S * len(some) < (1 - gpu_tune.CHECKING) * seconds, tables
+
+
+def test_what_there_is_time_for_can_win() -> None:
+    """A row comes tile by tile, each on all of its shapes, what the default table has for them first."""
+    tries = gpu_tune.tries()
+    for kind in ("fp16", "tf32", "fp32"):
+        of_kind = [one for one in tries if one.kind == kind]
+        rows = [row for row, _ in itertools.groupby((one.table, one.row) for one in of_kind)]
+        assert len(rows) == len(set(rows))
+        for table, row in rows:
+            some = [one for one in of_kind if (one.table, one.row) == (table, row)]
+            forms = {str(one.form): one for one in some}
+            runs = [tile for tile, _ in itertools.groupby(one.tile for one in some)]
+            assert len(runs) == len(set(runs))
+            assert {str(one.form) for one in some if one.tile == runs[-1]} == forms.keys()
+            own = list(dict.fromkeys(tuple(_default(one).items()) for one in forms.values()))
+            first = list(dict.fromkeys([*own, tuple(DEFAULT[table][row].items())]))
+            assert runs[: len(first)] == first
+
+
+def test_a_row_whose_time_ends_has_a_winner(tune: Callable[..., dict]) -> None:
+    """The default's tiles and three more were timed on all shapes, of the next one on half of them."""
+    some = [one for one in gpu_tune.tries() if (one.table, one.row) == ("train_pointwise", "forward_half")]
+    tiles = list(dict.fromkeys(one.tile for one in some))
+    best, begun = tiles[-3], tiles[-2]
+    shapes = [str(one.form) for one in some if one.tile == begun]
+    assert len(shapes) > 4
+
+    def timer(one: Try) -> float | None:
+        if (one.table, one.row) != ("train_pointwise", "forward_half") or one.tile == tiles[-1]:
+            return None
+        if one.tile == begun:
+            return 2.0 if str(one.form) in shapes[: len(shapes) // 2] else None
+        return 1.0 if one.tile == best else 3.0
+
+    assert tune(timer)["train_pointwise"]["forward_half"] == dict(best)
+
+
+def test_each_gradient_of_a_1x1_layer_is_tuned_by_itself() -> None:
+    """For all shapes, so that both in one kernel stand beside the best of two, not beside untuned ones."""
+    tries = [one for one in gpu_tune.tries() if one.kind == "fp16"]
+    both = {one.shape for one in tries if one.table == "train_pointwise_both"}
+    assert len(both) > 15
+    for of in ("input", "weight"):
+        alone = [one for one in tries if one.form.name == f"train pointwise {of} gradient"]
+        assert {one.shape for one in alone} == both
+    apart = [form for form in training_forms() if form.name == "train pointwise weight gradient"]
+    assert {form.shape for form in apart if "fp16" in form.kinds()} < both  # what is checked and timed
 
 
 def test_candidates_that_fail_or_are_wrong_do_not_win(tune: Callable[..., dict]) -> None:
@@ -200,7 +280,7 @@ def test_a_tile_right_on_some_shapes_is_for_those_alone(tune: Callable[..., dict
 
 def test_a_row_of_its_own_must_be_worth_it(tune: Callable[..., dict]) -> None:
     tiles = [one.tile for one in gpu_tune.tries() if (one.table, one.row) == ("pointwise", "large_half")]
-    other = tiles[1]
+    other = next(tile for tile in tiles if dict(tile) not in DEFAULT["pointwise"].values())
 
     def timer(one: Try) -> float:
         gains = {"32x192": 0.99, "96x24": 0.9}
@@ -256,7 +336,7 @@ def test_stages_follow_each_other_in_time(
     assert seen["train_pointwise_both"] == both
     assert sum(seconds) == pytest.approx(100)
     assert min(seconds) > 5
-    assert sum(seconds[:2]) == pytest.approx(55)
+    assert sum(seconds[:2]) == pytest.approx(44)
 
 
 def test_one_launch_for_two_layers_where_it_is_faster(
@@ -334,10 +414,31 @@ def test_candidates_are_each_another(with_blocks: None) -> None:
             assert kept == {DEFAULT["train_pointwise"][row]["n"]}
 
 
+def _constants(one: Try) -> dict[str, int | bool]:
+    """What a try's kernel is compiled for: its tile without what lies past the channels."""
+    tile, channels = dict(one.tile), [int(word) for word in re.findall(r"\d+", one.form.layer)[:2]]
+    cin, cout = max(16, _power_of_2(channels[0])), max(16, _power_of_2(channels[-1]))
+    if one.table == "train_pointwise_both":
+        return {"FOR_X": True, "K": tile["k"]}
+    if one.table == "train_depthwise":
+        return {"ROWS": tile["rows"], "COLS": tile["cols"]}
+    if one.table == "train_stem":
+        return {"M": tile["m"]}
+    if one.table == "norm":
+        return {"M": tile["m"], "N": min(tile["n"], _power_of_2(channels[0]))}
+    if one.row.startswith("weight"):
+        return {"FOR_X": False, "M": min(tile["m"], cout), "N": min(tile["n"], cin), "K": tile["k"]}
+    made, read = (cout, cin) if one.row.startswith("forward") else (cin, cout)
+    return {"M": tile["m"], "N": min(tile["n"], made), "K": min(tile["k"], read)}
+
+
+def _power_of_2(channels: int) -> int:
+    return 1 << (channels - 1).bit_length()
+
+
 def test_every_candidate_reaches_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """In training, where launchers look tiles up: each row's candidates launch what the row says."""
     monkeypatch.setattr(gpu_forms, "DEVICE", "meta")
-    names = {"m": "M", "n": "N", "k": "K", "rows": "ROWS", "cols": "COLS"}
     seen = set()
     for one in gpu_tune.tries():
         tile = dict(one.tile)
@@ -350,11 +451,12 @@ def test_every_candidate_reaches_a_launch(monkeypatch: pytest.MonkeyPatch) -> No
             for launch in made
             if launch.warps == tile["warps"]
             and launch.stages == tile.get("stages", 3)
-            # What lies past the channels is cut off.
-            and all(launch.arguments.get(names[key], 0) <= tile[key] for key in tile.keys() & names.keys())
+            and _constants(one).items() <= launch.arguments.items()
         ]
         if alike:
             seen.add((one.table, one.row, one.tile))
+        else:  # too few sums are allowed for these channels
+            assert one.table == "train_pointwise_both", one
     wanted = {(one.table, one.row, one.tile) for one in gpu_tune.tries() if one.form.name.startswith("train")}
     assert {one for one in wanted if dict(one[2]).get("most") != 1} == seen
 
