@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_interpreter
 from helpers import SMALL, calibrate
 from torch import Tensor, nn
 
@@ -25,6 +26,16 @@ for _name in ("MNV2_FORCE_ISA", "MNV2_BACKEND", "MNV2_STRICT"):
     os.environ.pop(_name, None)
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """List the modules whose cases Triton's interpreter runs, so that it runs two of them at a time."""
+    paths = (str(item.path) for item in session.items if "verdicts" in getattr(item, "fixturenames", ()))
+    triton_interpreter.wanted[:] = dict.fromkeys(paths)
+
+
+def pytest_sessionfinish() -> None:
+    triton_interpreter.stop()
 
 
 def _absent(what: str) -> None:
