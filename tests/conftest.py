@@ -34,6 +34,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     triton_interpreter.wanted[:] = dict.fromkeys(paths)
 
 
+@pytest.fixture(scope="module")
+def verdicts(request: pytest.FixtureRequest) -> dict[str, str]:
+    """What is wrong with each case of a module that Triton's interpreter runs, see `triton_interpreter`."""
+    return triton_interpreter.verdicts(str(request.path))
+
+
 def pytest_sessionfinish() -> None:
     triton_interpreter.stop()
 

@@ -78,11 +78,6 @@ def _child() -> None:
     print(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return triton_interpreter.verdicts(__file__)
-
-
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """With small photos, and one thread: several wait for each other where the machine is busy."""

@@ -107,11 +107,6 @@ def _child() -> None:
     print(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return triton_interpreter.verdicts(__file__)
-
-
 def test_every_form_is_right_when_interpreted(
     verdicts: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,11 +135,6 @@ def _verdict(case: Case) -> str:
     return triton_interpreter.judge(out, want, allowed)
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return triton_interpreter.verdicts(__file__)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_interpreted_kernel_matches_float64(case: Case, verdicts: dict[str, str]) -> None:
     assert verdicts[str(case)] == ""

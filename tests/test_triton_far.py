@@ -427,11 +427,6 @@ def _without(cast: Cast) -> str:
     return next(wrong, "")
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return triton_interpreter.verdicts(__file__)
-
-
 @pytest.mark.parametrize("op", OPERATORS)
 def test_elements_past_32_bits_are_found(op: str, verdicts: dict[str, str]) -> None:
     assert verdicts[op] == ""

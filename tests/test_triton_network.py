@@ -214,11 +214,6 @@ VERDICTS: dict[str, Callable[[Case], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return triton_interpreter.verdicts(__file__)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_interpreted(case: Case, verdicts: dict[str, str]) -> None:
     assert verdicts[str(case)] == ""

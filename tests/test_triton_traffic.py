@@ -183,11 +183,6 @@ def _verdict(case: Case) -> str:
     return "" if 0 < counted == moved.total else f"counted {counted}, the kernels moved {moved.total}"
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return triton_interpreter.verdicts(__file__)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_counted_is_what_the_kernels_move(case: Case, verdicts: dict[str, str]) -> None:
     assert verdicts[str(case)] == ""

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import triton_interpreter
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -123,11 +122,6 @@ SCENES = {
     "the first process": lambda: both_processes()[0],
     "the second process": lambda: both_processes()[1],
 }
-
-
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return triton_interpreter.verdicts(__file__)
 
 
 @pytest.mark.parametrize("scene", SCENES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton_interpreter
 from torch import nn
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
@@ -204,11 +203,6 @@ SCENES = {
         one_value_a_channel_is_torchs_error,
     )
 }
-
-
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return triton_interpreter.verdicts(__file__)
 
 
 @pytest.mark.parametrize("scene", SCENES)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton_interpreter
 from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
@@ -352,11 +351,6 @@ SCENES: dict[str, Callable[[], str]] = {
 for _scene in (linear_chain, a_network_under_autocast):
     for _cast in (torch.float16, torch.bfloat16):
         SCENES[f"{_scene.__name__} {_cast}"] = lambda scene=_scene, cast=_cast: scene(cast)
-
-
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return triton_interpreter.verdicts(__file__)
 
 
 @pytest.mark.parametrize("scene", SCENES)

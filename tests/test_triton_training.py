@@ -339,11 +339,6 @@ def _verdict(case: Case) -> tuple[str, str]:
     return "; ".join(wrong), "; ".join(miscounted)
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return triton_interpreter.verdicts(__file__)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_interpreted_kernels_match_float64(case: Case, verdicts: dict[str, str]) -> None:
     assert verdicts[str(case)] == ""
