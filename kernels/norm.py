@@ -51,6 +51,11 @@ class RawGradient(NamedTuple):
     mask: bool
     batch: bool
 
+    @property
+    def may_remake(self) -> bool:
+        """Whether z, as a convolution makes it again, serves as well: rounding decides no mask."""
+        return self.batch and not self.mask
+
 
 @triton.jit
 def merged(count, mean, spread, more, distance, spread_of_more):

@@ -220,8 +220,8 @@ def gradients(
     cin, cout = x.shape[-1], weight.shape[0]
     call = _Gradients(of, weight, x, norm, residual, tf32)
     if tile is None:
-        kind, may_remake = arithmetic(x.dtype, tf32), of.batch and not of.mask
-        chosen = choose_tiles(device_of(x.device)[0], kind, cin, cout, may_remake)
+        kind = arithmetic(x.dtype, tf32)
+        chosen = choose_tiles(device_of(x.device)[0], kind, cin, cout, of.may_remake)
     else:
         chosen = Tiles(fit(tile, cin, cout), fit_weight(tile, cin, cout), None)
     if for_x and for_weight and chosen.both is not None:
@@ -350,7 +350,7 @@ class _Gradients(NamedTuple):
             "NORM": self.norm is not None,
             "RELU6": self.norm is not None and self.norm.relu6,
             "RESIDUAL": self.residual is not None,
-            "REMADE": of.batch and not of.mask and _remakes(tile["n"], cin, cout),
+            "REMADE": of.may_remake and _remakes(tile["n"], cin, cout),
             "TF32": self.tf32,
             "M": tile["m"],
             "N": tile["n"],
